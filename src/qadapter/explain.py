@@ -6,11 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import cast
 
-import torch
-
 from qadapter.data import Pair, tokenize_pairs
-from qadapter.objective import pair_loss
-from qadapter.packing import PairCollator
 from qadapter.policy import Policy
 
 Piece = tuple[str, float, int]
@@ -67,14 +63,9 @@ def explain_html(policy: Policy, pairs: Sequence[Pair], *, strength: float = 1.0
         DataError: no pair fits 1,024 tokens.
     """
     tokenized, _ = tokenize_pairs(pairs, policy.tokenizer, end_ids=policy.end_ids, max_length=1024)
-    collate = PairCollator(cast(int, policy.tokenizer.pad_token_id))
     rows: list[tuple[str, str, list[Piece], list[Piece]]] = []
     for pair in tokenized:
-        batch = {k: cast(torch.Tensor, v).to(policy.model.device)
-                 for k, v in collate([pair]).items()}  # fmt: skip
-        with torch.no_grad():
-            streams = policy.model.streams(batch["input_ids"], batch["attention_mask"])
-            out = pair_loss(policy.model, streams, batch, strength=strength)
+        out, _ = policy.judge([pair], strength=strength)
         chosen, rejected = (
             _pieces(policy, ids, out.rewards[out.response == row].tolist())
             for row, ids in enumerate((pair.chosen_ids, pair.rejected_ids))

@@ -34,6 +34,18 @@ def check_writable(directory: str | Path) -> None:
         raise UserError(f"{directory}: cannot be written ({place} is in the way); choose another.")
 
 
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Turn what the system says of writing `path` into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); "
+            "free some space or choose another output."
+        ) from error
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path` as UTF-8, under a temporary name and renamed, so never half-written.
 
@@ -41,22 +53,17 @@ def write_text(path: str | Path, text: str) -> None:
         UserError: the directory cannot be written or the disk is full.
     """
     path = Path(path)
-    temporary = ""
-    try:
+    with _told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); "
-            "free some space or choose another output."
-        ) from error
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -69,31 +76,22 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
         UserError: the parent cannot be written or the disk is full.
     """
     path = Path(path)
-    try:
+    with _told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); choose another output."
-        ) from error
-    try:
-        yield temporary
-        # mkdtemp makes a private directory; the result is an ordinary one.
-        temporary.chmod(0o755)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-            os.replace(path, old / path.name)
-            os.replace(temporary, path)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); "
-            "free some space or choose another output."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            yield temporary
+            # mkdtemp makes a private directory; the result is an ordinary one.
+            temporary.chmod(0o755)
+            if path.exists():
+                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+                os.replace(path, old / path.name)
+                os.replace(temporary, path)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -106,17 +104,12 @@ def whole_files(directory: str | Path) -> Iterator[Path]:
         UserError: it cannot be written or the disk is full.
     """
     directory = Path(directory)
-    try:
+    with _told(directory):
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".partial.") as partial:
             yield Path(partial)
             for file in sorted(Path(partial).iterdir()):
                 os.replace(file, directory / file.name)
-    except OSError as error:
-        raise UserError(
-            f"{directory}: cannot be written ({error.strerror or error}); "
-            "free some space or choose another output."
-        ) from error
 
 
 def sha256(path: str | Path) -> str:

@@ -38,6 +38,14 @@ class Streams(NamedTuple):
     base: Tensor
     """`[B, T, D]`, h_1: the base alone, without gradient."""
 
+    def at(self, index: Any) -> Streams:
+        """Return both branches at an index of their leading dimensions, as `[M, D]` for a mask."""
+        return Streams(self.adapted[index], self.base[index])
+
+    def to(self, dtype: torch.dtype) -> Streams:
+        """Return both branches in `dtype`."""
+        return Streams(self.adapted.to(dtype), self.base.to(dtype))
+
 
 class QAndV(NamedTuple):
     """What the loss needs of each response token."""
@@ -344,10 +352,10 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
             for hook in hooks:
                 hook.remove()
         branch = _BranchCache(past_key_values, self.branch_depth)
+        swap = {id(past_key_values): branch} if past_key_values is not None else {}
         args, kwargs = calls[0]
         hidden = args[0] if args else kwargs["hidden_states"]
         for layer, (args, kwargs) in zip(self._layers[self._first :], calls, strict=True):
-            swap = {id(past_key_values): branch} if past_key_values is not None else {}
             rest = tuple(swap.get(id(a), a) for a in args[1:])
             kwargs = {k: swap.get(id(v), v) for k, v in kwargs.items() if k != "hidden_states"}
             out = layer(hidden, *rest, **kwargs)
@@ -401,7 +409,7 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         """Return KL(π1 ‖ π_s) in nats at M states `[M, D]`; gradients flow to the policy."""
         weight = self.head_weight
         if weight is not None:
-            streams = Streams(streams.adapted.to(weight.dtype), streams.base.to(weight.dtype))
+            streams = streams.to(weight.dtype)
             return fused.linear_kl(streams.base, self.mix(streams, strength), weight)
         with torch.no_grad(), self.adapter_off():
             logp = self.head(streams.base).float().log_softmax(-1)
@@ -430,7 +438,7 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
             return self._q_and_v_two_heads(streams, actions, taken, following, strength)
         q = self.q_config
         # accelerate hands autocast outputs back in float32; the head wants its own dtype.
-        streams = Streams(streams.adapted.to(weight.dtype), streams.base.to(weight.dtype))
+        streams = streams.to(weight.dtype)
         # float32 from here on: rewards are differences of close numbers.
         rows = weight[actions].float()
         z_theta = (streams.adapted[taken].float() * rows).sum(-1)
@@ -505,10 +513,8 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         if output_streams:
             return streams
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        kept = Streams(streams.adapted[:, keep], streams.base[:, keep])
-        return CausalLMOutputWithPast(
-            logits=cast(Any, self.policy_logits(kept, strength)), past_key_values=past_key_values
-        )
+        logits = self.policy_logits(streams.at((slice(None), keep)), strength)
+        return CausalLMOutputWithPast(logits=cast(Any, logits), past_key_values=past_key_values)
 
     def generate(
         self, *args: Any, strength: float | Sequence[float] | Tensor = 1.0, **kwargs: Any

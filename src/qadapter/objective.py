@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from qadapter import functional
-from qadapter.functional import LossSums
+from qadapter.config import QConfig
+from qadapter.functional import LossSums, Transitions
 from qadapter.model import QAdapterModel, Streams
 
 
@@ -25,6 +26,18 @@ class PairLoss:
     """`[N]` int64, the row each token belongs to."""
 
 
+def batch_transitions(q_config: QConfig, batch: Mapping[str, Tensor]) -> Transitions:
+    """Return the states and actions that the objective trains in a `PairBatch`."""
+    if q_config.objective == "authors":
+        return functional.authors_transitions(batch["completion_mask"])
+    return functional.transitions(batch["completion_mask"], batch["terminal"])
+
+
+def response_states(streams: Streams, completion_mask: Tensor) -> Streams:
+    """Return the `[N, D]` states in which response tokens are chosen: one to the left of them."""
+    return streams.at(completion_mask.roll(-1, dims=1))
+
+
 def pair_loss(
     model: QAdapterModel, streams: Streams, batch: Mapping[str, Tensor], *, strength: float = 1.0
 ) -> PairLoss:
@@ -34,14 +47,9 @@ def pair_loss(
     parameterisation are the model's `q_config`.
     """
     q = model.q_config
-    ids, mask = batch["input_ids"], batch["completion_mask"]
-    if q.objective == "authors":
-        moves = functional.authors_transitions(mask)
-    else:
-        moves = functional.transitions(mask, batch["terminal"])
-    states = Streams(
-        streams.adapted[moves.rows, moves.columns], streams.base[moves.rows, moves.columns]
-    )
+    ids = batch["input_ids"]
+    moves = batch_transitions(q, batch)
+    states = streams.at((moves.rows, moves.columns))
     actions = ids[moves.response, moves.action_columns]
     values = model.q_and_v(states, actions, moves.taken, moves.following, strength=strength)
     rewards = functional.token_rewards(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from qadapter.config import QConfig
 from qadapter.data import Pair, TokenizedPair, tokenize_pairs, tokenize_prompt
 from qadapter.errors import ArtefactError, DataError
 from qadapter.model import QAdapterModel, Streams
-from qadapter.objective import pair_loss
+from qadapter.objective import PairLoss, pair_loss, response_states
 from qadapter.packing import PairCollator, pad_rows
 from qadapter.stats import wilson_interval
 
@@ -153,6 +154,17 @@ class Policy:
         texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
+    def judge(
+        self, pairs: Sequence[TokenizedPair], *, strength: float = 1.0
+    ) -> tuple[PairLoss, Streams]:
+        """Return the rewards of one batch of pairs and the `[N, D]` states of their tokens."""
+        batch = PairCollator(cast(int, self.tokenizer.pad_token_id))(pairs)
+        inputs = {k: cast(torch.Tensor, v).to(self.model.device) for k, v in batch.items()}
+        with torch.no_grad():
+            streams = self.model.streams(inputs["input_ids"], inputs["attention_mask"])
+            out = pair_loss(self.model, streams, inputs, strength=strength)
+        return out, response_states(streams, inputs["completion_mask"])
+
     def score(
         self,
         pairs: Sequence[Pair],
@@ -173,19 +185,12 @@ class Policy:
         order = sorted(range(len(tokenized)), key=lambda i: _length(tokenized[i]))
         chosen, rejected = [0.0] * len(tokenized), [0.0] * len(tokenized)
         kl_sum, n_tokens = 0.0, 0
-        collate = PairCollator(cast(int, self.tokenizer.pad_token_id))
         for start in range(0, len(order), batch_size):
             index = order[start : start + batch_size]
-            batch = {k: cast(torch.Tensor, v).to(self.model.device)
-                     for k, v in collate([tokenized[i] for i in index]).items()}  # fmt: skip
+            out, states = self.judge([tokenized[i] for i in index], strength=strength)
             with torch.no_grad():
-                streams = self.model.streams(batch["input_ids"], batch["attention_mask"])
-                out = pair_loss(self.model, streams, batch, strength=strength)
-                # The states in which response tokens are chosen: one to the left of them.
-                at = batch["completion_mask"].roll(-1, dims=1)
-                states = Streams(streams.adapted[at], streams.base[at])
                 kl_sum += float(self.model.kl_from_base(states, strength).double().sum())
-            n_tokens += int(at.sum())
+            n_tokens += len(states.base)
             for i, won, lost in zip(
                 index, *(r.tolist() for r in out.returns.chunk(2)), strict=True
             ):
@@ -237,32 +242,30 @@ class Policy:
             with torch.no_grad():
                 streams = self.model.streams(ids, mask)
                 at, targets = mask[:, 1:].bool(), ids[:, 1:]
-                states = Streams(streams.adapted[:, :-1][at], streams.base[:, :-1][at])
+                states = streams.at((slice(None), slice(-1))).at(at)
                 kl += float(self.model.kl_from_base(states, strength).double().sum())
-                policy_nll += self._nll(states, targets[at], strength)
+                policy_logits = partial(self.model.policy_logits, strength=strength)
+                policy_nll += _nll(policy_logits, states, targets[at])
                 with self.model.adapter_off():
-                    base_nll += self._nll_logits(states.base, targets[at])
+                    base_nll += _nll(lambda s: self.model.head(s.base), states, targets[at])
             tokens += int(at.sum())
         return Drift(
             tokens, kl / tokens, math.exp(policy_nll / tokens), math.exp(base_nll / tokens)
         )
 
-    def _nll(self, states: Streams, targets: torch.Tensor, strength: float) -> float:
-        total = 0.0
-        for i in range(0, len(targets), 256):
-            part = Streams(states.adapted[i : i + 256], states.base[i : i + 256])
-            logits = self.model.policy_logits(part, strength).float()
-            total += float(torch.nn.functional.cross_entropy(
-                logits, targets[i : i + 256], reduction="sum"))  # fmt: skip
-        return total
 
-    def _nll_logits(self, hidden: torch.Tensor, targets: torch.Tensor) -> float:
-        total = 0.0
-        for i in range(0, len(targets), 256):
-            logits = self.model.head(hidden[i : i + 256]).float()
-            total += float(torch.nn.functional.cross_entropy(
-                logits, targets[i : i + 256], reduction="sum"))  # fmt: skip
-        return total
+def _nll(
+    logits: Callable[[Streams], torch.Tensor], states: Streams, targets: torch.Tensor
+) -> float:
+    """Return the summed negative log-likelihood, a few hundred states' logits at a time."""
+    total = 0.0
+    for i in range(0, len(targets), 256):
+        part = slice(i, i + 256)
+        loss = torch.nn.functional.cross_entropy(
+            logits(states.at(part)).float(), targets[part], reduction="sum"
+        )
+        total += float(loss)
+    return total
 
 
 def _half_ties(a: float, b: float) -> float:

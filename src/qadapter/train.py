@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -19,8 +18,8 @@ from qadapter.config import QAdapterConfig
 from qadapter.data import TokenizedPair, read_pairs, read_texts, tokenize_pairs
 from qadapter.errors import ConfigError, DataError, TrainingError
 from qadapter.files import check_writable, write_text
-from qadapter.model import QAdapterModel, Streams
-from qadapter.objective import PairLoss, pair_loss
+from qadapter.model import QAdapterModel
+from qadapter.objective import PairLoss, batch_transitions, pair_loss, response_states
 from qadapter.packing import PairCollator, pad_rows
 
 
@@ -80,20 +79,11 @@ class QAdapterTrainer(Trainer):
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         for batch in samples:
             counts[0] += batch["input_ids"].shape[0] // 2
-            counts[1] += self._trained_tokens(batch["completion_mask"])
+            counts[1] += len(batch_transitions(self.model.q_config, batch).response)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
         self._micro_step = 0
         return samples, counts
-
-    def _trained_tokens(self, completion_mask: Tensor) -> int:
-        # The authors' unshifted mask cannot train a token after the row's end.
-        trained = (
-            completion_mask[:, :-1]
-            if self.model.q_config.objective == "authors"
-            else completion_mask
-        )
-        return int(trained.sum())
 
     # ── loss ────────────────────────────────────────────────────────────────────────────────────
 
@@ -120,9 +110,7 @@ class QAdapterTrainer(Trainer):
         loss = sums.bt_sum / pairs + inner.q_config.beta * sums.r2_sq_sum / tokens
         self._record(out)
         if not model.training:
-            # The states in which response tokens are chosen: one to the left of them.
-            at = inputs["completion_mask"].roll(-1, dims=1)
-            states = Streams(streams.adapted[at], streams.base[at])
+            states = response_states(streams, inputs["completion_mask"])
             self._add("eval", {"kl": inner.kl_from_base(states)})
         if self._anchors and model.training:
             kl = self._anchor_kl(model, inner)
@@ -148,8 +136,7 @@ class QAdapterTrainer(Trainer):
         picked = [self._anchors[(start + i) % len(self._anchors)] for i in range(rows)]
         ids, mask = (t.to(inner.device) for t in pad_rows(picked, self._pad_id))
         streams = model(input_ids=ids, attention_mask=mask, output_streams=True)
-        at = mask.bool()
-        return inner.kl_from_base(Streams(streams.adapted[at], streams.base[at])).mean()
+        return inner.kl_from_base(streams.at(mask.bool())).mean()
 
     # ── figures ─────────────────────────────────────────────────────────────────────────────────
 
@@ -214,7 +201,6 @@ class QAdapterTrainer(Trainer):
         # transformers' hook for what a checkpoint of the model holds: ours is the peft directory,
         # and no pickled training_args.bin.
         directory = output_dir or cast(str, self.args.output_dir)
-        os.makedirs(directory, exist_ok=True)
         cast(QAdapterModel, self.model).save_pretrained(directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
