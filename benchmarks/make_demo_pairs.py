@@ -2,9 +2,9 @@
 
 Rule, which a person sees in the answers: a short plain answer is preferred to a long one. Each
 prompt is put to the base model twice: as it is, and with "Answer in one short sentence." after
-it. Of the answers to the second the shortest that is one plain sentence is chosen; of the answers
-to the first the longest is rejected, if it is at least three times as long as the chosen one. Only
-answers that the model ended by itself count.
+it. Of the answers to the second the first that is one plain sentence is chosen; of the answers to
+the first the longest is rejected, if it is at least three times as long as the chosen one. An
+answer that 240 tokens did not end is cut after its last full sentence.
 
     python benchmarks/make_demo_pairs.py
 
@@ -78,7 +78,8 @@ TOPICS = {
     "a jet engine|an umbrella|yeast|a telescope|a search engine|voting|a hearing aid|a kite",
 }
 SHORT = " Answer in one short sentence."
-LISTED = re.compile(r"\n|[*#•:]|\d[.)]")
+LISTED = re.compile(r"\n|[*#•:]|\d[.)]|[.!?] ")
+SENTENCES = re.compile(r"(.*[^\d][.!?])(?=\s).*", re.DOTALL)
 
 
 def prompts() -> list[str]:
@@ -89,14 +90,12 @@ def prompts() -> list[str]:
 def choose(short: list[str], long: list[str]) -> tuple[str, str] | None:
     """Return the chosen and the rejected answer by the rule above, or None."""
     plain = [a for a in short if a.endswith(".") and not LISTED.search(a) and len(a.split()) > 4]
-    if not plain or not long:
-        return None
-    chosen, rejected = min(plain, key=len), max(long, key=len)
-    return (chosen, rejected) if len(rejected) >= 3 * len(chosen) else None
+    rejected = max(long, key=len)
+    return (plain[0], rejected) if plain and len(rejected) >= 3 * len(plain[0]) else None
 
 
-def sample(model: Any, tokenizer: Any, asked: list[str], max_new_tokens: int) -> list[str | None]:
-    """Return one sampled answer a prompt; None where the answer did not end."""
+def sample(model: Any, tokenizer: Any, asked: list[str], max_new_tokens: int) -> list[str]:
+    """Return one sampled answer a prompt, cut after its last full sentence if it did not end."""
     conversations = [[{"role": "user", "content": text}] for text in asked]
     batch = tokenizer.apply_chat_template(
         conversations,
@@ -106,11 +105,13 @@ def sample(model: Any, tokenizer: Any, asked: list[str], max_new_tokens: int) ->
         return_tensors="pt",
         tokenizer_kwargs={"padding_side": "left"},
     )
-    out = model.generate(**batch, do_sample=True, top_k=0, max_new_tokens=max_new_tokens)
+    out = model.generate(
+        **batch, do_sample=True, temperature=0.7, top_p=0.95, max_new_tokens=max_new_tokens
+    )
     new = out[:, batch["input_ids"].shape[1] :]
     ended = (new == tokenizer.eos_token_id).any(dim=1).tolist()
-    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-    return [text.strip() if ok else None for text, ok in zip(texts, ended, strict=True)]
+    texts = [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    return [t if ok else SENTENCES.sub(r"\1", t) for t, ok in zip(texts, ended, strict=True)]
 
 
 def main() -> None:
@@ -127,13 +128,10 @@ def main() -> None:
     asked = prompts()
     for start in tqdm(range(0, len(asked), args.batch)):
         part = asked[start : start + args.batch]
-        short = sample(model, tokenizer, [p + SHORT for p in part for _ in range(4)], 64)
-        long = sample(model, tokenizer, [p for p in part for _ in range(3)], 240)
+        short = sample(model, tokenizer, [p + SHORT for p in part for _ in range(3)], 64)
+        long = sample(model, tokenizer, [p for p in part for _ in range(2)], 240)
         for i, prompt in enumerate(part):
-            found = choose(
-                [a for a in short[4 * i : 4 * i + 4] if a],
-                [a for a in long[3 * i : 3 * i + 3] if a],
-            )
+            found = choose(short[3 * i : 3 * i + 3], long[2 * i : 2 * i + 2])
             if found is None:
                 continue
             chosen, rejected = ([{"role": "assistant", "content": text}] for text in found)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Teach an aligned language model a new preference without losing what it knows.
 
+  qadapter demo                                      all of it in ten minutes, on a CPU
   qadapter check prefs.jsonl                         look at the pairs before training
   qadapter train --data prefs.jsonl --output DIR     learn a Q-adapter from them
   qadapter chat DIR --strength 0.7                   talk to it
@@ -39,6 +42,13 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-check-base", action="store_true", help="accept another base, tokenizer or template"
     )
+    _add_trust(parser)
+
+
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="let the base run code that comes with it"
+    )
 
 
 def _load_policy(args: argparse.Namespace) -> Policy:
@@ -53,6 +63,7 @@ def _load_policy(args: argparse.Namespace) -> Policy:
         dtype=getattr(torch, args.dtype),
         device=args.device or PartialState().device,
         check_base=not args.no_check_base,
+        trust_remote_code=args.trust_remote_code,
     )
 
 
@@ -103,8 +114,12 @@ def _check(args: argparse.Namespace) -> None:
     from qadapter import hub
     from qadapter.data import audit, format_audit
 
-    tokenizer = hub.load_tokenizer(args.model) if args.model else None
-    end_ids = hub.end_of_turn_ids(tokenizer) if tokenizer is not None else frozenset()
+    tokenizer, end_ids = None, frozenset[int]()
+    if args.model:
+        trust = args.trust_remote_code
+        tokenizer = hub.load_tokenizer(args.model, trust_remote_code=trust)
+        settings = hub.load_generation_config(args.model, trust_remote_code=trust)
+        end_ids = hub.end_of_turn_ids(tokenizer, settings)
     found = audit(
         args.data, tokenizer, end_ids=end_ids, max_length=args.max_length, eval_path=args.eval_data
     )
@@ -196,6 +211,63 @@ def _explain(args: argparse.Namespace) -> None:
     print(f"{len(pairs)} pairs explained in {args.output}")
 
 
+def _demo(args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from transformers.utils import logging
+
+    from qadapter import demo
+    from qadapter.policy import Policy
+
+    logging.disable_progress_bar()  # of weights loaded in a second; training keeps its own
+    # A pipe has no width of its own; four answers side by side want more than the usual 80.
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console.print(f"Training on the pairs that come with qadapter, into {args.output} …")
+    result = demo.train_demo(args.output)
+    policy = Policy.from_pretrained(result.directory)
+    for answers in demo.ask(policy):
+        names = ["base", *(f"strength {s:g}" for s in demo.STRENGTHS)]
+        table = Table(*names, title=answers.prompt, title_justify="left", expand=True)
+        for column in table.columns:
+            column.ratio = 1
+        table.add_row(*(_shortened(text) for text in (answers.base, *answers.policy)))
+        console.print(table)
+    score, drifts = demo.measure(policy)
+    low, high = score.accuracy_ci
+    figures = Table("what", "value", title="Learned, and kept", title_justify="left")
+    figures.add_row(
+        "held-out preference accuracy",
+        f"{score.accuracy:.1%} (95% CI {low:.1%}–{high:.1%}, {score.pairs} pairs)",
+    )
+    figures.add_row("  by length alone: the longer", f"{score.length_baseline:.1%}")
+    figures.add_row("  by length alone: the shorter", f"{1 - score.length_baseline:.1%}")
+    figures.add_row("mean margin, nats", f"{score.margin:.2f}")
+    for strength, drift in zip(demo.STRENGTHS, drifts, strict=True):
+        figures.add_row(
+            f"general text, strength {strength:g}",
+            f"KL to base {drift.kl:.4f} nats a token; perplexity {drift.perplexity:.2f} "
+            f"({drift.perplexity / drift.base_perplexity - 1:+.1%})",
+        )
+    figures.add_row("trained parameters", f"{result.trainable:,}")
+    figures.add_row("pairs a second", f"{result.metrics['train_samples_per_second']:.2f}")
+    figures.add_row("peak memory", f"{demo.peak_memory():.1f} GiB")
+    console.print(figures)
+    held_out = demo.shipped("demo.dev.jsonl")
+    console.print("Next:", style="bold")
+    program = "qadapter" if shutil.which("qadapter") else sys.argv[0]
+    for command in (
+        f"chat {args.output} --strength 0.7",
+        f"explain {args.output} {held_out} --output rewards.html",
+        "train --data YOUR_PAIRS.jsonl --output runs/mine",
+    ):
+        console.print(f"  {program} {command}", soft_wrap=True, markup=False)
+
+
+def _shortened(text: str, words: int = 45) -> str:
+    said = text.split()
+    return " ".join(said[:words]) + (" …" if len(said) > words else "")
+
+
 def _chat(args: argparse.Namespace) -> None:
     from qadapter.policy import Chat
 
@@ -226,6 +298,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    demo = commands.add_parser("demo", help="train on the shipped pairs and show the result")
+    demo.add_argument("--output", default="runs/demo", help="directory for the adapter")
+    demo.set_defaults(run=_demo)
+
     # Its flags are QAdapterConfig's fields; `main` hands them over before this parser runs.
     commands.add_parser("train", help="learn a Q-adapter from preference pairs", add_help=False)
 
@@ -235,6 +311,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--eval-data", help="held-out pairs, to look for shared prompts")
     check.add_argument("--max-length", type=int, default=1024, help="tokens a pair may have")
     check.add_argument("--show", type=int, default=0, metavar="N", help="print N pairs")
+    _add_trust(check)
     check.set_defaults(run=_check)
 
     chat = commands.add_parser("chat", help="talk to a policy")
@@ -275,6 +352,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return 0, or 2 after a user's error told in one sentence."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words[:1]
+    if not debug:  # what other packages tell each other through the user
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         if words[int(debug) : int(debug) + 1] == ["train"]:
             _train(words[int(debug) + 1 :])

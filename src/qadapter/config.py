@@ -134,6 +134,9 @@ class QAdapterConfig(TrainingArguments):
         default="smollm2-135m-instruct-q4_1",
         metadata={"help": "Base model: the embedded default, a directory, or a Hub name."},
     )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Let a base run the Python code that comes with it."}
+    )
     alpha_0: float = field(default=0.5, metadata={"help": "Weight of the base's log-probs (M2)."})
     alpha_tilde: float = field(default=0.5, metadata={"help": "Temperature of the policy (M1)."})
     gamma: float = field(default=1.0, metadata={"help": "Discount in (0, 1]."})
@@ -169,6 +172,9 @@ class QAdapterConfig(TrainingArguments):
         default=None, metadata={"help": "Texts on which the residual is pulled to zero."}
     )
     anchor_weight: float = field(default=1.0, metadata={"help": "Weight of the anchors' KL."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better one."}
+    )
 
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the pairs."})
@@ -176,7 +182,10 @@ class QAdapterConfig(TrainingArguments):
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "Pairs an eval batch."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps, or share below 1."})
     logging_steps: float = field(default=5, metadata={"help": "Log every so many steps."})
-    report_to: str = field(default="none", metadata={"help": "tensorboard, trackio, wandb, none …"})
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={"help": "Trackers: tensorboard, trackio, wandb, …, all or none."},
+    )
     bf16: bool | None = field(
         default=None, metadata={"help": "Train in bfloat16; default where the device has it."}
     )
@@ -194,6 +203,9 @@ class QAdapterConfig(TrainingArguments):
             raise ConfigError(f"max_length: {self.max_length} must be at least 2.")
         if self.anchor_weight < 0:
             raise ConfigError(f"anchor_weight: {self.anchor_weight} must not be negative.")
+        self._check_trackers()
+        if self.early_stopping_patience is not None:
+            self._check_early_stopping(self.early_stopping_patience)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and _bf16_supported()
         # Where there is nothing else, transformers still wants to be told before it allows bf16.
@@ -202,6 +214,27 @@ class QAdapterConfig(TrainingArguments):
             super().__post_init__()
         except ValueError as error:
             raise ConfigError(f"a training setting cannot be used: {error}") from error
+
+    def _check_trackers(self) -> None:
+        from transformers import integrations
+
+        asked = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        for name in set(asked) - {"none", "all"}:
+            if name not in integrations.INTEGRATION_TO_CALLBACK:
+                known = ", ".join(sorted(integrations.INTEGRATION_TO_CALLBACK))
+                raise ConfigError(f"report_to: {name!r} is no tracker; use one of {known}.")
+            if name not in integrations.get_available_reporting_integrations():
+                raise ConfigError(f"report_to: {name} is not installed; run `pip install {name}`.")
+
+    def _check_early_stopping(self, patience: int) -> None:
+        if patience < 1:
+            raise ConfigError(f"early_stopping_patience: {patience} must be at least 1.")
+        if not self.eval_data or self.eval_strategy == "no" or not self.load_best_model_at_end:
+            raise ConfigError(
+                "early_stopping_patience needs held-out pairs and a best checkpoint to go back to; "
+                "add --eval_data F --eval_strategy epoch --save_strategy epoch "
+                "--load_best_model_at_end true."
+            )
 
     def q_config(self, **identity: str) -> QConfig:
         """Return the artefact's part of this run; `identity` fills base and tokenizer fields."""

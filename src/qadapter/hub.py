@@ -99,6 +99,10 @@ def _convert_default(directory: Path) -> None:
 
 
 def _refusal(name: str, error: Exception) -> ModelError:
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"{name}: brings Python code of its own; read it, then run it by --trust-remote-code."
+        )
     reason = " ".join(str(error).split())[:200]
     return ModelError(
         f"{name}: cannot be loaded as a model ({reason}); give the embedded default "
@@ -130,7 +134,6 @@ def load_base(
     dtype: torch.dtype,
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
-    revision: str | None = None,
 ) -> PreTrainedModel:
     """Load a frozen base model in eval mode, every dropout rate set to zero.
 
@@ -142,7 +145,7 @@ def load_base(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     place = resolve_base(name)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(place, **options)
         for field, value in config.to_dict().items():
@@ -157,6 +160,26 @@ def load_base(
     if device is not None:
         model = model.to(device)
     return cast("PreTrainedModel", model.eval().requires_grad_(False))
+
+
+def load_generation_config(name: str, *, trust_remote_code: bool = False) -> GenerationConfig:
+    """Load a base's generation settings, or those that its model config implies.
+
+    Raises:
+        ModelError: the base cannot be found or read.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    place = resolve_base(name)
+    try:
+        return cast("GenerationConfig", GenerationConfig.from_pretrained(place))
+    except OSError:  # it has no generation_config.json; transformers then does as below
+        pass
+    try:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers and json each raise their own
+        raise _refusal(name, error) from error
+    return cast("GenerationConfig", GenerationConfig.from_model_config(config))
 
 
 def end_of_turn_ids(

@@ -257,8 +257,14 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         Each file appears whole or not at all; other files of the directory stay.
 
         Raises:
+            TrainingError: a weight is not finite; nothing is written.
             UserError: the directory cannot be written or the disk is full.
         """
+        if not all(bool(p.isfinite().all()) for p in self.adapter_parameters().values()):
+            raise TrainingError(
+                f"{save_directory}: the adapter's weights are no longer finite and are not saved; "
+                "go back to an older checkpoint and try a lower learning_rate or bf16=false."
+            )
         with whole_files(save_directory) as partial:
             self.peft_model.save_pretrained(str(partial), safe_serialization=True)
             # peft's template says nothing true about this adapter

@@ -90,12 +90,14 @@ class Policy:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device | None = None,
         check_base: bool = True,
+        trust_remote_code: bool = False,
     ) -> Policy:
         """Load a saved Q-adapter with its base and tokenizer.
 
         Args:
             base: another place of the same base; default the one the artefact names.
             check_base: refuse another base, tokenizer or template.
+            trust_remote_code: let the base run the Python code that comes with it.
 
         Raises:
             ArtefactError, ModelError: as `QAdapterModel.from_pretrained`; or the tokenizer or its
@@ -103,13 +105,15 @@ class Policy:
         """
         q_config = QConfig.load(directory)
         name = base or q_config.base_model
-        tokenizer = hub.load_tokenizer(name)
+        tokenizer = hub.load_tokenizer(name, trust_remote_code=trust_remote_code)
         if check_base and q_config.tokenizer_hash not in ("", hub.tokenizer_hash(tokenizer)):
             raise ArtefactError(
                 f"{directory}: was trained with another tokenizer or chat template than {name!r} "
                 "has now; restore it, or pass --no-check-base if you know better."
             )
-        loaded = hub.load_base(name, dtype=dtype, device=device)
+        loaded = hub.load_base(
+            name, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
         model = QAdapterModel.from_pretrained(directory, loaded, check_base=check_base)
         return cls(model, tokenizer)
 

@@ -221,8 +221,8 @@ class QAdapterTrainer(Trainer):
         now = model.adapter_parameters()
         if self.state.global_step and all(torch.equal(now[n], p) for n, p in adapter.items()):
             raise TrainingError(
-                "the adapter did not change; raise learning_rate or num_train_epochs "
-                "(a resumed run that was already finished has nothing left to do)."
+                "the adapter did not change; raise num_train_epochs or learning_rate, or lower "
+                "warmup_steps (a resumed run that was already finished has nothing left to do)."
             )
         return result
 
@@ -266,12 +266,16 @@ def run_training(config: QAdapterConfig) -> TrainResult:
         raise ConfigError("output_dir: missing; name a directory with --output.")
     check_writable(config.output_dir)
     set_seed(config.seed)
-    tokenizer = hub.load_tokenizer(config.model)
+    tokenizer = hub.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     pairs = read_pairs(config.data)
     train_pairs = list(pairs if config.max_pairs is None else islice(pairs, config.max_pairs))
     eval_pairs = list(read_pairs(config.eval_data)) if config.eval_data else []
     # The base comes after the data: a bad row is told in a second, not in a minute.
-    base = hub.load_base(config.model, dtype=torch.bfloat16 if config.bf16 else torch.float32)
+    base = hub.load_base(
+        config.model,
+        dtype=torch.bfloat16 if config.bf16 else torch.float32,
+        trust_remote_code=config.trust_remote_code,
+    )
     context = getattr(base.config, "max_position_embeddings", None)
     if context and config.max_length > context:
         raise ConfigError(
@@ -308,6 +312,7 @@ def run_training(config: QAdapterConfig) -> TrainResult:
         eval_dataset=eval_set,
         pad_id=cast(int, tokenizer.pad_token_id),
         anchors=anchors,
+        callbacks=_callbacks(config),
     )
     result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     metrics = dict(result.metrics)
@@ -319,6 +324,13 @@ def run_training(config: QAdapterConfig) -> TrainResult:
     outcome = TrainResult(directory, len(train_set), dropped, metrics, trainable)
     write_text(directory / "README.md", model_card(config, outcome))
     return outcome
+
+
+def _callbacks(config: QAdapterConfig) -> list[Any]:
+    from transformers import EarlyStoppingCallback
+
+    patience = config.early_stopping_patience
+    return [] if patience is None else [EarlyStoppingCallback(patience)]
 
 
 def model_card(config: QAdapterConfig, result: TrainResult) -> str:

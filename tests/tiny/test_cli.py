@@ -10,59 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import VOCABULARY, tiny_tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from qadapter.cli import main
 from qadapter.data import read_pairs
 from qadapter.policy import Chat, Policy
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    directory = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=2,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
-    return str(directory)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": f"Say {i}"}],
-            "chosen": [{"role": "assistant", "content": "yes é🙂 " * (1 + i % 2)}],
-            "rejected": [{"role": "assistant", "content": "<script>no</script>" * (1 + i % 3)}],
-        }
-        for i in range(12)
-    ]
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory, base: str, data: str) -> str:
-    directory = tmp_path_factory.mktemp("run") / "adapter"
-    options = "--max_length 200 --learning_rate 0.01 --num_train_epochs 6 --bf16 false"
-    quiet = "--save_strategy no --disable_tqdm true"
-    words = ["--data", data, "--model", base, "--output", str(directory)]
-    code = main(["train", *words, *options.split(), *quiet.split()])
-    assert code == 0
-    return str(directory)
 
 
 def test_the_artefact_is_a_peft_directory_with_our_config(adapter: str, base: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from models import tiny_base
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from qadapter import hub
 from qadapter.errors import ModelError, UserError
@@ -168,20 +168,6 @@ def test_a_base_is_frozen_and_has_no_dropout(tmp_path: Path) -> None:
     assert not base.training
     assert not any(p.requires_grad for p in base.parameters())
     assert all(m.p == 0.0 for m in base.modules() if isinstance(m, torch.nn.Dropout))
-
-
-def test_the_revision_reaches_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny_base("llama").save_pretrained(tmp_path)
-    seen: dict[str, Any] = {}
-    original = AutoModelForCausalLM.from_pretrained
-
-    def spy(*args: Any, **options: Any) -> Any:
-        seen.update(options)
-        return original(*args, **options)
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spy)
-    hub.load_base(str(tmp_path), dtype=torch.float32, revision="v1")
-    assert seen["revision"] == "v1"
 
 
 @pytest.mark.parametrize("damage", ["absent", "truncated", "a weight short", "no weights"])

@@ -1,0 +1,178 @@
+"""Pairs in tokens, through the tokenizer's own chat template, cut at an exact token prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, cast
+
+from qadapter.data.pairs import Message, Pair, Text
+from qadapter.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Dropped = Literal["too long", "prompt too long", "identical after truncation"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPair:
+    """A pair in tokens; responses include their end-of-turn token unless they were cut."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    chosen_terminal: bool
+    rejected_terminal: bool
+    source: str
+
+
+def _one_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    bos = tokenizer.bos_token_id
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+
+def _chat_ids(
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool
+) -> list[int]:
+    if not tokenizer.chat_template:
+        raise ModelError(
+            "the tokenizer has no chat template; use one that has, or give plain text pairs."
+        )
+    ids = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+    )
+    return _one_bos(cast(list[int], ids), tokenizer)
+
+
+def tokenize_prompt(prompt: Text, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens after which the response begins, exactly as training sees them.
+
+    Raises:
+        ModelError: a conversation meets a tokenizer without a chat template.
+    """
+    if isinstance(prompt, str):
+        return _one_bos(cast(list[int], tokenizer(prompt)["input_ids"]), tokenizer)
+    return _chat_ids(prompt, tokenizer, add_generation_prompt=True)
+
+
+def _response_ids(
+    pair: Pair,
+    response: Text,
+    prompt_ids: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    end_ids: frozenset[int],
+) -> list[int]:
+    if isinstance(response, str):
+        ids = cast(list[int], tokenizer(response, add_special_tokens=False)["input_ids"])
+        return [*ids, _eos(tokenizer, end_ids)]
+    messages = [*cast(list[Message], pair.prompt), *response]
+    ids = _chat_ids(messages, tokenizer, add_generation_prompt=False)
+    if ids[: len(prompt_ids)] != prompt_ids:
+        raise ModelError(
+            f"{pair.source}: the chat template's rendered prompt is not a prefix of the rendered "
+            "conversation, so the response cannot be told from it; use another template."
+        )
+    rest = ids[len(prompt_ids) :]
+    # Templates close a turn with more than its end token (ChatML: a newline), which nobody acts.
+    ends = [i for i, token in enumerate(rest) if token in end_ids]
+    return rest[: ends[-1] + 1] if ends else [*rest, _eos(tokenizer, end_ids)]
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase, end_ids: frozenset[int]) -> int:
+    """Return the token that ends a response whose template does not; generation must stop at it."""
+    eos = cast(int | None, tokenizer.eos_token_id)
+    if eos is None or eos not in end_ids:
+        raise ModelError(
+            f"the tokenizer's eos token ({tokenizer.eos_token!r}) does not end a turn; "
+            "set an eos_token at which generation stops."
+        )
+    return eos
+
+
+def whole_ids(
+    pair: Pair, tokenizer: PreTrainedTokenizerBase, end_ids: frozenset[int]
+) -> tuple[list[int], list[int], list[int]]:
+    """Return prompt, chosen and rejected in tokens, whole."""
+    prompt = tokenize_prompt(pair.prompt, tokenizer)
+    chosen = _response_ids(pair, pair.chosen, prompt, tokenizer, end_ids)
+    return prompt, chosen, _response_ids(pair, pair.rejected, prompt, tokenizer, end_ids)
+
+
+def drop_reason(
+    ids: tuple[list[int], list[int], list[int]], *, max_length: int, truncate: bool
+) -> Dropped | None:
+    """Return why training leaves the pair out, or None."""
+    prompt, chosen, rejected = ids
+    room = max_length - len(prompt)
+    if room <= 0:
+        return "prompt too long"
+    if max(len(chosen), len(rejected)) > room and not truncate:
+        return "too long"
+    return "identical after truncation" if chosen[:room] == rejected[:room] else None
+
+
+def tokenize_pair(
+    pair: Pair,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    end_ids: frozenset[int],
+    max_length: int,
+    truncate: bool = False,
+) -> TokenizedPair | Dropped:
+    """Return the pair in tokens, or the reason for leaving it out.
+
+    Text responses are tokenised apart from their prompt, as at generation; conversations by the
+    chat template, whose rendered prompt must be an exact token prefix.
+
+    Args:
+        end_ids: tokens that end a turn.
+        max_length: tokens of prompt and longer response together.
+        truncate: keep long responses, cut and not terminal, instead of dropping the pair.
+
+    Raises:
+        ModelError: there is no template, its prompt is not a prefix of the conversation, or a
+            response needs an eos token and the tokenizer's is not in `end_ids`.
+    """
+    ids = prompt, chosen, rejected = whole_ids(pair, tokenizer, end_ids)
+    if reason := drop_reason(ids, max_length=max_length, truncate=truncate):
+        return reason
+    room = max_length - len(prompt)
+    return TokenizedPair(
+        prompt_ids=prompt,
+        chosen_ids=chosen[:room],
+        rejected_ids=rejected[:room],
+        chosen_terminal=len(chosen) <= room,
+        rejected_terminal=len(rejected) <= room,
+        source=pair.source,
+    )
+
+
+def tokenize_pairs(
+    pairs: Iterable[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    end_ids: frozenset[int],
+    max_length: int,
+    truncate: bool = False,
+) -> tuple[list[TokenizedPair], dict[str, list[str]]]:
+    """Return the pairs in tokens, and the sources of those left out, by reason.
+
+    Raises:
+        DataError: nothing is left.
+        ModelError: as `tokenize_pair`.
+    """
+    kept: list[TokenizedPair] = []
+    dropped: dict[str, list[str]] = {}
+    for pair in pairs:
+        result = tokenize_pair(
+            pair, tokenizer, end_ids=end_ids, max_length=max_length, truncate=truncate
+        )
+        if isinstance(result, TokenizedPair):
+            kept.append(result)
+        else:
+            dropped.setdefault(result, []).append(pair.source)
+    if not kept:
+        reasons = ", ".join(f"{len(v)} {k}" for k, v in dropped.items()) or "no pairs given"
+        raise DataError(f"no pair is left ({reasons}); raise max_length or set truncate.")
+    return kept, dropped

@@ -1,0 +1,91 @@
+"""The demo: train on the pairs that the package ships; show what was learned and what was kept."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import pipeline
+
+from qadapter import hub
+from qadapter.config import QAdapterConfig
+from qadapter.data import read_pairs, read_texts
+from qadapter.policy import Drift, Policy, Score
+from qadapter.train import TrainResult, run_training
+
+PROMPTS = (
+    "What is a telescope for?",
+    "How do I keep my feet warm in winter?",
+    "Why do we laugh?",
+    "Give me advice about learning to draw.",
+    "Tell me about the Alps.",
+)
+"""Questions that are in neither shipped file."""
+STRENGTHS = (0.0, 0.5, 1.0)
+
+
+def shipped(name: str) -> str:
+    """Return the path of a file of `qadapter/data_files`: demo pairs and general text, our own."""
+    return str(files("qadapter") / "data_files" / name)
+
+
+def train_demo(directory: str | Path) -> TrainResult:
+    """Train on the shipped pairs, with the defaults of `qadapter train`, into `directory`."""
+    return run_training(
+        QAdapterConfig(
+            output_dir=str(directory), data=shipped("demo.train.jsonl"), save_strategy="no"
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One question, answered greedily by the base and by the policy at each of `STRENGTHS`."""
+
+    prompt: str
+    base: str
+    policy: tuple[str, ...]
+
+
+def ask(policy: Policy, *, max_new_tokens: int = 96) -> list[Answers]:
+    """Return the answers to `PROMPTS`; the base answers through transformers' own pipeline."""
+    messages = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    base = hub.load_base(
+        policy.model.q_config.base_model, dtype=policy.model.dtype, device=policy.model.device
+    )
+    ask_base = pipeline("text-generation", model=base, tokenizer=policy.tokenizer)
+    said = ask_base(
+        messages, max_new_tokens=max_new_tokens, do_sample=False, return_full_text=False
+    )
+    answers = policy.answer(
+        messages * len(STRENGTHS),
+        strength=[s for s in STRENGTHS for _ in PROMPTS],
+        max_new_tokens=max_new_tokens,
+    )
+    return [
+        Answers(
+            prompt, cast(Any, out)[0]["generated_text"].strip(), tuple(answers[i :: len(PROMPTS)])
+        )
+        for i, (prompt, out) in enumerate(zip(PROMPTS, said, strict=True))
+    ]
+
+
+def measure(policy: Policy) -> tuple[Score, list[Drift]]:
+    """Return the score on the held-out pairs, and the drift on general text at each strength."""
+    score = policy.score(list(read_pairs(shipped("demo.dev.jsonl"))))
+    texts = read_texts(shipped("general.txt"))
+    return score, [policy.drift(texts, strength=s) for s in STRENGTHS]
+
+
+def peak_memory() -> float:
+    """Return this process's peak memory so far in GiB: the accelerator's, else the host's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Kilobytes, except that macOS counts bytes.
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

@@ -1,0 +1,232 @@
+"""Runs of `qadapter train` that end early, break, or use what transformers' Trainer brings."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qadapter import hub
+from qadapter.cli import main
+from qadapter.model import QAdapterModel
+
+
+def train(base: str, data: str, output: Path, *words: str) -> int:
+    fixed = "--max_length 200 --learning_rate 0.01 --disable_tqdm true --bf16 false --trunk 0.5"
+    options = ["--data", data, "--model", base, "--output", str(output), *fixed.split()]
+    return main(["train", *options, *" ".join(words).split()])
+
+
+def swapped(data: str, directory: Path) -> str:
+    """Write the pairs with chosen and rejected exchanged."""
+    rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
+    rows = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} for r in rows]
+    path = directory / "swapped.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the one sentence on stderr."""
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("qadapter: ")
+    return last
+
+
+def test_early_stopping_goes_back_to_the_best_checkpoint(
+    base: str, data: str, tmp_path: Path
+) -> None:
+    # What is learned from the pairs is wrong for the swapped ones, more so every epoch.
+    watch = "--eval_strategy epoch --save_strategy epoch --load_best_model_at_end true"
+    metric = "--metric_for_best_model rewards/margins --greater_is_better true"
+    options = (watch, metric, "--num_train_epochs 6 --early_stopping_patience 2 --eval_data")
+    assert train(base, data, tmp_path / "out", *options, swapped(data, tmp_path)) == 0
+    checkpoints = sorted((tmp_path / "out").glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
+    assert len(checkpoints) == 3  # the first, and two that were not better
+    margins = json.loads((checkpoints[-1] / "trainer_state.json").read_text())["log_history"]
+    margins = [row["eval_rewards/margins"] for row in margins if "eval_rewards/margins" in row]
+    assert margins == sorted(margins, reverse=True)
+    best, kept, last = (
+        load_file(d / "adapter_model.safetensors")
+        for d in (checkpoints[0], tmp_path / "out", checkpoints[-1])
+    )
+    assert all(torch.equal(best[name], kept[name]) for name in best)
+    assert any(not torch.equal(last[name], kept[name]) for name in kept)
+
+
+def test_early_stopping_without_evaluation_is_refused(
+    base: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(base, data, tmp_path / "out", "--early_stopping_patience 2") == 2
+    assert "--eval_data F --eval_strategy epoch" in told(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensorboard_sees_the_metrics(
+    base: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    options = "--report_to tensorboard --logging_steps 1 --save_strategy no"
+    assert train(base, data, tmp_path / "out", options) == 0
+    events = accumulator.EventAccumulator(str(tmp_path / "logs"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss", "train/rewards/accuracies", "train/rewards/margins"} <= tags
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("wand", "'wand' is no tracker"), ("swanlab", "pip install swanlab")]
+)
+def test_a_tracker_that_is_not_there_is_told_first(
+    name: str,
+    message: str,
+    base: str,
+    data: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert train(base, data, tmp_path / "out", "--report_to", name) == 2
+    assert message in told(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_in_bfloat16_learns_and_keeps_its_adapter_in_float32(
+    base: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--bf16 true --num_train_epochs 6 --save_strategy no"
+    assert train(base, data, tmp_path / "out", options) == 0
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.float32}
+    capsys.readouterr()
+    assert main(["score", str(tmp_path / "out"), data, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] > 0.9
+
+
+def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(
+    base: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--learning_rate 1e25 --warmup_steps 0 --max_grad_norm 0 --save_steps 1"
+    code = train(
+        base, data, tmp_path / "out", options, "--save_strategy steps --num_train_epochs 9"
+    )
+    assert code == 2
+    assert "learning_rate" in told(capsys)
+    checkpoints = list((tmp_path / "out").glob("checkpoint-*/adapter_model.safetensors"))
+    assert checkpoints
+    for path in checkpoints:
+        assert all(bool(t.isfinite().all()) for t in load_file(path).values())
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(adapter: str, tmp_path: Path) -> None:
+    from qadapter.errors import TrainingError
+
+    model = QAdapterModel.from_pretrained(adapter)
+    next(iter(model.adapter_parameters().values())).data[0, 0] = float("inf")
+    with pytest.raises(TrainingError, match="no longer finite"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def limited(size: int, words: list[str]) -> int:
+    """Run a command while no file may grow past `size` bytes, which is what a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        return main(words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    base: str, data: str, adapter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.txt").write_text("Say 1\n")
+    out = tmp_path / "run"
+    train_words = ["--data", data, "--model", base, "--output", str(out), "--bf16", "false"]
+    train_words += ["--max_length", "200", "--save_strategy", "no", "--disable_tqdm", "true"]
+    commands: dict[str, list[str]] = {
+        "run": ["train", *train_words],
+        "a.jsonl": ["generate", adapter, "--prompts", str(tmp_path / "p.txt"), "--output"],
+        "a.html": ["explain", adapter, data, "--output"],
+    }
+    for name, words in commands.items():
+        words = words if name == "run" else [*words, str(tmp_path / name)]
+        assert limited(40, words) == 2, name
+        assert "cannot be written" in told(capsys)
+        files = [p for p in (tmp_path / name).rglob("*") if p.is_file()]
+        assert not (tmp_path / name).is_file()
+        assert files == []
+    assert {p.name for p in tmp_path.iterdir()} <= {"p.txt", "run"}  # no temporary files either
+
+
+def test_check_cuts_responses_where_training_does(
+    base: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Gemma's way: the end of a turn is in the generation settings and is not the tokenizer's eos.
+    other = tmp_path / "base"
+    shutil.copytree(base, other)
+    tokenizer = hub.load_tokenizer(base)
+    settings = json.loads((other / "generation_config.json").read_text())
+    newline = tokenizer("\n")["input_ids"][0]
+    (other / "generation_config.json").write_text(
+        json.dumps({**settings, "eos_token_id": [1, newline]})
+    )
+    assert hub.end_of_turn_ids(tokenizer, hub.load_generation_config(str(other))) == {1, newline}
+    (other / "generation_config.json").unlink()
+    assert hub.end_of_turn_ids(tokenizer, hub.load_generation_config(str(other))) == {1}
+
+    def chosen_lengths(model: str) -> list[int]:
+        assert main(["check", data, "--model", model, "--max-length", "200"]) == 0
+        (line,) = [s for s in capsys.readouterr().out.splitlines() if s.startswith("  chosen")]
+        least, *_, most = line.split()[1:]  # percentiles between are rounded
+        return [int(least), int(most)]
+
+    (other / "generation_config.json").write_text(
+        json.dumps({**settings, "eos_token_id": [1, newline]})
+    )
+    # ChatML closes a turn with <|im_end|> and a newline, which now ends the turn as well.
+    assert chosen_lengths(str(other)) == [n + 1 for n in chosen_lengths(base)]
+
+
+def test_the_authors_preset_is_what_it_says(base: str, data: str, tmp_path: Path) -> None:
+    preset = Path(__file__).parents[2] / "examples" / "authors.yaml"
+    options = ("--config", str(preset), "--save_strategy no")
+    assert train(base, data, tmp_path / "out", *options) == 0
+    saved = json.loads((tmp_path / "out" / "qadapter_config.json").read_text())
+    assert (saved["objective"], saved["parameterization"]) == ("authors", "raw")
+    assert (saved["alpha_0"], saved["alpha_tilde"]) == (0.01, 1.0)
+
+
+def test_code_that_comes_with_a_base_runs_only_when_asked(
+    base: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "base"
+    shutil.copytree(base, other)
+    config: dict[str, Any] = json.loads((other / "config.json").read_text())
+    config |= {
+        "model_type": "own",
+        "architectures": ["OwnModel"],
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+    }
+    (other / "config.json").write_text(json.dumps(config))
+    (other / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n\n\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    assert train(str(other), data, tmp_path / "out", "--save_strategy no") == 2
+    assert "--trust-remote-code" in told(capsys)
+    options = "--save_strategy no --trust_remote_code true"
+    assert train(str(other), data, tmp_path / "out", options) == 0
+    assert main(["score", str(tmp_path / "out"), data]) == 2
+    assert main(["score", str(tmp_path / "out"), data, "--trust-remote-code"]) == 0
