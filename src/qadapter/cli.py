@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import shutil
 import sys
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qadapter.errors import ConfigError, UserError
+from qadapter.errors import ConfigError, DataError, UserError
 
 if TYPE_CHECKING:
     from qadapter.policy import Policy
@@ -33,10 +35,34 @@ the command, shows the traceback.
 """
 
 
+def _count(text: str) -> int:
+    """Return a whole number from 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
+    return number
+
+
+def _seed(text: str) -> int:
+    """Return a whole number that every generator takes for a seed, for argparse."""
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2³² − 1")
+    return number
+
+
+def _level(text: str) -> float:
+    """Return a finite number from 0, for argparse."""
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number from 0")
+    return number
+
+
 def _add_policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", help="directory that `qadapter train` wrote")
     parser.add_argument("--base", help="where the base is, if not where the artefact says")
-    parser.add_argument("--strength", type=float, default=1.0, help="0 the base, 1 the policy")
+    parser.add_argument("--strength", type=_level, default=1.0, help="0 the base, 1 the policy")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", help="cuda, mps, cpu; default the first there is")
     parser.add_argument(
@@ -57,11 +83,18 @@ def _load_policy(args: argparse.Namespace) -> Policy:
 
     from qadapter.policy import Policy
 
+    device = args.device or PartialState().device
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(
+            f"--device: {device} is not to be had ({error}); leave it out."
+        ) from error
     return Policy.from_pretrained(
         args.adapter,
         args.base,
         dtype=getattr(torch, args.dtype),
-        device=args.device or PartialState().device,
+        device=device,
         check_base=not args.no_check_base,
         trust_remote_code=args.trust_remote_code,
     )
@@ -81,9 +114,8 @@ def _train(argv: Sequence[str]) -> None:
     parser.add_argument("--config", help="YAML file with any of the fields below")
     parser.add_argument("--output", dest="output_dir", help="same as --output_dir")
     known, _ = parser.parse_known_args(list(argv))
-    if known.config:
-        parser.set_defaults(**_read_yaml(known.config, QAdapterConfig))
-    values = vars(parser.parse_args(list(argv)))
+    words = [*(_yaml_words(known.config, QAdapterConfig) if known.config else []), *argv]
+    values = vars(parser.parse_args(words))
     del values["config"]
     result = run_training(QAdapterConfig(**values))
     for reason, sources in result.dropped.items():
@@ -94,7 +126,8 @@ def _train(argv: Sequence[str]) -> None:
     print(f"saved   {result.directory}\nnext    qadapter chat {result.directory}")
 
 
-def _read_yaml(path: str, config: type) -> dict[str, Any]:
+def _yaml_words(path: str, config: type) -> list[str]:
+    """Return a YAML file's fields as the flags they stand for, so both are read by one parser."""
     import yaml
 
     try:
@@ -104,10 +137,19 @@ def _read_yaml(path: str, config: type) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ConfigError(f"{path}: must hold fields and values, one `name: value` a line.")
     known = {f.name for f in dataclasses.fields(config)}
-    for name in fields:
+    words: list[str] = []
+    for name, value in fields.items():
         if name not in known:
             raise ConfigError(f"{path}: {name!r} is not a field; see `qadapter train --help`.")
-    return fields
+        if value is None:
+            raise ConfigError(f"{path}: {name!r} has no value; give one or drop the line.")
+        if value is False and name.endswith("_strategy"):
+            value = "no"  # which YAML reads as a boolean
+        values = value if isinstance(value, list) else [value]
+        # `=` keeps a value that begins with a dash from being read as a flag.
+        texts = [json.dumps(v) if isinstance(v, dict) else str(v) for v in values]
+        words += [f"--{name}={texts[0]}"] if len(texts) == 1 else [f"--{name}", *texts]
+    return words
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -130,6 +172,11 @@ def _check(args: argparse.Namespace) -> None:
                 "--show needs --model, whose tokenizer tells which tokens are trained."
             )
         _show(args, tokenizer, end_ids)
+    if found.bad:
+        raise DataError(
+            f"{args.data}: {len(found.bad)} of {found.rows} rows cannot be trained on, the first "
+            f"is {found.bad[0].source}; mend them as said above."
+        )
 
 
 def _show(args: argparse.Namespace, tokenizer: Any, end_ids: frozenset[int]) -> None:
@@ -147,9 +194,20 @@ def _show(args: argparse.Namespace, tokenizer: Any, end_ids: frozenset[int]) -> 
             console.print(f"{pair.source}: dropped, {tokens}", style="yellow")
             continue
         console.rule(f"{pair.source} (trained tokens in colour)")
-        console.print(Text(tokenizer.decode(tokens.prompt_ids), style="dim"))
-        console.print(Text("chosen   " + tokenizer.decode(tokens.chosen_ids), style="green"))
-        console.print(Text("rejected " + tokenizer.decode(tokens.rejected_ids), style="red"))
+        prompt, chosen, rejected = (
+            _printable(tokenizer.decode(ids))
+            for ids in (tokens.prompt_ids, tokens.chosen_ids, tokens.rejected_ids)
+        )
+        console.print(Text(prompt, style="dim"))
+        console.print(Text("chosen   " + chosen, style="green"))
+        console.print(Text("rejected " + rejected, style="red"))
+
+
+def _printable(text: str) -> str:
+    """Return text that cannot steer the terminal: control characters are written out."""
+    return "".join(
+        repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text
+    )
 
 
 def _score(args: argparse.Namespace) -> None:
@@ -169,7 +227,7 @@ def _score(args: argparse.Namespace) -> None:
         lines = [json.dumps({"chosen": won, "rejected": lost}) + "\n" for won, lost in rows]
         write_text(args.rewards, "".join(lines))
     if args.json:
-        print(json.dumps(figures))
+        print(json.dumps(figures, allow_nan=False))
         return
     for name, value in figures.items():
         print(f"{name:22} {value:.4f}" if isinstance(value, float) else f"{name:22} {value}")
@@ -283,7 +341,7 @@ def _chat(args: argparse.Namespace) -> None:
             continue
         try:
             for piece in chat.send(line):
-                print(piece, end="", flush=True)
+                print(_printable(piece), end="", flush=True)
         except UserError as error:  # a slip at the prompt does not end the talk
             print(error, end="")
         print()
@@ -309,24 +367,24 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("data", help="file, directory or Hub name")
     check.add_argument("--model", help="count tokens as this model does")
     check.add_argument("--eval-data", help="held-out pairs, to look for shared prompts")
-    check.add_argument("--max-length", type=int, default=1024, help="tokens a pair may have")
-    check.add_argument("--show", type=int, default=0, metavar="N", help="print N pairs")
+    check.add_argument("--max-length", type=_count, default=1024, help="tokens a pair may have")
+    check.add_argument("--show", type=_count, metavar="N", help="print N pairs")
     _add_trust(check)
     check.set_defaults(run=_check)
 
     chat = commands.add_parser("chat", help="talk to a policy")
     _add_policy(chat)
-    chat.add_argument("--max-new-tokens", type=int, default=256)
+    chat.add_argument("--max-new-tokens", type=_count, default=256)
     chat.set_defaults(run=_chat)
 
     generate = commands.add_parser("generate", help="answer a file of prompts")
     _add_policy(generate)
     generate.add_argument("--prompts", required=True, help=".txt, a prompt a line, or .jsonl")
     generate.add_argument("--output", required=True, help=".jsonl to write")
-    generate.add_argument("--max-new-tokens", type=int, default=256)
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    generate.add_argument("--seed", type=int, default=42)
-    generate.add_argument("--batch-size", type=int, default=8)
+    generate.add_argument("--max-new-tokens", type=_count, default=256)
+    generate.add_argument("--temperature", type=_level, default=0.0, help="0 is greedy")
+    generate.add_argument("--seed", type=_seed, default=42)
+    generate.add_argument("--batch-size", type=_count, default=8)
     generate.set_defaults(run=_generate)
 
     score = commands.add_parser("score", help="held-out accuracy, margin and KL to the base")
@@ -335,15 +393,15 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--json", action="store_true", help="one JSON object on stdout")
     score.add_argument("--rewards", metavar="F", help="write each pair's rewards here (.jsonl)")
     score.add_argument("--text", metavar="F", help="general text, for KL and perplexity")
-    score.add_argument("--text-tokens", type=int, default=50_000, help="at most so many of it")
-    score.add_argument("--max-length", type=int, default=1024)
+    score.add_argument("--text-tokens", type=_count, default=50_000, help="at most so many of it")
+    score.add_argument("--max-length", type=_count, default=1024)
     score.set_defaults(run=_score)
 
     explain = commands.add_parser("explain", help="colour tokens by their reward, in a page")
     _add_policy(explain)
     explain.add_argument("data", help="preference pairs")
     explain.add_argument("--output", required=True, help=".html to write")
-    explain.add_argument("--max-pairs", type=int, default=20)
+    explain.add_argument("--max-pairs", type=_count, default=20)
     explain.set_defaults(run=_explain)
     return parser
 
@@ -363,7 +421,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if debug:
             raise
-        print(f"qadapter: {error}", file=sys.stderr)
+        print(f"qadapter: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("qadapter: stopped", file=sys.stderr)

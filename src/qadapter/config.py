@@ -118,6 +118,13 @@ def _bf16_supported() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+_POSITIVE = (
+    "gradient_accumulation_steps",
+    "per_device_eval_batch_size",
+    "per_device_train_batch_size",
+)
+
+
 @dataclass(kw_only=True)
 class QAdapterConfig(TrainingArguments):
     """What a training run is: transformers' TrainingArguments and the fields below.
@@ -201,8 +208,21 @@ class QAdapterConfig(TrainingArguments):
             raise ConfigError(f"lora_r: {self.lora_r} must be at least 1.")
         if self.max_length < 2:
             raise ConfigError(f"max_length: {self.max_length} must be at least 2.")
-        if self.anchor_weight < 0:
-            raise ConfigError(f"anchor_weight: {self.anchor_weight} must not be negative.")
+        if not 0 <= self.anchor_weight < math.inf:
+            raise ConfigError(f"anchor_weight: {self.anchor_weight} must be from 0 and finite.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout: {self.lora_dropout} must lie in [0, 1).")
+        if not 0 <= self.learning_rate < math.inf:
+            raise ConfigError(f"learning_rate: {self.learning_rate} must be from 0 and finite.")
+        if self.max_pairs is not None and self.max_pairs < 1:
+            raise ConfigError(f"max_pairs: {self.max_pairs} must be at least 1.")
+        for name in _POSITIVE:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)} must be at least 1.")
+        if self.seed < 0:
+            raise ConfigError(f"seed: {self.seed} must not be negative.")
+        if not self.eval_data and (str(self.eval_strategy) != "no" or self.eval_on_start):
+            raise ConfigError("eval_strategy: there is nothing to evaluate on; add --eval_data F.")
         self._check_trackers()
         if self.early_stopping_patience is not None:
             self._check_early_stopping(self.early_stopping_patience)
@@ -212,7 +232,7 @@ class QAdapterConfig(TrainingArguments):
         self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
         try:
             super().__post_init__()
-        except ValueError as error:
+        except (ImportError, LookupError, OSError, TypeError, ValueError) as error:
             raise ConfigError(f"a training setting cannot be used: {error}") from error
 
     def _check_trackers(self) -> None:

@@ -60,12 +60,13 @@ def explain_html(policy: Policy, pairs: Sequence[Pair], *, strength: float = 1.0
     Blue tokens are rewarded, orange ones penalised; the scale is shared by the whole page.
 
     Raises:
-        DataError: no pair fits 1,024 tokens.
+        DataError: no pair fits 1,024 tokens, or the model's context.
     """
-    tokenized, _ = tokenize_pairs(pairs, policy.tokenizer, end_ids=policy.end_ids, max_length=1024)
+    limit = min(1024, policy.context)
+    tokenized, _ = tokenize_pairs(pairs, policy.tokenizer, end_ids=policy.end_ids, max_length=limit)
     rows: list[tuple[str, str, list[Piece], list[Piece]]] = []
     for pair in tokenized:
-        out, _ = policy.judge([pair], strength=strength)
+        out = policy.judge([pair], strength=strength)
         chosen, rejected = (
             _pieces(policy, ids, out.rewards[out.response == row].tolist())
             for row, ids in enumerate((pair.chosen_ids, pair.rejected_ids))

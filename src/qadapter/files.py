@@ -158,3 +158,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, object]]:
                 f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); "
                 "fix or drop the line."
             ) from error
+        except (ValueError, RecursionError) as error:  # a number or a nesting past Python's limits
+            raise DataError(
+                f"{path}:{number}: not readable JSON ({error}); fix or drop the line."
+            ) from error

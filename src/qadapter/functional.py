@@ -25,7 +25,8 @@ class Transitions(NamedTuple):
         input_ids        a b c d E .      completion_mask  0 0 1 1 1 0
         rows             [0, 0, 0, 0]     columns          [1, 2, 3, 4]      (states after b c d E)
         taken            [0, 1, 2]        following        [1, 2, 3]
-        action_columns   [2, 3, 4]        (c d E)          continues [True, True, False]
+        action_rows      [0, 0, 0]        action_columns   [2, 3, 4]        (c d E)
+        response         [0, 0, 0]        continues        [True, True, False]
 
     The shift lives here and only here: the state in which token `t` is chosen is the hidden state
     at position `t - 1`, so the first response token is trained, from the prompt's last state.
@@ -39,10 +40,12 @@ class Transitions(NamedTuple):
     """`[N]` int64, index into the M states: where the action is taken, `s_t`."""
     following: Tensor
     """`[N]` int64, index into the M states: where it leads, `s_{t+1}`."""
+    action_rows: Tensor
+    """`[N]` int64, batch row of the action's token."""
     action_columns: Tensor
     """`[N]` int64, position of the action's token in its row."""
     response: Tensor
-    """`[N]` int64, the response (row) each token belongs to."""
+    """`[N]` int64, the response each token belongs to; chosen first, rejected after."""
     continues: Tensor
     """`[N]` bool, False where the action ends the response, so that V̂(s') = 0."""
 
@@ -79,9 +82,56 @@ def transitions(completion_mask: Tensor, terminal: Tensor) -> Transitions:
         columns=columns,
         taken=index[response, action_columns - 1],
         following=index[response, action_columns],
+        action_rows=response,
         action_columns=action_columns,
         response=response,
         continues=~(is_last & terminal.bool()[response]),
+    )
+
+
+def packed_transitions(spans: Tensor, terminal: Tensor) -> Transitions:
+    """Return the states and actions of pairs that lie in one row as prompt, chosen, rejected.
+
+    The state after the prompt is there once and serves both responses. A pair with prompt `a b`,
+    chosen `c E` and rejected `d e E` gives
+
+        tokens           a b c E d e E
+        columns          [1, 2, 3, 4, 5, 6]
+        taken            [0, 1, 0, 3, 4]      following        [1, 2, 3, 4, 5]
+        action_columns   [2, 3, 4, 5, 6]      response         [0, 0, 1, 1, 1]
+
+    Args:
+        spans: `[B, 4]` int64: where each pair starts, and its tokens of prompt, chosen, rejected.
+        terminal: `[2B]` bool, chosen first: False for a response cut by a length limit.
+
+    Raises:
+        ValueError: a prompt or a response is empty.
+    """
+    if bool((spans[:, 1:] < 1).any()):
+        raise ValueError("every pair needs a prompt, a chosen and a rejected token")
+    start, prompt, chosen, rejected = spans.unbind(1)
+    before = start + prompt - 1  # the state after the prompt
+    first = torch.cat([before + 1, before + 1 + chosen])
+    lengths = torch.cat([chosen, rejected])
+    response = torch.repeat_interleave(torch.arange(len(lengths), device=spans.device), lengths)
+    steps = (
+        torch.arange(len(response), device=spans.device) - (lengths.cumsum(0) - lengths)[response]
+    )
+    columns = first[response] + steps
+    # Where the first token is chosen is the prompt's last state, else the token before.
+    at = torch.where(steps == 0, before.repeat(2)[response], columns - 1)
+    states, where = torch.unique(torch.cat([at, columns]), return_inverse=True)
+    taken, following = where.chunk(2)
+    last = steps == lengths[response] - 1
+    return Transitions(
+        rows=torch.zeros_like(states),
+        columns=states,
+        taken=taken,
+        following=following,
+        action_rows=torch.zeros_like(columns),
+        action_columns=columns,
+        response=response,
+        continues=~(last & terminal.bool()[response]),
     )
 
 
@@ -208,6 +258,7 @@ def authors_transitions(completion_mask: Tensor) -> Transitions:
         columns=columns,
         taken=index,
         following=index,
+        action_rows=rows,
         action_columns=columns + 1,
         response=rows,
         continues=torch.ones_like(rows, dtype=torch.bool),

@@ -1,9 +1,9 @@
 """The costly parts of `qadapter.functional`, from hidden states, with gradients in closed form.
 
-Both functions walk over the states in chunks and never hold `[states, vocabulary]`. The head is a
-frozen linear map without bias; anything else (soft-capped or adapted heads) takes the path through
-`qadapter.functional`. Products run in the dtype of the inputs, reductions in float32 (float64
-where the inputs are float64).
+Both functions walk over tiles of states and words and never hold `[states, vocabulary]`. The head
+is a frozen linear map without bias; anything else (soft-capped or adapted heads) takes the path
+through `qadapter.functional`. Products run in the dtype of the inputs, reductions in float32 (or
+float64, as the inputs).
 
     linear_logsumexp ── _LinearLogsumexp      logsumexp of W·h, for V̂ (METHOD M1)
     linear_kl        ── _LinearKL             KL between two softmaxes of W·h, for anchors (§6)
@@ -17,13 +17,43 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_CHUNK_BYTES = 64 * 2**20
-"""Size of one chunk of logits; past the last cache anyway, large enough for an efficient GEMM."""
+_CPU_TILE = (512, 1024)
+"""States and words of one tile of logits: two MiB in float32 stay in a core's cache."""
+_ACCELERATOR_TILE = (4096, 16384)
+"""Large enough to fill an accelerator, small beside its memory."""
 
 
-def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    step = max(1, _CHUNK_BYTES // (weight.shape[0] * 4))
-    return [slice(i, i + step) for i in range(0, hidden.shape[0], step)]
+def _slices(hidden: Tensor, weight: Tensor) -> tuple[list[slice], list[slice]]:
+    """Return the tiles' runs of states and of words."""
+    states, words = _CPU_TILE if hidden.device.type == "cpu" else _ACCELERATOR_TILE
+    return (
+        [slice(i, i + states) for i in range(0, hidden.shape[0], states)],
+        [slice(i, i + words) for i in range(0, weight.shape[0], words)],
+    )
+
+
+class _Running:
+    """Softmax over tiles of logits that come one after another (online softmax, arXiv:1805.02867).
+
+    After all tiles `peak + log(total)` is the logsumexp, and `sums / total` is any expectation
+    whose terms were added tile by tile with `add`.
+    """
+
+    def __init__(self, states: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.peak = torch.full((states,), -torch.inf, dtype=dtype, device=device)
+        self.total = torch.zeros(states, dtype=dtype, device=device)
+
+    def take(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a tile's `exp(logits − peak)`, in place, and what older sums shrink by."""
+        peak = torch.maximum(self.peak, logits.amax(-1))
+        shrink = (self.peak - peak).exp()
+        weights = logits.sub_(peak[:, None]).exp_()
+        self.total.mul_(shrink).add_(weights.sum(-1))
+        self.peak = peak
+        return weights, shrink
+
+    def logsumexp(self) -> Tensor:
+        return self.peak + self.total.log()
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -42,13 +72,20 @@ class _LinearLogsumexp(torch.autograd.Function):
         out = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
         needs_grad = ctx.needs_input_grad[0]
         grad = torch.empty_like(hidden) if needs_grad else None
-        for part in _chunks(hidden, weight):
-            logits = (hidden[part] @ weight.T).to(wide)
-            out[part] = torch.logsumexp(logits, dim=-1)
+        rows, columns = _slices(hidden, weight)
+        for row in rows:
+            h = hidden[row]
+            running = _Running(len(h), wide, h.device)
+            mean = torch.zeros(h.shape, dtype=wide, device=h.device)
+            for column in columns:
+                w = weight[column]
+                weights, shrink = running.take((h @ w.T).to(wide))
+                if needs_grad:
+                    # d logsumexp(W·h)/dh = Σ_a softmax_a · W_a: made now, while the tile is here.
+                    mean.mul_(shrink[:, None]).add_(weights.to(w.dtype) @ w)
+            out[row] = running.logsumexp()
             if grad is not None:
-                # d logsumexp(W·h)/dh = Σ_a softmax_a · W_a: made now, while the logits are here.
-                probs = logits.sub_(out[part, None]).exp_().to(weight.dtype)
-                grad[part] = probs @ weight
+                grad[row] = mean.div_(running.total[:, None])
         if grad is not None:
             ctx.save_for_backward(grad)
         return out
@@ -84,12 +121,27 @@ class _LinearKL(torch.autograd.Function):
         out = torch.empty(policy.shape[0], dtype=wide, device=policy.device)
         needs_grad = ctx.needs_input_grad[1]
         grad = torch.empty_like(policy) if needs_grad else None
-        for part in _chunks(policy, weight):
-            logp = torch.log_softmax((base[part] @ weight.T).to(wide), dim=-1)
-            logq = torch.log_softmax((policy[part] @ weight.T).to(wide), dim=-1)
-            out[part] = (logp.exp() * (logp - logq)).sum(-1)
+        rows, columns = _slices(policy, weight)
+        for row in rows:
+            hp, hq = base[row], policy[row]
+            p, q = (_Running(len(hp), wide, hp.device) for _ in range(2))
+            gap = torch.zeros(len(hp), dtype=wide, device=hp.device)
+            mean_p, mean_q = (torch.zeros(hp.shape, dtype=wide, device=hp.device) for _ in range(2))
+            for column in columns:
+                w = weight[column]
+                zp, zq = (hp @ w.T).to(wide), (hq @ w.T).to(wide)
+                difference = zp - zq
+                weights, shrink = p.take(zp)
+                # Σ_a p_a (z_p − z_q)_a, the part of the KL that the two logsumexps leave.
+                gap.mul_(shrink).add_((weights * difference).sum(-1))
+                if needs_grad:
+                    mean_p.mul_(shrink[:, None]).add_(weights.to(w.dtype) @ w)
+                weights, shrink = q.take(zq)
+                if needs_grad:
+                    mean_q.mul_(shrink[:, None]).add_(weights.to(w.dtype) @ w)
+            out[row] = gap / p.total + q.logsumexp() - p.logsumexp()
             if grad is not None:
-                grad[part] = (logq.exp_() - logp.exp_()).to(weight.dtype) @ weight
+                grad[row] = mean_q / q.total[:, None] - mean_p / p.total[:, None]
         if grad is not None:
             ctx.save_for_backward(grad)
         return out

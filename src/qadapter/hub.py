@@ -35,7 +35,7 @@ def resolve_base(name: str) -> str:
         UserError: the cache directory cannot be written or the disk is full.
     """
     if name != DEFAULT_BASE:
-        return name
+        return portable_name(name)
     directory = cache_dir() / "models" / DEFAULT_BASE
     if not verify_manifest(directory):
         try:
@@ -44,6 +44,14 @@ def resolve_base(name: str) -> str:
             if not verify_manifest(directory):  # else another process finished first
                 raise
     return str(directory)
+
+
+def portable_name(name: str) -> str:
+    """Return a base's name as an artefact keeps it: a directory by its whole path, else as given.
+
+    A relative path would mean another place for whoever loads the adapter from another directory.
+    """
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def verify_manifest(directory: Path) -> bool:

@@ -10,21 +10,30 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qadapter import functional, fused, hub
+from qadapter.attention import PackedPairs, let_pack
 from qadapter.config import QConfig
 from qadapter.errors import ArtefactError, ConfigError, ModelError, TrainingError
 from qadapter.files import whole_files
@@ -73,6 +82,16 @@ class _BranchCache:
         return getattr(self._cache, name)
 
 
+def _wide(x: Tensor) -> Tensor:
+    """Return the tensor in float32, or in float64 where it has that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _placed(values: Tensor, where: Tensor) -> Tensor:
+    """Return `[N]` zeros with `values` where the mask `[N]` is True."""
+    return values.new_zeros(len(where)).masked_scatter(where, values)
+
+
 def _decoder_layers(decoder: nn.Module, n_layers: int) -> nn.ModuleList:
     for child in decoder.children():
         if isinstance(child, nn.ModuleList) and len(child) == n_layers:
@@ -92,6 +111,48 @@ def _final_norm(decoder: nn.Module, layers: nn.ModuleList) -> nn.Module:
             f"{type(decoder).__name__}: no final norm after its layers; choose another base."
         )
     return after[0]
+
+
+def _check_adapter_config(path: Path) -> None:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtefactError(f"{path}: missing; train or copy the adapter again.") from error
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{path}: is damaged ({error}); copy or train again.") from error
+
+
+def _check_state(path: Path, state: dict[str, Tensor], model: PeftModel) -> None:
+    """Raise ArtefactError unless the tensors are this adapter's, all there, and finite."""
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    strange, missing = sorted(set(state) - expected), sorted(expected - set(state))
+    if strange or missing:
+        name, what = (missing[0], "lacks") if missing else (strange[0], "has a foreign")
+        raise ArtefactError(
+            f"{path}: {what} {name!r}; it is another adapter or cut, copy it again."
+        )
+    if bad := [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]:
+        raise ArtefactError(f"{path}: {bad[0]!r} is not finite; use an older checkpoint.")
+
+
+def _checked_strength(strength: Any, rows: int | None = None) -> float | Tensor:
+    """Return a strength as a float or a tensor of one a row.
+
+    Raises:
+        ValueError: one is negative or not finite, or their number is not the number of rows.
+    """
+    if not isinstance(strength, (int, float)):
+        strength = torch.as_tensor(strength, dtype=torch.float32)
+        if strength.dim() == 0:
+            strength = float(strength)
+    wrong = torch.as_tensor(strength)
+    if not bool((wrong.isfinite() & (wrong >= 0)).all()):
+        raise ValueError(f"strength: {strength} must be finite and not negative (METHOD §5)")
+    if isinstance(strength, Tensor) and (
+        strength.dim() != 1 or (rows is not None and len(strength) != rows)
+    ):
+        raise ValueError(f"strength: {tuple(strength.shape)} given, need one number or one a row")
+    return cast("float | Tensor", strength)
 
 
 def _linear_names(layer: nn.Module) -> list[str]:
@@ -120,6 +181,7 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
 
     def __init__(self, peft_model: PeftModel, q_config: QConfig) -> None:
         base = cast(PreTrainedModel, peft_model.get_base_model())
+        let_pack(base)
         decoder = base.get_decoder()
         n_layers = int(base.config.num_hidden_layers)
         layers = _decoder_layers(decoder, n_layers)
@@ -184,6 +246,7 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
 
         Raises:
             ConfigError: a layer or module does not exist.
+            ModelError: the base's architecture does not give the two streams.
         """
         n_layers = int(base.config.num_hidden_layers)
         layers = _decoder_layers(base.get_decoder(), n_layers)
@@ -211,7 +274,20 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
             raise ConfigError(
                 f"lora_target_modules: {names} cannot be adapted ({error})."
             ) from error
-        return cls(cast(PeftModel, peft_model), q_config)
+        tuned = [n for n, m in peft_model.named_modules() if isinstance(m, BaseTunerLayer)]
+        for name in names:
+            if not any(n.endswith(name) for n in tuned):
+                raise ConfigError(
+                    f"lora_target_modules: {name!r} names no linear map of the adapted layers or "
+                    "the head; leave it out."
+                )
+        try:
+            return cls(cast(PeftModel, peft_model), q_config)
+        except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{type(base).__name__}: this architecture is not supported ({error}); "
+                "choose another base."
+            ) from error
 
     @classmethod
     def from_pretrained(
@@ -233,9 +309,9 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         """
         q_config = QConfig.load(directory)
         weights = Path(directory) / "adapter_model.safetensors"
-        for path in (weights, Path(directory) / "adapter_config.json"):
-            if not path.is_file():
-                raise ArtefactError(f"{path}: missing; train or copy the adapter again.")
+        _check_adapter_config(Path(directory) / "adapter_config.json")
+        if not weights.is_file():
+            raise ArtefactError(f"{weights}: missing; train or copy the adapter again.")
         if base is None:
             base = hub.load_base(q_config.base_model, dtype=dtype, device=device)
         if check_base and q_config.base_hash and hub.weights_hash(base) != q_config.base_hash:
@@ -244,11 +320,13 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
                 f"{q_config.base_model!r}, or pass check_base=False if you know better."
             )
         try:
+            state = load_peft_weights(str(directory), device="cpu")
             peft_model = PeftModel.from_pretrained(base, str(directory), is_trainable=is_trainable)
         except Exception as error:  # safetensors, json and peft each raise their own
             raise ArtefactError(
                 f"{weights}: cannot be loaded ({error}); the file is damaged, copy or train again."
             ) from error
+        _check_state(weights, state, peft_model)
         return cls(peft_model, q_config)
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
@@ -266,7 +344,9 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
                 "go back to an older checkpoint and try a lower learning_rate or bf16=false."
             )
         with whole_files(save_directory) as partial:
-            self.peft_model.save_pretrained(str(partial), safe_serialization=True)
+            self.peft_model.save_pretrained(
+                str(partial), safe_serialization=True, save_embedding_layers=False
+            )
             # peft's template says nothing true about this adapter
             (partial / "README.md").unlink(missing_ok=True)
             dataclasses.replace(self.q_config, qadapter_version=version("qadapter")).save(partial)
@@ -278,31 +358,41 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
             ArtefactError: the weights are missing, damaged, or of another adapter.
         """
         try:
+            if not Path(directory).is_dir():  # peft would ask the Hub for it
+                raise FileNotFoundError("no such directory")
             state = load_peft_weights(str(directory), device="cpu")
-            result = set_peft_model_state_dict(self.peft_model, state)
+            _check_state(Path(directory), state, self.peft_model)
+            set_peft_model_state_dict(self.peft_model, state)
+        except ArtefactError:
+            raise
         except Exception as error:  # safetensors and peft each raise their own
             raise ArtefactError(
                 f"{directory}: adapter weights cannot be loaded ({error}); use an older checkpoint."
             ) from error
-        if result.unexpected_keys or not state:
-            raise ArtefactError(f"{directory}: holds another adapter; resume from its own run.")
 
     def _check_streams(self) -> None:
-        """Raise ModelError unless the streams reproduce the base's own logits.
+        """Raise ModelError unless the streams reproduce the base's own logits, cached or not.
 
         Catches a family whose final norm or head does more than ours (a logit scale, a second
-        norm) before it can be trained or served wrongly.
+        norm), or whose layers keep a state that the branch's view of the cache does not shift,
+        before it can be trained or served wrongly.
         """
-        ids = torch.arange(1, 4, device=self.device)[None]
+        ids = torch.arange(1, 5, device=self.device)[None]
         with torch.no_grad(), self.adapter_off():
             ours = self.head(self.streams(ids).adapted)
             theirs = self._base(input_ids=ids, use_cache=False).logits
-        scale = theirs.float().abs().max().clamp(min=1.0)
-        if not torch.allclose(ours.float(), theirs.float(), atol=float(scale) * 0.02, rtol=0.0):
-            raise ModelError(
-                f"{type(self._base).__name__}: its logits are not head(norm(layers)); "
-                "this architecture is not supported, choose another base."
-            )
+            cache = DynamicCache(config=self.config)
+            steps = [self.streams(part, past_key_values=cache) for part in ids.split(3, dim=1)]
+            cached = self.head(torch.cat([step.adapted for step in steps], dim=1))
+        scale = float(theirs.float().abs().max().clamp(min=1.0))
+        # Half precision rounds every layer; in full precision only the order of sums differs.
+        share = 1e-4 if theirs.dtype in (torch.float32, torch.float64) else 0.02
+        for found, what in ((ours, "its head or final norm"), (cached, "its cache")):
+            if not torch.allclose(found.float(), theirs.float(), atol=scale * share, rtol=0.0):
+                raise ModelError(
+                    f"{type(self._base).__name__}: this architecture is not supported ({what}); "
+                    "choose another base."
+                )
 
     # ── streams ─────────────────────────────────────────────────────────────────────────────────
 
@@ -329,13 +419,20 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        *,
+        spans: Tensor | None = None,
         **inputs: Any,
     ) -> Streams:
         """Return the final hidden states of both branches for `[B, T]` tokens.
 
         With `past_key_values` (a transformers cache of L + K layers) both branches append to it.
-        The base branch never carries a gradient.
+        With `spans` (see `packing.PackedBatch`) the one row holds packed pairs. The base branch
+        never carries a gradient.
         """
+        if spans is not None:
+            inputs["packed_pairs"] = PackedPairs(spans)
+            # Any mask of four dimensions keeps transformers from making one of [T, T].
+            attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -368,6 +465,29 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
             hidden = out[0] if isinstance(out, tuple) else out
         return Streams(adapted=self._norm(hidden), base=base)
 
+    @cached_property
+    def packs(self) -> bool:
+        """Whether packed pairs give the same streams as each response alone, tried on a small row.
+
+        False where the base's attention does not hand on what packing needs.
+        """
+        prompt, chosen, rejected = [1, 2], [3, 1], [2, 3, 1]
+        ids = torch.tensor([[*prompt, *chosen, *rejected]], device=self.device)
+        positions = torch.tensor([[0, 1, 2, 3, 2, 3, 4]], device=self.device)
+        spans = torch.tensor([[0, 2, 2, 3]], device=self.device)
+        with torch.no_grad():
+            try:
+                row = self.streams(ids, position_ids=positions, spans=spans).base[0]
+            except (TypeError, ValueError, RuntimeError):  # an argument or a shape it does not take
+                return False
+            alone = [
+                self.streams(torch.tensor([[*prompt, *part]], device=self.device)).base[0]
+                for part in (chosen, rejected)
+            ]
+        expected = torch.cat([alone[0], alone[1][2:]]).float()
+        scale = float(expected.abs().max().clamp(min=1.0))
+        return torch.allclose(row.float(), expected, atol=scale * 0.02, rtol=0.0)
+
     # ── heads ───────────────────────────────────────────────────────────────────────────────────
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -395,8 +515,7 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         else:
             weights = strength / q.alpha_tilde, q.alpha_0 / q.alpha_tilde
         # Mixed in float32: at strength 1 the base's part is exactly zero, at 0 the adapter's.
-        wide = torch.promote_types(streams.adapted.dtype, torch.float32)
-        mixed = weights[0] * streams.adapted.to(wide) + weights[1] * streams.base.to(wide)
+        mixed = weights[0] * _wide(streams.adapted) + weights[1] * _wide(streams.base)
         return mixed.to(streams.adapted.dtype)
 
     def policy_logits(self, streams: Streams, strength: float | Tensor = 1.0) -> Tensor:
@@ -418,8 +537,8 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
             streams = streams.to(weight.dtype)
             return fused.linear_kl(streams.base, self.mix(streams, strength), weight)
         with torch.no_grad(), self.adapter_off():
-            logp = self.head(streams.base).float().log_softmax(-1)
-        logq = self.policy_logits(streams, strength).float().log_softmax(-1)
+            logp = _wide(self.head(streams.base)).log_softmax(-1)
+        logq = _wide(self.policy_logits(streams, strength)).log_softmax(-1)
         return (logp.exp() * (logp - logq)).sum(-1)
 
     def q_and_v(
@@ -428,36 +547,41 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         actions: Tensor,
         taken: Tensor,
         following: Tensor,
+        continues: Tensor,
         *,
         strength: float = 1.0,
     ) -> QAndV:
         """Return s·Q̂(s_t, a_t) and V̂(s_{t+1}) of N response tokens from M states (METHOD M1, §2).
+
+        V̂ is 0 where a response has ended; it is computed nowhere else but where it is used.
 
         Args:
             streams: final hidden states `[M, D]` of both branches.
             actions: `[N]` int64 token ids.
             taken: `[N]` indices of the states in which the actions are taken.
             following: `[N]` indices of the states they lead to.
+            continues: `[N]` bool, False where the action ends its response.
         """
         weight = self.head_weight
         if weight is None:
-            return self._q_and_v_two_heads(streams, actions, taken, following, strength)
+            return self._q_and_v_two_heads(streams, actions, taken, following, continues, strength)
         q = self.q_config
         # accelerate hands autocast outputs back in float32; the head wants its own dtype.
         streams = streams.to(weight.dtype)
-        # float32 from here on: rewards are differences of close numbers.
-        rows = weight[actions].float()
-        z_theta = (streams.adapted[taken].float() * rows).sum(-1)
-        z_base = (streams.base[taken].float() * rows).sum(-1)
+        # At least float32 from here on: rewards are differences of close numbers.
+        rows = _wide(weight[actions])
+        z_theta = (_wide(streams.adapted[taken]) * rows).sum(-1)
+        z_base = (_wide(streams.base[taken]) * rows).sum(-1)
         scale = q.alpha_0 / q.alpha_tilde
-        lse_mix = fused.linear_logsumexp(self.mix(streams, strength), weight)
+        later = streams.at(following[continues])
+        lse_mix = fused.linear_logsumexp(self.mix(later, strength), weight)
         with torch.no_grad():
-            lse_base = fused.linear_logsumexp(streams.base, weight)
+            lse_base = fused.linear_logsumexp(later.base, weight)
         value = q.alpha_tilde * (lse_mix - scale * lse_base)
         q_taken = (
             q.alpha_tilde * (z_theta - z_base) if q.parameterization == "residual" else z_theta
         )
-        return QAndV(strength * q_taken, value[following])
+        return QAndV(strength * q_taken, _placed(value, continues))
 
     def _q_and_v_two_heads(
         self,
@@ -465,12 +589,13 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         actions: Tensor,
         taken: Tensor,
         following: Tensor,
+        continues: Tensor,
         strength: float,
     ) -> QAndV:
         q = self.q_config
-        logits = self.head(streams.adapted).float()
+        logits = _wide(self.head(streams.adapted))
         with torch.no_grad(), self.adapter_off():
-            base_logits = self.head(streams.base).float()
+            base_logits = _wide(self.head(streams.base))
         if q.parameterization == "residual":
             values = functional.residual_q(logits, base_logits, alpha_tilde=q.alpha_tilde)
         else:
@@ -482,7 +607,7 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
             alpha_0=q.alpha_0,
             alpha_tilde=q.alpha_tilde,
         )
-        return QAndV(values[taken, actions], soft[following])
+        return QAndV(values[taken, actions], _placed(soft[following[continues]], continues))
 
     # ── transformers' interface ─────────────────────────────────────────────────────────────────
 
@@ -494,11 +619,13 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        strength: float | Tensor = 1.0,
+        strength: float | Sequence[float] | Tensor = 1.0,
         logits_to_keep: int | Tensor = 0,
         output_streams: bool = False,
+        labels: None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | Streams:
+    ) -> CausalLMOutputWithPast | Streams | tuple[Any, ...]:
         """Return the policy's next-token logits `[B, T, V]` at `strength` (METHOD M2).
 
         Args:
@@ -506,10 +633,14 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
                 values approximate retraining with another weight, token by token.
             logits_to_keep: as in transformers: only the last so many positions.
             output_streams: return the hidden states `Streams` instead, for the loss.
-        """
-        if use_cache and past_key_values is None:
-            from transformers import DynamicCache
 
+        Raises:
+            ValueError: a strength is negative, not finite, or not one a row; or labels are given,
+                since a Q-adapter is trained on pairs, by `QAdapterTrainer`.
+        """
+        if labels is not None:
+            raise ValueError("labels: a Q-adapter has no such loss; train it with QAdapterTrainer")
+        if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
@@ -519,15 +650,24 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         if output_streams:
             return streams
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.policy_logits(streams.at((slice(None), keep)), strength)
-        return CausalLMOutputWithPast(logits=cast(Any, logits), past_key_values=past_key_values)
+        checked = _checked_strength(strength, len(streams.base))
+        logits = self.policy_logits(streams.at((slice(None), keep)), checked)
+        out = CausalLMOutputWithPast(logits=cast(Any, logits), past_key_values=past_key_values)
+        return cast(tuple[Any, ...], out.to_tuple()) if return_dict is False else out
 
     def generate(
         self, *args: Any, strength: float | Sequence[float] | Tensor = 1.0, **kwargs: Any
     ) -> Any:
-        """Run transformers' `generate` on the policy; `strength` is a number or one a row."""
-        if isinstance(strength, Sequence):
-            strength = torch.tensor(strength, dtype=torch.float32)
+        """Run transformers' `generate` on the policy; `strength` is a number or one a row.
+
+        Raises:
+            ValueError: a strength is negative or not finite, or classifier-free guidance is asked
+                for, whose second pass knows no strength.
+        """
+        config = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("guidance_scale", getattr(config, "guidance_scale", None)) not in (None, 1):
+            raise ValueError("guidance_scale: not supported on a Q-adapter; use strength instead")
+        strength = _checked_strength(strength)
         return super().generate(*args, strength=strength, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -538,9 +678,9 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         """Return the base's head."""
         return cast(nn.Module, self._base.get_output_embeddings())
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Recompute activations of the branch in the backward pass, to save memory."""
-        self._base.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        self._base.gradient_checkpointing_enable(*args, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations again."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -23,39 +23,60 @@ class PairLoss:
     rewards: Tensor
     """`[N]` float32, r2 of each response token (METHOD M4)."""
     response: Tensor
-    """`[N]` int64, the row each token belongs to."""
+    """`[N]` int64, the response each token belongs to."""
+    states: Streams
+    """`[M, D]`, the states that the batch's transitions name."""
+    taken: Tensor
+    """`[N]` int64, index of the state in which each response token is chosen."""
 
 
 def batch_transitions(q_config: QConfig, batch: Mapping[str, Tensor]) -> Transitions:
-    """Return the states and actions that the objective trains in a `PairBatch`."""
+    """Return the states and actions that the objective trains in a packed or padded batch."""
+    if "spans" in batch:
+        return functional.packed_transitions(batch["spans"], batch["terminal"])
     if q_config.objective == "authors":
         return functional.authors_transitions(batch["completion_mask"])
     return functional.transitions(batch["completion_mask"], batch["terminal"])
 
 
-def response_states(streams: Streams, completion_mask: Tensor) -> Streams:
-    """Return the `[N, D]` states in which response tokens are chosen: one to the left of them."""
-    return streams.at(completion_mask.roll(-1, dims=1))
+def packable(model: QAdapterModel) -> bool:
+    """Return whether pairs may be packed: the base can, and the objective knows no padding."""
+    return model.q_config.objective != "authors" and model.packs
+
+
+def batch_streams(model: Callable[..., Streams], batch: Mapping[str, Tensor]) -> Streams:
+    """Return the hidden states `[R, T, D]` of a batch of pairs; `model` may be a wrapped one."""
+    names = ("input_ids", "attention_mask", "position_ids", "spans")
+    return model(**{n: batch[n] for n in names if n in batch}, output_streams=True)
 
 
 def pair_loss(
     model: QAdapterModel, streams: Streams, batch: Mapping[str, Tensor], *, strength: float = 1.0
 ) -> PairLoss:
-    """Return the loss of a `PairBatch` from its hidden states `[2B, T, D]` (METHOD M5).
+    """Return the loss of a batch of pairs from its hidden states `[R, T, D]` (METHOD M5).
 
     At a strength other than 1, Q̂ is scaled by it (METHOD §5). The objective, γ and the
     parameterisation are the model's `q_config`.
+
+    Args:
+        batch: a `PackedBatch`, or a `PairBatch` (which the `authors` objective needs).
     """
     q = model.q_config
     ids = batch["input_ids"]
     moves = batch_transitions(q, batch)
     states = streams.at((moves.rows, moves.columns))
-    actions = ids[moves.response, moves.action_columns]
-    values = model.q_and_v(states, actions, moves.taken, moves.following, strength=strength)
+    values = model.q_and_v(
+        states,
+        ids[moves.action_rows, moves.action_columns],
+        moves.taken,
+        moves.following,
+        moves.continues,
+        strength=strength,
+    )
     rewards = functional.token_rewards(
         values.taken, values.following, moves.continues, gamma=q.gamma
     )
-    n = ids.shape[0]
+    n = len(batch["terminal"])
     if q.objective == "authors":
         returns = functional.authors_returns(rewards, moves.response, n, padded_length=ids.shape[1])
     elif q.returns == "discounted":
@@ -63,4 +84,4 @@ def pair_loss(
     else:
         returns = functional.returns(rewards, moves.response, n)
     sums = functional.preference_sums(returns, rewards)
-    return PairLoss(sums, returns, rewards, moves.response)
+    return PairLoss(sums, returns, rewards, moves.response, states, moves.taken)

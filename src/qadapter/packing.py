@@ -1,4 +1,4 @@
-"""Tokenised pairs to batches: padded rows with masks, chosen first (TRL's key names)."""
+"""Tokenised pairs to batches: one packed row, or padded rows (TRL's key names)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,27 @@ import torch
 from torch import Tensor
 
 from qadapter.data import TokenizedPair
+
+
+class PackedBatch(TypedDict):
+    """B pairs in one row without padding, each as prompt, chosen, rejected.
+
+    Two pairs, `5 6 → 7 2 or 8 9 2` and `5 → 3 2 or 4 2`:
+
+        input_ids        [[5, 6, 7, 2, 8, 9, 2, 5, 3, 2, 4, 2]]
+        position_ids     [[0, 1, 2, 3, 2, 3, 4, 0, 1, 2, 1, 2]]
+        spans            [[0, 2, 2, 3], [7, 1, 2, 2]]
+        terminal         [True, True, True, True]                   (chosen first)
+    """
+
+    input_ids: Tensor
+    """`[1, T]` int64."""
+    position_ids: Tensor
+    """`[1, T]` int64; the rejected response goes on from the prompt."""
+    spans: Tensor
+    """`[B, 4]` int64: start, and tokens of prompt, chosen and rejected."""
+    terminal: Tensor
+    """`[2B]` bool, False for a response cut by the length limit."""
 
 
 class PairBatch(TypedDict):
@@ -44,9 +65,29 @@ def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor
     return ids, mask
 
 
+def pack_pairs(pairs: Sequence[TokenizedPair]) -> PackedBatch:
+    """Return the pairs as one packed row; see `PackedBatch` for its layout."""
+    ids: list[int] = []
+    positions: list[int] = []
+    spans: list[list[int]] = []
+    for pair in pairs:
+        prompt, chosen, rejected = pair.prompt_ids, pair.chosen_ids, pair.rejected_ids
+        spans.append([len(ids), len(prompt), len(chosen), len(rejected)])
+        ids += [*prompt, *chosen, *rejected]
+        positions += range(len(prompt) + len(chosen))
+        positions += range(len(prompt), len(prompt) + len(rejected))
+    terminal = [p.chosen_terminal for p in pairs] + [p.rejected_terminal for p in pairs]
+    return PackedBatch(
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.tensor([positions]),
+        spans=torch.tensor(spans),
+        terminal=torch.tensor(terminal),
+    )
+
+
 @dataclass(frozen=True)
 class PairCollator:
-    """Make a `PairBatch` of tokenised pairs."""
+    """Make a padded `PairBatch` of tokenised pairs."""
 
     pad_id: int
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,8 +18,8 @@ from qadapter.config import QConfig
 from qadapter.data import Pair, TokenizedPair, tokenize_pairs, tokenize_prompt
 from qadapter.errors import ArtefactError, DataError
 from qadapter.model import QAdapterModel, Streams
-from qadapter.objective import PairLoss, pair_loss, response_states
-from qadapter.packing import PairCollator, pad_rows
+from qadapter.objective import PairLoss, batch_streams, packable, pair_loss
+from qadapter.packing import PairCollator, pack_pairs, pad_rows
 from qadapter.stats import wilson_interval
 
 
@@ -80,6 +81,8 @@ class Policy:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.end_ids = hub.end_of_turn_ids(tokenizer, model.generation_config)
+        self.context: int = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+        """Tokens that the base can look at."""
 
     @classmethod
     def from_pretrained(
@@ -135,17 +138,19 @@ class Policy:
             DataError: a prompt fills the model's context.
         """
         rows = [tokenize_prompt(prompt, self.tokenizer) for prompt in prompts]
-        context = getattr(self.model.config, "max_position_embeddings", None)
         for i, row in enumerate(rows, start=1):
-            if context and len(row) >= context:
+            if len(row) >= self.context:
                 raise DataError(
-                    f"prompt {i}: {len(row)} tokens do not fit the model's context of {context}; "
-                    "shorten it."
+                    f"prompt {i}: {len(row)} tokens do not fit the model's context of "
+                    f"{self.context}; shorten it."
                 )
         pad = cast(int, self.tokenizer.pad_token_id)
         # Generation wants its prompts padded on the left: reverse, pad right, reverse.
         ids, mask = (t.flip(1) for t in pad_rows([row[::-1] for row in rows], pad))
         options = {"do_sample": False, "max_new_tokens": 256, **generate}
+        # Past its context a model either fails or talks nonsense: an answer ends there.
+        room = self.context - max(len(row) for row in rows)
+        options["max_new_tokens"] = min(options["max_new_tokens"], room)
         out = self.model.generate(
             input_ids=ids.to(self.model.device),
             attention_mask=mask.to(self.model.device),
@@ -158,16 +163,15 @@ class Policy:
         texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def judge(
-        self, pairs: Sequence[TokenizedPair], *, strength: float = 1.0
-    ) -> tuple[PairLoss, Streams]:
-        """Return the rewards of one batch of pairs and the `[N, D]` states of their tokens."""
-        batch = PairCollator(cast(int, self.tokenizer.pad_token_id))(pairs)
+    def judge(self, pairs: Sequence[TokenizedPair], *, strength: float = 1.0) -> PairLoss:
+        """Return the rewards of one batch of pairs at a strength."""
+        collate = PairCollator(cast(int, self.tokenizer.pad_token_id))
+        batch = (pack_pairs if packable(self.model) else collate)(pairs)
         inputs = {k: cast(torch.Tensor, v).to(self.model.device) for k, v in batch.items()}
         with torch.no_grad():
-            streams = self.model.streams(inputs["input_ids"], inputs["attention_mask"])
-            out = pair_loss(self.model, streams, inputs, strength=strength)
-        return out, response_states(streams, inputs["completion_mask"])
+            return pair_loss(
+                self.model, batch_streams(self.model, inputs), inputs, strength=strength
+            )
 
     def score(
         self,
@@ -183,7 +187,10 @@ class Policy:
             DataError: no pair fits `max_length`.
         """
         tokenized, dropped = tokenize_pairs(
-            pairs, self.tokenizer, end_ids=self.end_ids, max_length=max_length
+            pairs,
+            self.tokenizer,
+            end_ids=self.end_ids,
+            max_length=min(max_length, self.context),
         )
         # Alike lengths together waste less padding; the order is put back below.
         order = sorted(range(len(tokenized)), key=lambda i: _length(tokenized[i]))
@@ -191,7 +198,8 @@ class Policy:
         kl_sum, n_tokens = 0.0, 0
         for start in range(0, len(order), batch_size):
             index = order[start : start + batch_size]
-            out, states = self.judge([tokenized[i] for i in index], strength=strength)
+            out = self.judge([tokenized[i] for i in index], strength=strength)
+            states = out.states.at(out.taken)
             with torch.no_grad():
                 kl_sum += float(self.model.kl_from_base(states, strength).double().sum())
             n_tokens += len(states.base)
@@ -232,6 +240,7 @@ class Policy:
         Raises:
             DataError: the texts hold fewer than two tokens.
         """
+        window = min(window, self.context)
         joined = cast(list[int], self.tokenizer("\n".join(texts), verbose=False)["input_ids"])
         rows = [joined[i : i + window] for i in range(0, min(len(joined), max_tokens), window)]
         rows = [row for row in rows if len(row) > 1]

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from qadapter import hub
 from qadapter.config import QAdapterConfig
@@ -19,8 +20,14 @@ from qadapter.data import TokenizedPair, read_pairs, read_texts, tokenize_pairs
 from qadapter.errors import ConfigError, DataError, TrainingError
 from qadapter.files import check_writable, write_text
 from qadapter.model import QAdapterModel
-from qadapter.objective import PairLoss, batch_transitions, pair_loss, response_states
-from qadapter.packing import PairCollator, pad_rows
+from qadapter.objective import (
+    PairLoss,
+    batch_streams,
+    batch_transitions,
+    packable,
+    pair_loss,
+)
+from qadapter.packing import PairCollator, pack_pairs, pad_rows
 
 
 class QAdapterTrainer(Trainer):
@@ -57,7 +64,7 @@ class QAdapterTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=cast(Any, PairCollator(pad_id)),
+            data_collator=cast(Any, pack_pairs if packable(model) else PairCollator(pad_id)),
             train_dataset=cast(Any, train_dataset),
             eval_dataset=cast(Any, eval_dataset),
             **kwargs,
@@ -78,7 +85,7 @@ class QAdapterTrainer(Trainer):
         samples = list(islice(epoch_iterator, num_batches))
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         for batch in samples:
-            counts[0] += batch["input_ids"].shape[0] // 2
+            counts[0] += len(batch["terminal"]) // 2
             counts[1] += len(batch_transitions(self.model.q_config, batch).response)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
@@ -96,12 +103,7 @@ class QAdapterTrainer(Trainer):
     ) -> Any:
         """Return the batch's share of the loss of the whole accumulation window (METHOD M5)."""
         inner = cast(QAdapterModel, self.accelerator.unwrap_model(model))
-        streams = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            output_streams=True,
-        )
-        out = pair_loss(inner, streams, inputs)
+        out = pair_loss(inner, batch_streams(model, inputs), inputs)
         sums = out.sums
         if isinstance(num_items_in_batch, Tensor):
             pairs, tokens = num_items_in_batch.unbind()
@@ -110,8 +112,7 @@ class QAdapterTrainer(Trainer):
         loss = sums.bt_sum / pairs + inner.q_config.beta * sums.r2_sq_sum / tokens
         self._record(out)
         if not model.training:
-            states = response_states(streams, inputs["completion_mask"])
-            self._add("eval", {"kl": inner.kl_from_base(states)})
+            self._add("eval", {"kl": inner.kl_from_base(out.states.at(out.taken))})
         if self._anchors and model.training:
             kl = self._anchor_kl(model, inner)
             self._add("train", {"kl": kl.detach()[None]})
@@ -219,7 +220,7 @@ class QAdapterTrainer(Trainer):
         if hub.exact_weights_hash(model.base_parameters()) != base:
             raise TrainingError("the base's weights changed during training; do not use this run.")
         now = model.adapter_parameters()
-        if self.state.global_step and all(torch.equal(now[n], p) for n, p in adapter.items()):
+        if all(torch.equal(now[n], p) for n, p in adapter.items()):
             raise TrainingError(
                 "the adapter did not change; raise num_train_epochs or learning_rate, or lower "
                 "warmup_steps (a resumed run that was already finished has nothing left to do)."
@@ -265,6 +266,7 @@ def run_training(config: QAdapterConfig) -> TrainResult:
     if not config.output_dir:
         raise ConfigError("output_dir: missing; name a directory with --output.")
     check_writable(config.output_dir)
+    resume = _checkpoint(config)
     set_seed(config.seed)
     tokenizer = hub.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     pairs = read_pairs(config.data)
@@ -291,7 +293,7 @@ def run_training(config: QAdapterConfig) -> TrainResult:
     eval_set = tokenize_pairs(eval_pairs, tokenizer, **limits)[0] if eval_pairs else None
     anchors = anchor_rows(read_texts(config.anchor_data), tokenizer) if config.anchor_data else []
     q_config = config.q_config(
-        base_model=config.model,
+        base_model=hub.portable_name(config.model),
         base_hash=hub.weights_hash(base),
         tokenizer_hash=hub.tokenizer_hash(tokenizer),
     )
@@ -305,25 +307,55 @@ def run_training(config: QAdapterConfig) -> TrainResult:
         layers_to_transform=config.layers_to_transform,
         trunk=config.trunk,
     )
-    trainer = QAdapterTrainer(
-        model,
-        config,
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        pad_id=cast(int, tokenizer.pad_token_id),
-        anchors=anchors,
-        callbacks=_callbacks(config),
-    )
-    result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    metrics = dict(result.metrics)
-    if eval_set:
-        metrics.update(trainer.evaluate())
+    new = not Path(config.output_dir).exists()
+    try:
+        trainer = QAdapterTrainer(
+            model,
+            config,
+            train_dataset=train_set,
+            eval_dataset=eval_set,
+            pad_id=cast(int, tokenizer.pad_token_id),
+            anchors=anchors,
+            callbacks=_callbacks(config),
+        )
+        result = trainer.train(resume_from_checkpoint=resume)
+        metrics = dict(result.metrics)
+        if eval_set:
+            metrics.update(trainer.evaluate())
+    except (ArithmeticError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
+        # transformers checks many settings only when it uses them.
+        raise ConfigError(f"training cannot go on with these settings: {error}") from error
+    finally:
+        if new:
+            _remove_if_empty(Path(config.output_dir))
     directory = Path(config.output_dir)
     model.save_pretrained(directory)
     trainable = sum(p.numel() for p in model.adapter_parameters().values())
     outcome = TrainResult(directory, len(train_set), dropped, metrics, trainable)
     write_text(directory / "README.md", model_card(config, outcome))
     return outcome
+
+
+def _checkpoint(config: QAdapterConfig) -> str | None:
+    """Return the checkpoint to resume from: the one named, or for `true` the run's last."""
+    asked = config.resume_from_checkpoint
+    if asked is None or str(asked).lower() == "false":
+        return None
+    if str(asked).lower() == "true":
+        directory = Path(cast(str, config.output_dir))
+        last = get_last_checkpoint(str(directory)) if directory.is_dir() else None
+        if last is None:
+            raise ConfigError(f"resume_from_checkpoint: {directory} holds no checkpoint.")
+        return cast(str, last)
+    if not Path(asked).is_dir():
+        raise ConfigError(f"resume_from_checkpoint: {asked} is no directory; name a checkpoint-N.")
+    return str(asked)
+
+
+def _remove_if_empty(directory: Path) -> None:
+    """Take back the directory that transformers makes for a run that then wrote nothing."""
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
 
 
 def _callbacks(config: QAdapterConfig) -> list[Any]:

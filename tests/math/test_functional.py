@@ -861,3 +861,59 @@ def test_authors_mask_skips_the_first_token_and_trains_one_after_the_end() -> No
     assert tr.columns.tolist() == [2, 3, 4]
     assert tr.taken.tolist() == tr.following.tolist() == [0, 1, 2]
     assert bool(tr.continues.all())
+
+
+def test_packed_transitions_docstring_example() -> None:
+    tr = F.packed_transitions(torch.tensor([[0, 2, 2, 3]]), torch.tensor([True, False]))
+    assert tr.rows.tolist() == [0] * 6
+    assert tr.columns.tolist() == [1, 2, 3, 4, 5, 6]
+    assert tr.taken.tolist() == [0, 1, 0, 3, 4]
+    assert tr.following.tolist() == [1, 2, 3, 4, 5]
+    assert tr.action_columns.tolist() == [2, 3, 4, 5, 6]
+    assert tr.response.tolist() == [0, 0, 1, 1, 1]
+    assert tr.continues.tolist() == [True, False, True, True, True]
+
+
+@given(
+    sizes=st.lists(
+        st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4
+    )
+)
+def test_packed_transitions_against_a_walk_over_the_tokens(
+    sizes: list[tuple[int, int, int]],
+) -> None:
+    spans, start = [], 0
+    for prompt, chosen, rejected in sizes:
+        spans.append([start, prompt, chosen, rejected])
+        start += prompt + chosen + rejected
+    tr = F.packed_transitions(torch.tensor(spans), torch.ones(2 * len(sizes), dtype=torch.bool))
+    found = list(
+        zip(
+            tr.response.tolist(),
+            tr.columns[tr.taken].tolist(),
+            tr.columns[tr.following].tolist(),
+            tr.action_columns.tolist(),
+            tr.continues.tolist(),
+            strict=True,
+        )
+    )
+    expected = []
+    for side in (0, 1):
+        for pair, (begin, prompt, chosen, rejected) in enumerate(spans):
+            at = begin + prompt - 1
+            first = begin + prompt + side * chosen
+            length = (chosen, rejected)[side]
+            for token in range(first, first + length):
+                response = pair + side * len(spans)
+                expected.append((response, at, token, token, token < first + length - 1))
+                at = token
+    assert found == expected
+    assert len(set(tr.columns.tolist())) == len(tr.columns)
+
+
+@pytest.mark.parametrize("empty", [1, 2, 3])
+def test_packed_transitions_refuse_an_empty_part(empty: int) -> None:
+    span = [0, 2, 2, 2]
+    span[empty] = 0
+    with pytest.raises(ValueError, match="needs a prompt"):
+        F.packed_transitions(torch.tensor([span]), torch.tensor([True, True]))

@@ -37,14 +37,19 @@ def inputs(
     return made[0].to(dtype), made[1].to(dtype), weight.to(dtype)
 
 
-def use_chunks_of(monkeypatch: pytest.MonkeyPatch, states: int, vocab: int) -> None:
-    monkeypatch.setattr(fused, "_CHUNK_BYTES", states * vocab * 4)
+def use_tiles_of(monkeypatch: pytest.MonkeyPatch, states: int, words: int) -> None:
+    monkeypatch.setattr(fused, "_CPU_TILE", (states, words))
+
+
+def tiles(hidden: Tensor, weight: Tensor) -> tuple[int, int]:
+    rows, columns = fused._slices(hidden, weight)
+    return len(rows), len(columns)
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of a few states, so that every test below crosses a boundary."""
-    monkeypatch.setattr(fused, "_CHUNK_BYTES", 4 * 123 * 5)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of a few states and words, so that every test below crosses boundaries."""
+    use_tiles_of(monkeypatch, 5, 11)
 
 
 def by_hand_kl(p: Tensor, q: Tensor) -> Tensor:
@@ -56,9 +61,9 @@ def by_hand_kl(p: Tensor, q: Tensor) -> Tensor:
 def test_gradcheck_linear_logsumexp(
     states: int, dim: int, vocab: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use_chunks_of(monkeypatch, 2 if states == 3 else 7, vocab)
+    use_tiles_of(monkeypatch, 2 if states == 3 else 7, 13)
     hidden, _, weight = inputs(0, states, dim, vocab)
-    assert len(fused._chunks(hidden, weight)) > 1
+    assert min(tiles(hidden, weight)) > 1
     assert torch.autograd.gradcheck(
         lambda h: fused.linear_logsumexp(h, weight), (hidden.requires_grad_(),)
     )
@@ -68,9 +73,9 @@ def test_gradcheck_linear_logsumexp(
 def test_gradcheck_linear_kl_in_its_second_argument(
     states: int, dim: int, vocab: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use_chunks_of(monkeypatch, 2 if states == 3 else 7, vocab)
+    use_tiles_of(monkeypatch, 2 if states == 3 else 7, 13)
     p, q, weight = inputs(1, states, dim, vocab)
-    assert len(fused._chunks(q, weight)) > 1
+    assert min(tiles(q, weight)) > 1
     assert torch.autograd.gradcheck(lambda h: fused.linear_kl(p, h, weight), (q.requires_grad_(),))
 
 
@@ -179,9 +184,9 @@ def test_gradient_of_the_value_is_the_policy_times_the_head() -> None:
     torch.testing.assert_close(logits.grad, expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("per_chunk", [0, 1, 2, 7, 46, 47, 48, 1000])
-def test_chunking_changes_nothing(per_chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """0 asks for less than one state a chunk, which still makes chunks of one."""
+@pytest.mark.parametrize("states", [1, 7, 46, 47, 1000])
+@pytest.mark.parametrize("words", [1, 13, 122, 123, 1000])
+def test_tiling_changes_nothing(states: int, words: int, monkeypatch: pytest.MonkeyPatch) -> None:
     p, q, weight = inputs(4, 47, 31, 123)
 
     def both() -> list[Tensor]:
@@ -190,10 +195,10 @@ def test_chunking_changes_nothing(per_chunk: int, monkeypatch: pytest.MonkeyPatc
         grads = [torch.autograd.grad((v * p[:, 0]).sum(), h)[0] for v in values]
         return [*values, *grads]
 
-    use_chunks_of(monkeypatch, 47, 123)
+    use_tiles_of(monkeypatch, 47, 123)
     whole = both()
-    use_chunks_of(monkeypatch, per_chunk, 123)
-    assert len(fused._chunks(q, weight)) == -(-47 // max(1, per_chunk))
+    use_tiles_of(monkeypatch, states, words)
+    assert tiles(q, weight) == (-(-47 // states), -(-123 // words))
     # A GEMM may block another number of rows otherwise: rounding only, times |upstream|·|W|.
     atol = tolerance(weight, p, q) * float(p.abs().max()) * max(1.0, float(weight.abs().max()))
     for a, b in zip(both(), whole, strict=True):

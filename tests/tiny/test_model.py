@@ -142,7 +142,8 @@ def test_q_and_v_from_hidden_states_equal_the_specification(
     streams = model.streams(ids)
     taken, following = torch.arange(3, 7), torch.arange(4, 8)
     states = Streams(streams.adapted[0], streams.base[0])
-    ours = model.q_and_v(states, ids[0, 4:8], taken, following)
+    goes_on = torch.tensor([True, True, True, False])
+    ours = model.q_and_v(states, ids[0, 4:8], taken, following, goes_on)
     q = (
         functional.residual_q(adapted, base, alpha_tilde=0.8)
         if parameterization == "residual"
@@ -150,7 +151,7 @@ def test_q_and_v_from_hidden_states_equal_the_specification(
     )
     value = functional.soft_value(q, base.log_softmax(-1), alpha_0=0.3, alpha_tilde=0.8)
     assert torch.allclose(ours.taken, q[0, taken, ids[0, 4:8]], atol=1e-4)
-    assert torch.allclose(ours.following, value[0, following], atol=1e-4)
+    assert torch.allclose(ours.following, value[0, following] * goes_on, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
@@ -159,7 +160,7 @@ def test_gradients_equal_those_of_two_whole_passes(family: str) -> None:
     states, actions = torch.arange(7), ids[0, 1:]
     streams = model.streams(ids)
     flat = Streams(streams.adapted[0, :7], streams.base[0, :7])
-    ours = model.q_and_v(flat, actions, states, states)
+    ours = model.q_and_v(flat, actions, states, states, torch.ones(7, dtype=torch.bool))
     (ours.taken.sum() - 0.7 * ours.following.square().sum()).backward()
     found = {n: p.grad.clone() for n, p in model.adapter_parameters().items()}
     model.zero_grad()

@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from models import VOCAB, tiny_base
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from models import FAMILIES, VOCAB, tiny_base
 
 from qadapter import functional
 from qadapter.config import QAdapterConfig, QConfig
 from qadapter.data import TokenizedPair
 from qadapter.errors import ConfigError, TrainingError
 from qadapter.model import QAdapterModel
-from qadapter.objective import pair_loss
-from qadapter.packing import PairCollator
+from qadapter.objective import batch_streams, packable, pair_loss
+from qadapter.packing import PairCollator, pack_pairs
 from qadapter.train import QAdapterTrainer
 
 
@@ -88,8 +91,9 @@ def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: f
 
 
 def gradients(model: QAdapterModel, batch: Any) -> dict[str, torch.Tensor]:
-    streams = model.streams(batch["input_ids"], batch["attention_mask"])
-    pair_loss(model, streams, batch).sums.loss(beta=model.q_config.beta).backward()
+    pair_loss(model, batch_streams(model, batch), batch).sums.loss(
+        beta=model.q_config.beta
+    ).backward()
     return {n: p.grad for n, p in model.adapter_parameters().items() if p.grad is not None}
 
 
@@ -178,6 +182,80 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     assert_close(plain, gradients(model, batch), atol=1e-6)
+
+
+def scattered(family: str = "llama", **fields: Any) -> QAdapterModel:
+    """Return an adapter far from zero, so that both streams and their difference matter."""
+    model = untrained(family, **fields)
+    for i, parameter in enumerate(model.adapter_parameters().values()):
+        torch.manual_seed(i)
+        parameter.data.normal_(0, 0.3)
+    return model
+
+
+def losses_and_gradients(model: QAdapterModel, batch: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    out = pair_loss(model, batch_streams(model, batch), batch)
+    out.sums.loss(beta=0.3).backward()
+    grads = {n: p.grad.clone() for n, p in model.adapter_parameters().items() if p.grad is not None}
+    return out, grads
+
+
+def assert_packing_is_exact(family: str, pairs: list[TokenizedPair]) -> None:
+    """Compare in float64, but families with RMS norms compute those in float32 even so."""
+    tolerance = 1e-9 if family.startswith("gpt") else 1e-5
+    model = scattered(family).double()
+    padded, expected = losses_and_gradients(model, PairCollator(0)(pairs))
+    packed, found = losses_and_gradients(model, pack_pairs(pairs))
+    assert torch.equal(packed.response, padded.response)
+    for ours, theirs in ((packed.rewards, padded.rewards), (packed.returns, padded.returns)):
+        assert torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance)
+    assert packed.sums.n_tokens == padded.sums.n_tokens
+    assert expected.keys() == found.keys()
+    assert expected
+    for name, gradient in expected.items():
+        scale = max(1.0, float(gradient.abs().max()))
+        assert torch.allclose(found[name], gradient, atol=tolerance * scale, rtol=0), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_pairs_give_the_loss_and_gradients_of_padded_ones(family: str) -> None:
+    assert packable(untrained(family))
+    assert_packing_is_exact(family, random_pairs(5))
+
+
+@given(
+    sizes=st.lists(
+        st.tuples(st.integers(1, 9), st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=5
+    ),
+    terminal=st.lists(st.booleans(), min_size=10, max_size=10),
+    family=st.sampled_from(["gpt_neox", "llama", "mistral"]),
+    seed=st.integers(0, 99),
+)
+@hypothesis_settings(max_examples=30, deadline=None)
+def test_packing_is_exact_for_every_shape(
+    sizes: list[tuple[int, int, int]], terminal: list[bool], family: str, seed: int
+) -> None:
+    draw = random.Random(seed)
+
+    def ids(n: int) -> list[int]:
+        return [draw.randrange(VOCAB) for _ in range(n)]
+
+    pairs = [
+        TokenizedPair(ids(p), ids(c), ids(r), terminal[2 * i], terminal[2 * i + 1], "memory")
+        for i, (p, c, r) in enumerate(sizes)
+    ]
+    assert_packing_is_exact(family, pairs)
+
+
+def test_a_base_that_cannot_pack_is_noticed_and_padded(tmp_path: Path) -> None:
+    model = untrained()
+    decoder = model._decoder
+    forward = decoder.forward
+    decoder.forward = lambda *a, packed_pairs=None, **k: forward(*a, **k)
+    assert not packable(model)
+    run = QAdapterTrainer(model, settings(tmp_path), train_dataset=random_pairs(8))
+    assert isinstance(run.data_collator, PairCollator)
 
 
 def test_resume_gives_the_same_adapter_bit_for_bit(tmp_path: Path) -> None:

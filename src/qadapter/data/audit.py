@@ -49,7 +49,7 @@ class Audit:
 
 
 def _words(text: Text) -> str:
-    return text if isinstance(text, str) else " ".join(m["content"] for m in text)
+    return text if isinstance(text, str) else " ".join(m["content"] or "" for m in text)
 
 
 def audit(
@@ -131,5 +131,5 @@ def format_audit(found: Audit) -> str:
     if found.shared_with_eval is not None:
         lines.append(f"{'prompts shared with eval':24}{found.shared_with_eval}")
     for reason, sources in found.dropped.items():
-        lines.append(f"{'dropped, ' + reason:24}{len(sources)} (the first is {sources[0]})")
+        lines.append(f"{'dropped, ' + reason:24} {len(sources)} (the first is {sources[0]})")
     return "\n".join(lines)

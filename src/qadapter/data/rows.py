@@ -45,6 +45,8 @@ def _json_rows(path: str) -> Iterator[tuple[str, object]]:
             f"{path}:{list(lines)[error.lineno - 1]}: not valid JSON "
             f"({error.msg} at column {error.colno}); fix it."
         ) from error
+    except (ValueError, RecursionError) as error:  # a number or a nesting past Python's limits
+        raise DataError(f"{path}: not readable JSON ({error}); fix it.") from error
     yield from ((f"{path}:row {i}", row) for i, row in enumerate(rows, start=1))
 
 
