@@ -193,6 +193,14 @@ class QAdapterTrainer(Trainer):
         self._figures["eval"] = {}
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
+        # Exact over all pairs and tokens, where the loop's own is a mean of means of batches.
+        margins, squares = (
+            torch.cat(self._figures["eval"][name])
+            for name in ("rewards/margins", "rewards/token_rms_sq")
+        )
+        beta = cast(QAdapterModel, self.model).q_config.beta
+        loss = torch.nn.functional.softplus(-margins).mean() + beta * squares.mean()
+        output.metrics[f"{prefix}_loss"] = float(loss)
         output.metrics.update({f"{prefix}_{k}": v for k, v in self._take("eval").items()})
         return output
 

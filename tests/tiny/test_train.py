@@ -106,6 +106,22 @@ def test_the_untrained_loss_is_log_two_and_its_accuracy_one_half(tmp_path: Path)
     assert metrics["eval_kl"] == pytest.approx(0.0, abs=1e-6)
 
 
+def test_the_evaluation_does_not_depend_on_the_batches(tmp_path: Path) -> None:
+    pairs = random_pairs(9, seed=4)
+    losses = []
+    for size in (1, 4, 9):
+        run = trainer(
+            tmp_path, random_pairs(2), eval_dataset=pairs, per_device_eval_batch_size=size
+        )
+        for i, parameter in enumerate(run.model.adapter_parameters().values()):
+            torch.manual_seed(i)
+            parameter.data.normal_(0, 0.3)
+        losses.append(run.evaluate())
+    for name in ("eval_loss", "eval_kl", "eval_rewards/margins", "eval_rewards/token_rms"):
+        assert losses[0][name] == pytest.approx(losses[1][name], rel=1e-4)
+        assert losses[0][name] == pytest.approx(losses[2][name], rel=1e-4)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_training_learns_pairs_it_sees(tmp_path: Path, family: str) -> None:
     pairs = random_pairs(32)
