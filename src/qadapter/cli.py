@@ -165,7 +165,7 @@ def _check(args: argparse.Namespace) -> None:
     found = audit(
         args.data, tokenizer, end_ids=end_ids, max_length=args.max_length, eval_path=args.eval_data
     )
-    print(format_audit(found))
+    print(_printable(format_audit(found)))
     if args.show:
         if tokenizer is None:
             raise ConfigError(
@@ -266,7 +266,7 @@ def _explain(args: argparse.Namespace) -> None:
     pairs = list(islice(read_pairs(args.data), args.max_pairs))
     html = explain_html(_load_policy(args), pairs, strength=args.strength)
     write_text(args.output, html)
-    print(f"{len(pairs)} pairs explained in {args.output}")
+    print(f"{html.count('<section>')} pairs explained in {args.output}")
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -421,7 +421,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if debug:
             raise
-        print(f"qadapter: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"qadapter: {_printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("qadapter: stopped", file=sys.stderr)

@@ -259,7 +259,11 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
             raise ConfigError(
                 f"layers_to_transform: {chosen} must name layers between 0 and {n_layers - 1}."
             )
-        names = list(target_modules) if target_modules is not None else _linear_names(layers[0])
+        names = (
+            list(target_modules)
+            if target_modules is not None
+            else _linear_names(layers[chosen[-1]])
+        )
         lora = LoraConfig(
             task_type="CAUSAL_LM",
             r=lora_r,

@@ -355,8 +355,8 @@ def _checkpoint(config: QAdapterConfig) -> str | None:
         if last is None:
             raise ConfigError(f"resume_from_checkpoint: {directory} holds no checkpoint.")
         return cast(str, last)
-    if not Path(asked).is_dir():
-        raise ConfigError(f"resume_from_checkpoint: {asked} is no directory; name a checkpoint-N.")
+    if not (Path(asked) / "trainer_state.json").is_file():
+        raise ConfigError(f"resume_from_checkpoint: {asked} is no checkpoint; name a checkpoint-N.")
     return str(asked)
 
 

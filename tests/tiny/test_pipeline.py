@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
 from html import unescape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import oracle
 import pytest
 import torch
 from models import tiny_adapter, tiny_base
@@ -26,9 +26,6 @@ from qadapter.objective import batch_streams, pair_loss
 from qadapter.packing import PairCollator, pack_pairs
 from qadapter.policy import Policy
 from qadapter.train import QAdapterTrainer, TrainResult, run_training
-
-sys.path.append(str(Path(__file__).parents[1] / "math"))
-import oracle
 
 TWO_TEMPERATURES = {"alpha_0": 0.3, "alpha_tilde": 0.7}
 PAIRS = [  # odd and even lengths, one token alone, responses cut by the length limit
