@@ -328,7 +328,7 @@ BEST = "--load_best_model_at_end true --eval_strategy epoch --save_strategy epoc
         ("--fsdp full_shard", "fsdp"),
         ("--resume_from_checkpoint missing", "resume_from_checkpoint:"),
         ("--resume_from_checkpoint true", "resume_from_checkpoint:"),
-        ("--resume_from_checkpoint BASE", "adapter weights cannot be loaded"),
+        ("--resume_from_checkpoint BASE", "is no checkpoint"),
     ],
 )
 def test_a_setting_that_cannot_be_is_one_sentence_and_leaves_nothing(
