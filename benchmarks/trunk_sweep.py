@@ -1,10 +1,9 @@
 """What the trunk costs and what it keeps: adapters on the last K layers, on two data sets.
 
-    python benchmarks/trunk_sweep.py --output benchmarks/results/trunk_sweep.jsonl
-    python benchmarks/trunk_sweep.py --output benchmarks/results/trunk_sweep.jsonl --draw docs/trunk.svg
+    python benchmarks/trunk_sweep.py --output benchmarks/results/trunk.jsonl --draw docs/trunk.svg
 
-Each run trains on the same pairs in the same order; accuracy is on held-out pairs, KL to the base on
-unrelated text. Runs that the output file already holds are left out, so a cut sweep goes on.
+Each run trains on the same pairs in the same order; accuracy is on held-out pairs, KL to the base
+on unrelated text. Runs that the output file already holds are left out, so a cut sweep goes on.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ DEPTHS = (8, 30, 4, 15, 2)
 
 
 def measure(name: str, depth: int, seed: int, max_pairs: int, held_out: int) -> dict[str, Any]:
-    """Train one adapter on the last `depth` layers; return what it learned and how far it drifted."""
+    """Train on the last `depth` layers; return what was learned and how far it drifted."""
     with tempfile.TemporaryDirectory() as directory:
         config = QAdapterConfig(
             data=str(DATA / f"preference/{name}.train.jsonl"),
@@ -46,7 +45,8 @@ def measure(name: str, depth: int, seed: int, max_pairs: int, held_out: int) -> 
         policy = Policy.from_pretrained(result.directory, dtype=torch.bfloat16)
     pairs = list(read_pairs(str(DATA / f"preference/{name}.dev.jsonl")))[:held_out]
     score = policy.score(pairs)
-    drift = policy.drift(read_texts(str(DATA / "capability/wikitext2.valid.txt")), max_tokens=10_000)
+    texts = read_texts(str(DATA / "capability/wikitext2.valid.txt"))
+    drift = policy.drift(texts, max_tokens=10_000)
     return {
         "data": name,
         "depth": depth,
