@@ -170,6 +170,16 @@ class QAdapterConfig(TrainingArguments):
         default=0.75,
         metadata={"help": "Share of the layers, from the first, left alone and run only once."},
     )
+    cache_trunk: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Keep what the base makes of each pair on disk and read it from the second "
+            "epoch on; default where there is one."
+        },
+    )
+    cache_trunk_gib: float = field(
+        default=16.0, metadata={"help": "Most that all such caches may take, GiB."}
+    )
     max_length: int = field(default=1024, metadata={"help": "Tokens of prompt and response."})
     max_pairs: int | None = field(default=None, metadata={"help": "Use only the first N pairs."})
     truncate: bool = field(
@@ -210,6 +220,8 @@ class QAdapterConfig(TrainingArguments):
             raise ConfigError(f"max_length: {self.max_length} must be at least 2.")
         if not 0 <= self.anchor_weight < math.inf:
             raise ConfigError(f"anchor_weight: {self.anchor_weight} must be from 0 and finite.")
+        if not 0 <= self.cache_trunk_gib < math.inf:
+            raise ConfigError(f"cache_trunk_gib: {self.cache_trunk_gib} must be from 0 and finite.")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout: {self.lora_dropout} must lie in [0, 1).")
         if not 0 <= self.learning_rate < math.inf:

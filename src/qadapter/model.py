@@ -38,22 +38,49 @@ from qadapter.config import QConfig
 from qadapter.errors import ArtefactError, ConfigError, ModelError, TrainingError
 from qadapter.files import whole_files
 
+_Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
+"""The arguments of each decoder layer in turn."""
+
 
 class Streams(NamedTuple):
     """Final hidden states, after the last norm, of both branches."""
 
     adapted: Tensor
     """`[B, T, D]`, h_θ: base and adapter."""
-    base: Tensor
-    """`[B, T, D]`, h_1: the base alone, without gradient."""
+    base_states: Tensor | None
+    """`[B, T, D]`, h_1: the base alone, without gradient; None where it was not run."""
+    trunk: Tensor | None = None
+    """`[B, T, D]`, what enters the first layer that runs twice; only in whole batches."""
+
+    @property
+    def base(self) -> Tensor:
+        """The base's states.
+
+        Raises:
+            ValueError: only its scalars are there.
+        """
+        if self.base_states is None:
+            raise ValueError("the base's states were not computed, only its scalars are known")
+        return self.base_states
 
     def at(self, index: Any) -> Streams:
         """Return both branches at an index of their leading dimensions, as `[M, D]` for a mask."""
-        return Streams(self.adapted[index], self.base[index])
+        base = self.base_states
+        return Streams(self.adapted[index], None if base is None else base[index])
 
     def to(self, dtype: torch.dtype) -> Streams:
         """Return both branches in `dtype`."""
-        return Streams(self.adapted.to(dtype), self.base.to(dtype))
+        base = self.base_states
+        return Streams(self.adapted.to(dtype), None if base is None else base.to(dtype))
+
+
+class BaseScalars(NamedTuple):
+    """All that the loss needs of the base where α0 = α̃ (METHOD §2)."""
+
+    taken: Tensor
+    """`[N]` float32, z_1(s_t, a_t), the base's logit of the action."""
+    following: Tensor
+    """`[N]` float32, logsumexp of z_1(s_{t+1}, ·); 0 where the response has ended."""
 
 
 class QAndV(NamedTuple):
@@ -62,7 +89,25 @@ class QAndV(NamedTuple):
     taken: Tensor
     """`[N]` float32, Q̂(s_t, a_t)."""
     following: Tensor
-    """`[N]` float32, V̂(s_{t+1}), whether or not the response goes on."""
+    """`[N]` float32, V̂(s_{t+1}); 0 where the response has ended."""
+    base: BaseScalars | None = None
+    """The base's part of them; None where the head is not one plain linear map."""
+
+
+class _PassThrough(nn.Module):
+    """A decoder layer that only notes with what it was called."""
+
+    def __init__(self, layer: nn.Module, calls: _Calls) -> None:
+        super().__init__()
+        # Not registered: the layer belongs to its decoder.
+        self.__dict__["_layer"], self.__dict__["_calls"] = layer, calls
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._calls.append(((hidden_states, *args), kwargs))
+        return hidden_states
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)
 
 
 class _BranchCache:
@@ -414,6 +459,11 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
                     layer.enable_adapters(True)
 
     @property
+    def base_width(self) -> int:
+        """D, numbers of a hidden state."""
+        return int(self._base.config.hidden_size)
+
+    @property
     def branch_depth(self) -> int:
         """K, the number of layers that run twice."""
         return self._n_layers - self._first
@@ -425,19 +475,25 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         *,
         spans: Tensor | None = None,
+        trunk: Tensor | None = None,
         **inputs: Any,
     ) -> Streams:
         """Return the final hidden states of both branches for `[B, T]` tokens.
 
         With `past_key_values` (a transformers cache of L + K layers) both branches append to it.
-        With `spans` (see `packing.PackedBatch`) the one row holds packed pairs. The base branch
-        never carries a gradient.
+        With `spans` (see `packing.PackedBatch`) the one row holds packed pairs. With `trunk`, the
+        `Streams.trunk` of an earlier pass over the same tokens, the base is not run at all and only
+        the adapted branch is returned. The base branch never carries a gradient.
         """
         if spans is not None:
             inputs["packed_pairs"] = PackedPairs(spans)
             # Any mask of four dimensions keeps transformers from making one of [T, T].
             attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
+        if trunk is not None:
+            return Streams(self._branch(trunk, self._arguments(inputs)), None)
+        inputs |= {"past_key_values": past_key_values, "use_cache": past_key_values is not None}
+        calls: _Calls = []
 
         def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             calls.append((args, kwargs))
@@ -448,26 +504,37 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         ]
         try:
             with torch.no_grad(), self.adapter_off():
-                base = self._decoder(
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
-                    past_key_values=past_key_values,
-                    use_cache=past_key_values is not None,
-                    **inputs,
-                ).last_hidden_state
+                base = self._decoder(**inputs).last_hidden_state
         finally:
             for hook in hooks:
                 hook.remove()
-        branch = _BranchCache(past_key_values, self.branch_depth)
-        swap = {id(past_key_values): branch} if past_key_values is not None else {}
         args, kwargs = calls[0]
         hidden = args[0] if args else kwargs["hidden_states"]
+        return Streams(self._branch(hidden, calls, past_key_values), base, hidden)
+
+    def _arguments(self, inputs: dict[str, Any]) -> _Calls:
+        """Return what the base hands to each of its last K layers, without running any."""
+        calls: _Calls = []
+        shell = copy.copy(self._decoder)
+        layers = nn.ModuleList(_PassThrough(layer, calls) for layer in self._layers)
+        shell._modules = {
+            name: layers if module is self._layers else module
+            for name, module in self._decoder._modules.items()
+        }
+        with torch.no_grad():
+            shell(**inputs, use_cache=False)
+        return calls[self._first :]
+
+    def _branch(self, hidden: Tensor, calls: _Calls, past_key_values: Any = None) -> Tensor:
+        """Return h_θ: the last K layers from the trunk's output, as the base was called."""
+        branch = _BranchCache(past_key_values, self.branch_depth)
+        swap = {id(past_key_values): branch} if past_key_values is not None else {}
         for layer, (args, kwargs) in zip(self._layers[self._first :], calls, strict=True):
             rest = tuple(swap.get(id(a), a) for a in args[1:])
             kwargs = {k: swap.get(id(v), v) for k, v in kwargs.items() if k != "hidden_states"}
             out = layer(hidden, *rest, **kwargs)
             hidden = out[0] if isinstance(out, tuple) else out
-        return Streams(adapted=self._norm(hidden), base=base)
+        return cast(Tensor, self._norm(hidden))
 
     @cached_property
     def packs(self) -> bool:
@@ -491,6 +558,50 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         expected = torch.cat([alone[0], alone[1][2:]]).float()
         scale = float(expected.abs().max().clamp(min=1.0))
         return torch.allclose(row.float(), expected, atol=scale * 0.02, rtol=0.0)
+
+    @cached_property
+    def caches_trunk(self) -> bool:
+        """Whether the branch can start from a kept trunk, tried on a small packed row.
+
+        False where pairs cannot be packed or the decoder does more between its layers than call
+        them one after another.
+        """
+        if not self.packs:
+            return False
+        row: dict[str, Any] = {
+            "input_ids": torch.tensor([[1, 2, 3, 1, 2]], device=self.device),
+            "position_ids": torch.tensor([[0, 1, 2, 2, 3]], device=self.device),
+            "spans": torch.tensor([[0, 2, 1, 2]], device=self.device),
+        }
+        with torch.no_grad():
+            whole = self.streams(**row)
+            try:
+                alone = self.streams(**row, trunk=whole.trunk).adapted
+            except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
+                return False
+        return torch.equal(alone, whole.adapted)
+
+    @property
+    def trunk_key(self) -> dict[str, Any]:
+        """What trunk activations and base scalars depend on besides weights and tokens."""
+        config = self._base.config.to_dict()
+        config.pop("_name_or_path", None)
+        return {
+            "config": json.loads(json.dumps(config, default=str)),
+            "attention": self._base.config._attn_implementation,
+            "first_layer": self._first,
+            "dtype": str(self.dtype),
+            "device": self.device.type,
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        }
+
+    @property
+    def scalars_suffice(self) -> bool:
+        """Whether the loss needs of the base only `BaseScalars` (METHOD §2)."""
+        q = self.q_config
+        plain = q.parameterization == "residual" and q.alpha_0 == q.alpha_tilde
+        return plain and self.head_weight is not None
 
     # ── heads ───────────────────────────────────────────────────────────────────────────────────
 
@@ -518,6 +629,8 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
             weights = strength, q.alpha_0 / q.alpha_tilde - strength
         else:
             weights = strength / q.alpha_tilde, q.alpha_0 / q.alpha_tilde
+        if streams.base_states is None and weights == (1.0, 0.0):
+            return streams.adapted
         # Mixed in float32: at strength 1 the base's part is exactly zero, at 0 the adapter's.
         mixed = weights[0] * _wide(streams.adapted) + weights[1] * _wide(streams.base)
         return mixed.to(streams.adapted.dtype)
@@ -553,6 +666,7 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         following: Tensor,
         continues: Tensor,
         *,
+        base: BaseScalars | None = None,
         strength: float = 1.0,
     ) -> QAndV:
         """Return s·Q̂(s_t, a_t) and V̂(s_{t+1}) of N response tokens from M states (METHOD M1, §2).
@@ -565,6 +679,7 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
             taken: `[N]` indices of the states in which the actions are taken.
             following: `[N]` indices of the states they lead to.
             continues: `[N]` bool, False where the action ends its response.
+            base: the base's scalars, where they are known (see `scalars_suffice`).
         """
         weight = self.head_weight
         if weight is None:
@@ -575,17 +690,19 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         # At least float32 from here on: rewards are differences of close numbers.
         rows = _wide(weight[actions])
         z_theta = (_wide(streams.adapted[taken]) * rows).sum(-1)
-        z_base = (_wide(streams.base[taken]) * rows).sum(-1)
-        scale = q.alpha_0 / q.alpha_tilde
         later = streams.at(following[continues])
         lse_mix = fused.linear_logsumexp(self.mix(later, strength), weight)
-        with torch.no_grad():
-            lse_base = fused.linear_logsumexp(later.base, weight)
-        value = q.alpha_tilde * (lse_mix - scale * lse_base)
+        if base is None:
+            with torch.no_grad():
+                z_base = (_wide(streams.base[taken]) * rows).sum(-1)
+                lse_base = fused.linear_logsumexp(later.base, weight)
+            base = BaseScalars(z_base, _placed(lse_base, continues))
+        scale = q.alpha_0 / q.alpha_tilde
+        value = q.alpha_tilde * (lse_mix - scale * base.following[continues])
         q_taken = (
-            q.alpha_tilde * (z_theta - z_base) if q.parameterization == "residual" else z_theta
+            q.alpha_tilde * (z_theta - base.taken) if q.parameterization == "residual" else z_theta
         )
-        return QAndV(strength * q_taken, _placed(value, continues))
+        return QAndV(strength * q_taken, _placed(value, continues), base)
 
     def _q_and_v_two_heads(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor
 from qadapter import functional
 from qadapter.config import QConfig
 from qadapter.functional import LossSums, Transitions
-from qadapter.model import QAdapterModel, Streams
+from qadapter.model import BaseScalars, QAdapterModel, Streams
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class PairLoss:
     """`[M, D]`, the states that the batch's transitions name."""
     taken: Tensor
     """`[N]` int64, index of the state in which each response token is chosen."""
+    base: BaseScalars | None
+    """The base's part of the rewards, where two scalars a token are all of it."""
+    columns: Tensor
+    """`[N]` int64, where in its row each response token stands."""
 
 
 def batch_transitions(q_config: QConfig, batch: Mapping[str, Tensor]) -> Transitions:
@@ -46,8 +50,9 @@ def packable(model: QAdapterModel) -> bool:
 
 def batch_streams(model: Callable[..., Streams], batch: Mapping[str, Tensor]) -> Streams:
     """Return the hidden states `[R, T, D]` of a batch of pairs; `model` may be a wrapped one."""
-    names = ("input_ids", "attention_mask", "position_ids", "spans")
-    return model(**{n: batch[n] for n in names if n in batch}, output_streams=True)
+    names = ("input_ids", "attention_mask", "position_ids", "spans", "trunk")
+    streams = model(**{n: batch[n] for n in names if n in batch}, output_streams=True)
+    return streams._replace(base_states=batch["base_states"]) if "base_states" in batch else streams
 
 
 def pair_loss(
@@ -59,18 +64,24 @@ def pair_loss(
     parameterisation are the model's `q_config`.
 
     Args:
-        batch: a `PackedBatch`, or a `PairBatch` (which the `authors` objective needs).
+        batch: a `PackedBatch`, or a `PairBatch` (which the `authors` objective needs). A packed one
+            may carry what is known of the base: `trunk` and `base_states`, `[1, T, D]` each, or
+            `base_scalars`, `[T, 2]` float32, `BaseScalars` at the response tokens' columns.
     """
     q = model.q_config
     ids = batch["input_ids"]
     moves = batch_transitions(q, batch)
     states = streams.at((moves.rows, moves.columns))
+    known = None
+    if "base_scalars" in batch:
+        known = BaseScalars(*batch["base_scalars"][moves.action_columns].unbind(1))
     values = model.q_and_v(
         states,
         ids[moves.action_rows, moves.action_columns],
         moves.taken,
         moves.following,
         moves.continues,
+        base=known,
         strength=strength,
     )
     rewards = functional.token_rewards(
@@ -84,4 +95,13 @@ def pair_loss(
     else:
         returns = functional.returns(rewards, moves.response, n)
     sums = functional.preference_sums(returns, rewards)
-    return PairLoss(sums, returns, rewards, moves.response, states, moves.taken)
+    return PairLoss(
+        sums,
+        returns,
+        rewards,
+        moves.response,
+        states,
+        moves.taken,
+        values.base,
+        moves.action_columns,
+    )

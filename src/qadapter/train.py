@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from qadapter import hub
+from qadapter import files, hub
+from qadapter.cache import Kept, Layout, TrunkCache
 from qadapter.config import QAdapterConfig
 from qadapter.data import TokenizedPair, read_pairs, read_texts, tokenize_pairs
-from qadapter.errors import ConfigError, DataError, TrainingError
+from qadapter.errors import ConfigError, DataError, TrainingError, UserError
 from qadapter.files import check_writable, write_text
-from qadapter.model import QAdapterModel
+from qadapter.model import BaseScalars, QAdapterModel
 from qadapter.objective import (
     PairLoss,
     batch_streams,
@@ -28,6 +30,8 @@ from qadapter.objective import (
     pair_loss,
 )
 from qadapter.packing import PairCollator, pack_pairs, pad_rows
+
+_log = logging.getLogger(__name__)
 
 
 class QAdapterTrainer(Trainer):
@@ -74,6 +78,7 @@ class QAdapterTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self._anchors, self._pad_id = anchors, pad_id
         self._micro_step = 0
+        self._cache: TrunkCache | None = None
         self._figures: dict[str, dict[str, list[Tensor]]] = {"train": {}, "eval": {}}
 
     # ── counting ────────────────────────────────────────────────────────────────────────────────
@@ -103,7 +108,7 @@ class QAdapterTrainer(Trainer):
     ) -> Any:
         """Return the batch's share of the loss of the whole accumulation window (METHOD M5)."""
         inner = cast(QAdapterModel, self.accelerator.unwrap_model(model))
-        out = pair_loss(inner, batch_streams(model, inputs), inputs)
+        out = self._pair_loss(model, inner, inputs)
         sums = out.sums
         if isinstance(num_items_in_batch, Tensor):
             pairs, tokens = num_items_in_batch.unbind()
@@ -125,6 +130,61 @@ class QAdapterTrainer(Trainer):
         # DDP averages gradients over ranks, but ours are already shares of one global sum.
         loss = loss * self.accelerator.num_processes if model.training else loss
         return (loss, None) if return_outputs else loss
+
+    def _pair_loss(
+        self, model: nn.Module, inner: QAdapterModel, inputs: dict[str, Any]
+    ) -> PairLoss:
+        """Return the batch's loss, its trunk from the cache or, if it is not there, into it."""
+        cache = self._cache if model.training else None
+        if cache is None:
+            return pair_loss(inner, batch_streams(model, inputs), inputs)
+        if (kept := cache.read(inputs)) is not None:
+            trunk, base = (t.to(inner.device, non_blocking=True) for t in kept)
+            known = {"base_scalars": base} if cache.scalars else {"base_states": base[None]}
+            inputs = {**inputs, "trunk": trunk[None], **known}
+            return pair_loss(inner, batch_streams(model, inputs), inputs)
+        streams = batch_streams(model, inputs)
+        out = pair_loss(inner, streams, inputs)
+        trunk = cast(Tensor, streams.trunk).detach()[0]
+        if cache.scalars:
+            # Each response token's two scalars stand at its own column of the row.
+            base = torch.zeros(len(trunk), 2, device=trunk.device)
+            base[out.columns] = torch.stack(cast(BaseScalars, out.base), dim=1).float()
+        else:
+            base = streams.base[0]
+        cache.write(inputs, Kept(trunk, base))
+        return out
+
+    def _open_cache(self, base_hash: str) -> TrunkCache | None:
+        """Return the trunk cache that the settings ask for, if this base can use one."""
+        model, args = cast(QAdapterModel, self.model), cast(QAdapterConfig, self.args)
+        asked = args.cache_trunk
+        if not (args.num_train_epochs > 1 if asked is None else asked):
+            return None
+        if not (packable(model) and model.caches_trunk):
+            if asked:
+                raise ConfigError(
+                    "cache_trunk: this base or objective cannot start from a kept trunk; "
+                    "set cache_trunk=false."
+                )
+            return None
+        # "no", "bf16" or "fp16": what autocast does to the base's layers.
+        key = {"weights": base_hash, "autocast": self.accelerator.mixed_precision}
+        layout = Layout(model.base_width, model.dtype, model.scalars_suffice)
+        try:
+            with args.main_process_first(desc="trunk cache"):
+                return TrunkCache(
+                    files.cache_dir() / "trunk",
+                    {**key, **model.trunk_key},
+                    cast(Sequence[TokenizedPair], self.train_dataset),
+                    layout,
+                    limit=int(args.cache_trunk_gib * 2**30),
+                )
+        except UserError as error:
+            if asked:
+                raise
+            _log.warning("training without a trunk cache: %s", error)
+            return None
 
     def _anchor_kl(self, model: nn.Module, inner: QAdapterModel) -> Tensor:
         """Return the mean per token of KL(π1 ‖ π̃) on this micro-batch's anchors (METHOD §6)."""
@@ -224,6 +284,7 @@ class QAdapterTrainer(Trainer):
         model = cast(QAdapterModel, self.model)
         adapter = {n: p.detach().clone() for n, p in model.adapter_parameters().items()}
         base = hub.exact_weights_hash(model.base_parameters())
+        self._cache = self._open_cache(base)
         result = super().train(*args, **kwargs)
         if hub.exact_weights_hash(model.base_parameters()) != base:
             raise TrainingError("the base's weights changed during training; do not use this run.")

@@ -1,0 +1,226 @@
+"""What the base makes of each pair, kept on disk: trunk activations and the base's own part.
+
+The trunk and the base never change in training, so from the second epoch on (and in the next run on
+the same pairs) they are read instead of computed. One directory holds, for all pairs one after
+another as prompt, chosen, rejected:
+
+    key.json     what the activations depend on
+    trunk.bin    [tokens, D], what enters the first adapted layer
+    base.bin     [tokens, 2] float32, the base's scalars, or [tokens, D], its final states
+    sums.bin     [pairs] int64, a checksum of each pair's part of the two; 0 where nothing is yet
+
+The last three are mapped into memory. A part is used only if its checksum fits, so what a crash or
+a second run left half-written, or a disk has damaged, is computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from qadapter import files
+from qadapter.data import TokenizedPair
+from qadapter.errors import ConfigError
+
+_FORMAT = 1
+"""Raised when the files change their meaning, so that old ones are no longer found."""
+
+
+class Kept(NamedTuple):
+    """One batch's part of the cache, in the order of its packed row."""
+
+    trunk: Tensor
+    """`[T, D]`."""
+    base: Tensor
+    """`[T, 2]` float32 or `[T, D]`."""
+
+
+class Layout(NamedTuple):
+    """Shape of what is kept of a token."""
+
+    width: int
+    """D, numbers of a trunk state."""
+    dtype: torch.dtype
+    """Their dtype."""
+    scalars: bool
+    """Whether two float32 scalars are kept of the base, or a final state like the trunk's."""
+
+    @property
+    def base(self) -> tuple[int, torch.dtype]:
+        """Width and dtype of the base's part."""
+        return (2, torch.float32) if self.scalars else (self.width, self.dtype)
+
+    def size(self, tokens: int) -> int:
+        """Return the bytes that so many tokens take."""
+        width, dtype = self.base
+        return tokens * (self.width * self.dtype.itemsize + width * dtype.itemsize)
+
+
+def _name(ids: Sequence[int], lengths: Sequence[int], terminal: Sequence[bool]) -> str:
+    """Return a pair's name: its tokens, where its parts end, and whether its responses do."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (ids, lengths, [int(t) for t in terminal]):
+        digest.update(torch.tensor(part, dtype=torch.int64).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _pair_name(pair: TokenizedPair) -> str:
+    parts = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+    ids = [i for part in parts for i in part]
+    return _name(ids, [len(p) for p in parts], (pair.chosen_terminal, pair.rejected_terminal))
+
+
+def _batch_names(batch: Mapping[str, Tensor]) -> list[str]:
+    ids = batch["input_ids"][0].tolist()
+    terminal = batch["terminal"].reshape(2, -1).T.tolist()
+    return [
+        _name(ids[start : start + sum(lengths)], lengths, ends)
+        for (start, *lengths), ends in zip(batch["spans"].tolist(), terminal, strict=True)
+    ]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(cast(Any, tensor.reshape(-1).view(torch.uint8).numpy()))
+
+
+def _checksum(part: Kept) -> int:
+    """Return a checksum that is never 0."""
+    return zlib.crc32(_bytes(part.base), zlib.crc32(_bytes(part.trunk))) | 1 << 32
+
+
+class TrunkCache:
+    """Trunk activations and the base's part of a set of pairs, on disk.
+
+    Args:
+        root: directory in which each key has its own.
+        key: all that the activations depend on besides the pairs' tokens: weights, precision, ….
+        pairs: what will be asked for. Their tokens enter the key, and with them the tokenizer.
+        limit: bytes that all caches under `root` may take together; the oldest make room.
+
+    Raises:
+        ConfigError: the pairs need more than `limit`, or more than the disk has.
+        UserError: the directory cannot be written.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        key: Mapping[str, Any],
+        pairs: Sequence[TokenizedPair],
+        layout: Layout,
+        *,
+        limit: int,
+    ) -> None:
+        lengths = {
+            _pair_name(p): len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids)
+            for p in pairs
+        }
+        self._slots = {name: i for i, name in enumerate(lengths)}
+        self._ends = torch.tensor(list(lengths.values())).cumsum(0).tolist()
+        size = layout.size(self._ends[-1])
+        if size > limit:
+            raise ConfigError(
+                f"cache_trunk: these pairs need {size / 2**30:.1f} GiB on disk and "
+                f"cache_trunk_gib allows {limit / 2**30:.1f}; raise it, or set cache_trunk=false."
+            )
+        names = hashlib.sha256("".join(lengths).encode()).hexdigest()
+        told = {**key, "format": _FORMAT, "layout": repr(layout), "pairs": names}
+        text = json.dumps(told, indent=2, sort_keys=True) + "\n"
+        self.directory = Path(root) / hashlib.sha256(text.encode()).hexdigest()[:32]
+        self.scalars = layout.scalars
+        sizes = self._sizes(layout)
+        if not self._sound(text, sizes):
+            self._make(text, sizes, limit - size)
+        os.utime(self.directory)
+        tensors = {name: self._mapped(name, size) for name, size in sizes.items()}
+        width, dtype = layout.base
+        self._trunk = tensors["trunk.bin"].view(layout.dtype).view(-1, layout.width)
+        self._base = tensors["base.bin"].view(dtype).view(-1, width)
+        self._sums = tensors["sums.bin"].view(torch.int64)
+
+    def _sizes(self, layout: Layout) -> dict[str, int]:
+        tokens = self._ends[-1]
+        width, dtype = layout.base
+        return {
+            "trunk.bin": tokens * layout.width * layout.dtype.itemsize,
+            "base.bin": tokens * width * dtype.itemsize,
+            "sums.bin": len(self._slots) * 8,
+        }
+
+    def _sound(self, text: str, sizes: Mapping[str, int]) -> bool:
+        """Return whether the directory is there, with this key and files of the right size."""
+        try:
+            same = (self.directory / "key.json").read_text(encoding="utf-8") == text
+            return same and all((self.directory / n).stat().st_size == s for n, s in sizes.items())
+        except (OSError, UnicodeDecodeError):
+            return False
+
+    def _make(self, text: str, sizes: Mapping[str, int], room: int) -> None:
+        root = self.directory.parent
+        files.check_writable(root)
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
+        others = sorted((d for d in root.iterdir() if d.is_dir()), key=lambda d: d.stat().st_mtime)
+        taken = {d: sum(f.stat().st_size for f in d.iterdir() if f.is_file()) for d in others}
+        for other in others:
+            if sum(taken.values()) <= room:
+                break
+            shutil.rmtree(other, ignore_errors=True)
+            del taken[other]
+        free, needed = shutil.disk_usage(root).free, sum(sizes.values())
+        if needed > free:
+            raise ConfigError(
+                f"cache_trunk: {root} has {free / 2**30:.1f} GiB left and {needed / 2**30:.1f} are "
+                "needed; make room, set QADAPTER_CACHE to another disk, or set cache_trunk=false."
+            )
+        with files.whole_directory(self.directory) as partial:
+            for name, size in sizes.items():
+                with open(partial / name, "wb") as file:
+                    file.truncate(size)
+                    if hasattr(os, "posix_fallocate"):
+                        # Reserved now: a write to the map of a full disk would kill the run.
+                        os.posix_fallocate(file.fileno(), 0, size)
+            (partial / "key.json").write_text(text, encoding="utf-8")
+
+    def _mapped(self, name: str, size: int) -> Tensor:
+        path = str(self.directory / name)
+        return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(t.numel() * t.itemsize for t in (self._trunk, self._base, self._sums))
+
+    def _part(self, slot: int) -> Kept:
+        where = slice(self._ends[slot - 1] if slot else 0, self._ends[slot])
+        return Kept(self._trunk[where], self._base[where])
+
+    def read(self, batch: Mapping[str, Tensor]) -> Kept | None:
+        """Return what is kept of a `PackedBatch`, on the CPU; None if any pair of it is missing."""
+        slots = [self._slots[name] for name in _batch_names(batch)]
+        parts = [self._part(slot) for slot in slots]
+        for slot, part in zip(slots, parts, strict=True):
+            if int(self._sums[slot]) != _checksum(part):
+                return None
+        return Kept(torch.cat([p.trunk for p in parts]), torch.cat([p.base for p in parts]))
+
+    def write(self, batch: Mapping[str, Tensor], kept: Kept) -> None:
+        """Keep what was computed of a `PackedBatch`."""
+        lengths = batch["spans"][:, 1:].sum(1).tolist()
+        trunks, bases = kept.trunk.split(lengths), kept.base.split(lengths)
+        for name, trunk, base in zip(_batch_names(batch), trunks, bases, strict=True):
+            slot = self._slots[name]
+            part = self._part(slot)
+            self._sums[slot] = 0
+            part.trunk.copy_(trunk)
+            part.base.copy_(base)
+            self._sums[slot] = _checksum(part)
