@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import zlib
@@ -141,11 +142,12 @@ class TrunkCache:
         if not self._sound(text, sizes):
             self._make(text, sizes, limit - size)
         os.utime(self.directory)
-        tensors = {name: self._mapped(name, size) for name, size in sizes.items()}
+        self._maps = {name: self._mapped(name) for name in sizes}
         width, dtype = layout.base
-        self._trunk = tensors["trunk.bin"].view(layout.dtype).view(-1, layout.width)
-        self._base = tensors["base.bin"].view(dtype).view(-1, width)
-        self._sums = tensors["sums.bin"].view(torch.int64)
+        trunk = torch.frombuffer(self._maps["trunk.bin"], dtype=layout.dtype)
+        self._trunk = trunk.view(-1, layout.width)
+        self._base = torch.frombuffer(self._maps["base.bin"], dtype=dtype).view(-1, width)
+        self._sums = torch.frombuffer(self._maps["sums.bin"], dtype=torch.int64)
 
     def _sizes(self, layout: Layout) -> dict[str, int]:
         tokens = self._ends[-1]
@@ -191,9 +193,18 @@ class TrunkCache:
                         os.posix_fallocate(file.fileno(), 0, size)
             (partial / "key.json").write_text(text, encoding="utf-8")
 
-    def _mapped(self, name: str, size: int) -> Tensor:
-        path = str(self.directory / name)
-        return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+    def _mapped(self, name: str) -> mmap.mmap:
+        with open(self.directory / name, "r+b") as file:
+            return mmap.mmap(file.fileno(), 0)
+
+    def _let_go(self) -> None:
+        """Hand mapped pages back to the system, so that they do not count as this process's.
+
+        Nothing is lost: pages of a shared map live on in the file.
+        """
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for mapped in self._maps.values():
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     @property
     def size(self) -> int:
@@ -211,7 +222,9 @@ class TrunkCache:
         for slot, part in zip(slots, parts, strict=True):
             if int(self._sums[slot]) != _checksum(part):
                 return None
-        return Kept(torch.cat([p.trunk for p in parts]), torch.cat([p.base for p in parts]))
+        found = Kept(torch.cat([p.trunk for p in parts]), torch.cat([p.base for p in parts]))
+        self._let_go()
+        return found
 
     def write(self, batch: Mapping[str, Tensor], kept: Kept) -> None:
         """Keep what was computed of a `PackedBatch`."""
@@ -224,3 +237,4 @@ class TrunkCache:
             part.trunk.copy_(trunk)
             part.base.copy_(base)
             self._sums[slot] = _checksum(part)
+        self._let_go()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qadapter.errors import ConfigError, DataError, UserError
 
 if TYPE_CHECKING:
+    from qadapter.config import QAdapterConfig
     from qadapter.policy import Policy
 
 _DESCRIPTION = """\
@@ -113,10 +114,16 @@ def _train(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--config", help="YAML file with any of the fields below")
     parser.add_argument("--output", dest="output_dir", help="same as --output_dir")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what the run will take, and do not start it"
+    )
     known, _ = parser.parse_known_args(list(argv))
     words = [*(_yaml_words(known.config, QAdapterConfig) if known.config else []), *argv]
     values = vars(parser.parse_args(words))
     del values["config"]
+    if values.pop("dry_run"):
+        _estimate(QAdapterConfig(**values))
+        return
     result = run_training(QAdapterConfig(**values))
     for reason, sources in result.dropped.items():
         print(f"dropped {len(sources)} pairs: {reason} (the first is {sources[0]})")
@@ -124,6 +131,32 @@ def _train(argv: Sequence[str]) -> None:
         print(f"{name:28} {value:.4g}")
     print(f"trained {result.trainable:,} parameters on {result.pairs} pairs; the base is unchanged")
     print(f"saved   {result.directory}\nnext    qadapter chat {result.directory}")
+
+
+def _estimate(config: QAdapterConfig) -> None:
+    from qadapter.estimate import Epoch, estimate
+
+    found = estimate(config)
+
+    def told(epoch: Epoch) -> str:
+        return f"{_duration(epoch.seconds)}, {epoch.flops / 1e12:,.1f} TFLOP"
+
+    print(f"pairs            {found.pairs:,} ({found.dropped:,} dropped)")
+    print(f"tokens           {found.tokens:,}, of which {found.response_tokens:,} in responses")
+    print(f"micro-batches    {found.batches:,} an epoch")
+    print(f"first epoch      {told(found.first)}")
+    if found.later is not None:
+        print(f"later epochs     {told(found.later)} each, from a cache on disk")
+        print(f"trunk cache      {found.cache / 2**30:.2f} GiB")
+    print(f"training         {_duration(found.seconds)} for {found.epochs:g} epochs")
+    print(f"peak memory      {found.peak:.1f} GiB")
+    print("nothing was written; leave out --dry-run to start")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
 def _yaml_words(path: str, config: type) -> list[str]:
@@ -275,6 +308,7 @@ def _demo(args: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     from qadapter import demo
+    from qadapter.estimate import peak_memory
     from qadapter.policy import Policy
 
     logging.disable_progress_bar()  # of weights loaded in a second; training keeps its own
@@ -308,7 +342,7 @@ def _demo(args: argparse.Namespace) -> None:
         )
     figures.add_row("trained parameters", f"{result.trainable:,}")
     figures.add_row("pairs a second", f"{result.metrics['train_samples_per_second']:.2f}")
-    figures.add_row("peak memory", f"{demo.peak_memory():.1f} GiB")
+    figures.add_row("peak memory", f"{peak_memory():.1f} GiB")
     console.print(figures)
     held_out = demo.shipped("demo.dev.jsonl")
     console.print("Next:", style="bold")

@@ -170,6 +170,13 @@ class QAdapterConfig(TrainingArguments):
         default=0.75,
         metadata={"help": "Share of the layers, from the first, left alone and run only once."},
     )
+    tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Fill micro-batches with pairs up to so many tokens; overrides "
+            "per_device_train_batch_size."
+        },
+    )
     cache_trunk: bool | None = field(
         default=None,
         metadata={
@@ -226,8 +233,9 @@ class QAdapterConfig(TrainingArguments):
             raise ConfigError(f"lora_dropout: {self.lora_dropout} must lie in [0, 1).")
         if not 0 <= self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate: {self.learning_rate} must be from 0 and finite.")
-        if self.max_pairs is not None and self.max_pairs < 1:
-            raise ConfigError(f"max_pairs: {self.max_pairs} must be at least 1.")
+        for name in ("max_pairs", "tokens_per_batch"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise ConfigError(f"{name}: {count} must be at least 1.")
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} must be at least 1.")

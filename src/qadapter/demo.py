@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from transformers import pipeline
 
 from qadapter import hub
@@ -91,12 +88,3 @@ def measure(policy: Policy) -> tuple[Score, list[Drift]]:
     score = policy.score(list(read_pairs(shipped("demo.dev.jsonl"))))
     texts = read_texts(shipped("general.txt"))
     return score, [policy.drift(texts, strength=s) for s in STRENGTHS]
-
-
-def peak_memory() -> float:
-    """Return this process's peak memory so far in GiB: the accelerator's, else the host's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Kilobytes, except that macOS counts bytes.
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)

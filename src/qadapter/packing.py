@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from qadapter.data import TokenizedPair
+from qadapter.errors import ConfigError
 
 
 class PackedBatch(TypedDict):
@@ -83,6 +84,45 @@ def pack_pairs(pairs: Sequence[TokenizedPair]) -> PackedBatch:
         spans=torch.tensor(spans),
         terminal=torch.tensor(terminal),
     )
+
+
+def fill_rows(
+    pairs: Sequence[TokenizedPair], tokens: int, *, seed: int
+) -> list[list[TokenizedPair]]:
+    """Return the pairs, shuffled, in rows of at most so many tokens, each filled in turn.
+
+    Raises:
+        ConfigError: a pair alone has more.
+    """
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+    rows: list[list[TokenizedPair]] = []
+    room = 0
+    for pair in (pairs[i] for i in order):
+        length = len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+        if length > tokens:
+            raise ConfigError(
+                f"tokens_per_batch: {tokens} is less than the {length} tokens of {pair.source}; "
+                "raise it, or lower max_length."
+            )
+        if length > room:
+            rows.append([])
+            room = tokens
+        rows[-1].append(pair)
+        room -= length
+    return rows
+
+
+def flat(items: Sequence[TokenizedPair | list[TokenizedPair]]) -> list[TokenizedPair]:
+    """Return the pairs of pairs and rows of pairs."""
+    return [p for item in items for p in (item if isinstance(item, list) else [item])]
+
+
+def collate_rows(
+    collate: Callable[[Sequence[TokenizedPair]], Mapping[str, Any]],
+    items: Sequence[TokenizedPair | list[TokenizedPair]],
+) -> Mapping[str, Any]:
+    """Return pairs, or rows of `fill_rows`, as one batch made by `collate`."""
+    return collate(flat(items))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -29,7 +31,7 @@ from qadapter.objective import (
     packable,
     pair_loss,
 )
-from qadapter.packing import PairCollator, pack_pairs, pad_rows
+from qadapter.packing import PairCollator, collate_rows, fill_rows, pack_pairs, pad_rows
 
 _log = logging.getLogger(__name__)
 
@@ -65,10 +67,16 @@ class QAdapterTrainer(Trainer):
             raise TrainingError(
                 "nothing to train: every adapter weight is frozen; load it with is_trainable=True."
             )
+        if args.tokens_per_batch and not packable(model):
+            raise ConfigError(
+                "tokens_per_batch: this base or objective cannot pack pairs; "
+                "use per_device_train_batch_size."
+            )
+        collate = pack_pairs if packable(model) else PairCollator(pad_id)
         super().__init__(
             model=model,
             args=args,
-            data_collator=cast(Any, pack_pairs if packable(model) else PairCollator(pad_id)),
+            data_collator=cast(Any, partial(collate_rows, collate)),
             train_dataset=cast(Any, train_dataset),
             eval_dataset=cast(Any, eval_dataset),
             **kwargs,
@@ -78,10 +86,38 @@ class QAdapterTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self._anchors, self._pad_id = anchors, pad_id
         self._micro_step = 0
-        self._cache: TrunkCache | None = None
+        self.cache: TrunkCache | None = None
+        """Opened when training starts, where the settings and the base allow."""
+        self.cache_root = files.cache_dir() / "trunk"
+        self.rows: list[list[TokenizedPair]] = []
+        """Micro-batches filled beforehand; empty where the sampler makes them."""
+        if args.tokens_per_batch and train_dataset is not None:
+            self.rows = fill_rows(train_dataset, args.tokens_per_batch, seed=args.seed)
         self._figures: dict[str, dict[str, list[Tensor]]] = {"train": {}, "eval": {}}
 
-    # ── counting ────────────────────────────────────────────────────────────────────────────────
+    # ── batches ────────────────────────────────────────────────────────────────────────────────
+
+    def get_train_dataloader(self) -> Any:
+        """Return the batches: so many pairs each, or rows filled up to `tokens_per_batch`."""
+        if not self.rows:
+            return super().get_train_dataloader()
+        return self._get_dataloader(
+            self.rows, "Training", 1, sampler_fn=self._get_train_sampler, is_training=True
+        )
+
+    def num_examples(self, dataloader: Any) -> int:
+        """Return the pairs in a dataloader."""
+        rows = dataloader.dataset
+        return (
+            sum(len(row) for row in rows) if rows is self.rows else super().num_examples(dataloader)
+        )
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Return the pairs of one step; of filled rows, their mean."""
+        if not self.rows:
+            return int(super().get_total_train_batch_size(args))
+        pairs = sum(len(row) for row in self.rows) / len(self.rows)
+        return int(pairs * args.gradient_accumulation_steps * args.world_size + 0.5)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -135,7 +171,7 @@ class QAdapterTrainer(Trainer):
         self, model: nn.Module, inner: QAdapterModel, inputs: dict[str, Any]
     ) -> PairLoss:
         """Return the batch's loss, its trunk from the cache or, if it is not there, into it."""
-        cache = self._cache if model.training else None
+        cache = self.cache if model.training else None
         if cache is None:
             return pair_loss(inner, batch_streams(model, inputs), inputs)
         if (kept := cache.read(inputs)) is not None:
@@ -155,6 +191,12 @@ class QAdapterTrainer(Trainer):
         cache.write(inputs, Kept(trunk, base))
         return out
 
+    @property
+    def layout(self) -> Layout:
+        """What the trunk cache holds of a token."""
+        model = cast(QAdapterModel, self.model)
+        return Layout(model.base_width, model.dtype, model.scalars_suffice)
+
     def _open_cache(self, base_hash: str) -> TrunkCache | None:
         """Return the trunk cache that the settings ask for, if this base can use one."""
         model, args = cast(QAdapterModel, self.model), cast(QAdapterConfig, self.args)
@@ -170,14 +212,13 @@ class QAdapterTrainer(Trainer):
             return None
         # "no", "bf16" or "fp16": what autocast does to the base's layers.
         key = {"weights": base_hash, "autocast": self.accelerator.mixed_precision}
-        layout = Layout(model.base_width, model.dtype, model.scalars_suffice)
         try:
             with args.main_process_first(desc="trunk cache"):
                 return TrunkCache(
-                    files.cache_dir() / "trunk",
+                    self.cache_root,
                     {**key, **model.trunk_key},
                     cast(Sequence[TokenizedPair], self.train_dataset),
-                    layout,
+                    self.layout,
                     limit=int(args.cache_trunk_gib * 2**30),
                 )
         except UserError as error:
@@ -284,7 +325,7 @@ class QAdapterTrainer(Trainer):
         model = cast(QAdapterModel, self.model)
         adapter = {n: p.detach().clone() for n, p in model.adapter_parameters().items()}
         base = hub.exact_weights_hash(model.base_parameters())
-        self._cache = self._open_cache(base)
+        self.cache = self._open_cache(base)
         result = super().train(*args, **kwargs)
         if hub.exact_weights_hash(model.base_parameters()) != base:
             raise TrainingError("the base's weights changed during training; do not use this run.")
@@ -324,18 +365,45 @@ class TrainResult:
     """Number of adapter parameters."""
 
 
-def run_training(config: QAdapterConfig) -> TrainResult:
-    """Train from `config.data` to a saved artefact in `config.output_dir`.
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run needs, read and checked, before its first step."""
+
+    model: QAdapterModel
+    train_set: list[TokenizedPair]
+    eval_set: list[TokenizedPair] | None
+    anchors: list[list[int]]
+    pad_id: int
+    dropped: dict[str, list[str]]
+    """Sources of the training pairs that were left out, by reason."""
+
+    def trainer(self, config: QAdapterConfig, **kwargs: Any) -> QAdapterTrainer:
+        """Return a trainer of these; `kwargs` are passed on to it."""
+        return QAdapterTrainer(
+            self.model,
+            config,
+            **{
+                "train_dataset": self.train_set,
+                "eval_dataset": self.eval_set,
+                "pad_id": self.pad_id,
+                "anchors": self.anchors,
+                **kwargs,
+            },
+        )
+
+
+def prepare(config: QAdapterConfig) -> Prepared:
+    """Read data, tokenizer and base, and put an untrained adapter on it; nothing is written.
 
     Raises:
-        UserError: any of its kinds, before anything is written where that is possible.
+        UserError: any of its kinds.
     """
     if not config.data:
         raise ConfigError("data: missing; name a file of preference pairs with --data.")
     if not config.output_dir:
         raise ConfigError("output_dir: missing; name a directory with --output.")
     check_writable(config.output_dir)
-    resume = _checkpoint(config)
+    _checkpoint(config)
     set_seed(config.seed)
     tokenizer = hub.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     pairs = read_pairs(config.data)
@@ -376,31 +444,41 @@ def run_training(config: QAdapterConfig) -> TrainResult:
         layers_to_transform=config.layers_to_transform,
         trunk=config.trunk,
     )
-    new = not Path(config.output_dir).exists()
+    pad_id = cast(int, tokenizer.pad_token_id)
+    return Prepared(model, train_set, eval_set, anchors, pad_id, dropped)
+
+
+@contextmanager
+def _settings_told() -> Iterator[None]:
+    """Turn what transformers says of a setting, which it checks only in use, into a ConfigError."""
     try:
-        trainer = QAdapterTrainer(
-            model,
-            config,
-            train_dataset=train_set,
-            eval_dataset=eval_set,
-            pad_id=cast(int, tokenizer.pad_token_id),
-            anchors=anchors,
-            callbacks=_callbacks(config),
-        )
-        result = trainer.train(resume_from_checkpoint=resume)
-        metrics = dict(result.metrics)
-        if eval_set:
-            metrics.update(trainer.evaluate())
+        yield
     except (ArithmeticError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
-        # transformers checks many settings only when it uses them.
         raise ConfigError(f"training cannot go on with these settings: {error}") from error
+
+
+def run_training(config: QAdapterConfig) -> TrainResult:
+    """Train from `config.data` to a saved artefact in `config.output_dir`.
+
+    Raises:
+        UserError: any of its kinds, before anything is written where that is possible.
+    """
+    run = prepare(config)
+    directory = Path(cast(str, config.output_dir))
+    new = not directory.exists()
+    try:
+        with _settings_told():
+            trainer = run.trainer(config, callbacks=_callbacks(config))
+            result = trainer.train(resume_from_checkpoint=_checkpoint(config))
+            metrics = dict(result.metrics)
+            if run.eval_set:
+                metrics.update(trainer.evaluate())
     finally:
         if new:
-            _remove_if_empty(Path(config.output_dir))
-    directory = Path(config.output_dir)
-    model.save_pretrained(directory)
-    trainable = sum(p.numel() for p in model.adapter_parameters().values())
-    outcome = TrainResult(directory, len(train_set), dropped, metrics, trainable)
+            _remove_if_empty(directory)
+    run.model.save_pretrained(directory)
+    trainable = sum(p.numel() for p in run.model.adapter_parameters().values())
+    outcome = TrainResult(directory, len(run.train_set), run.dropped, metrics, trainable)
     write_text(directory / "README.md", model_card(config, outcome))
     return outcome
 

@@ -375,3 +375,54 @@ def test_a_base_that_changes_is_an_error(tmp_path: Path) -> None:
 def test_settings_out_of_range_are_refused(tmp_path: Path, field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=field):
         settings(tmp_path, **{field: value})
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_rows_filled_by_tokens_hold_every_pair_once(family: str, tmp_path: Path) -> None:
+    pairs = random_pairs(40)
+    run = trainer(tmp_path, pairs, family=family, tokens_per_batch=60, num_train_epochs=2)
+    loader = run.get_train_dataloader()
+    for _ in range(2):
+        batches = list(loader)
+        assert max(batch["input_ids"].shape[1] for batch in batches) <= 60
+        found = sorted(
+            tuple(batch["input_ids"][0, start : start + sum(lengths)].tolist())
+            for batch in batches
+            for start, *lengths in batch["spans"].tolist()
+        )
+        assert found == sorted(
+            (*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids) for pair in pairs
+        )
+    metrics = run.train().metrics
+    assert run.state.global_step == 2 * len(loader)
+    assert metrics["train_samples_per_second"] * metrics["train_runtime"] == pytest.approx(
+        2 * len(pairs), rel=0.01
+    )
+
+
+def test_how_rows_are_filled_does_not_change_a_whole_step(tmp_path: Path) -> None:
+    pairs = random_pairs(16)
+    whole = trainer(tmp_path / "a", pairs, per_device_train_batch_size=16)
+    rows = trainer(
+        tmp_path / "b", pairs, tokens_per_batch=50, gradient_accumulation_steps=16, max_steps=1
+    )
+    assert len(rows.get_train_dataloader()) > 3
+    whole.train()
+    rows.train()
+    assert rows.state.global_step == 1
+    assert_close(weights(whole.model), weights(rows.model), atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tokens_per_batch": 9}, r"tokens_per_batch: 9 is less than the \d+ tokens of memory:\d+"),
+        ({"tokens_per_batch": 60, "objective": "authors"}, "cannot pack pairs"),
+        ({"tokens_per_batch": 0}, "tokens_per_batch: 0 must be at least 1"),
+    ],
+)
+def test_a_token_budget_that_cannot_be_kept_is_refused(
+    fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        trainer(tmp_path, random_pairs(40), **fields)

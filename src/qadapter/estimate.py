@@ -1,0 +1,185 @@
+"""What a run will take, told before it starts: a few of its own steps are tried and scaled up."""
+
+from __future__ import annotations
+
+import copy
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import TrainerCallback
+
+from qadapter.config import QAdapterConfig
+from qadapter.data import TokenizedPair
+from qadapter.packing import flat
+from qadapter.train import Prepared, QAdapterTrainer, prepare
+
+_TRIED = 6
+"""Micro-batches that are timed, of lengths spread as the run's own."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one pass over the pairs takes."""
+
+    seconds: float
+    flops: float
+    """Floating-point operations of matrix products and attention, two for a multiply-add."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take on this machine."""
+
+    pairs: int
+    dropped: int
+    tokens: int
+    """Tokens of all pairs, each prompt counted once."""
+    response_tokens: int
+    epochs: float
+    batches: int
+    """Micro-batches an epoch."""
+    first: Epoch
+    later: Epoch | None
+    """Later epochs, where the trunk comes from the cache; None where it does not."""
+    cache: int
+    """Bytes of the trunk cache."""
+    peak: float
+    """GiB, of the accelerator, else of the process."""
+
+    @property
+    def seconds(self) -> float:
+        """Time of the whole training, without loading and evaluation."""
+        return self.first.seconds + (self.epochs - 1) * (self.later or self.first).seconds
+
+
+def peak_memory() -> float:
+    """Return this process's peak memory so far in GiB: the accelerator's, else the host's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Kilobytes, except that macOS counts bytes.
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def _length(pair: TokenizedPair) -> int:
+    return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+
+
+def _tokens(row: Sequence[TokenizedPair]) -> int:
+    return sum(_length(pair) for pair in row)
+
+
+def _rows(trainer: QAdapterTrainer, pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
+    """Return the micro-batches of the run's first epoch."""
+    if trainer.rows:
+        return trainer.rows
+    sampler: Any = trainer.get_train_dataloader().batch_sampler
+    return [[pairs[i] for i in index] for index in sampler]
+
+
+class _Clock(TrainerCallback):  # type: ignore[misc,unused-ignore]
+    """Times every step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+def _spread(rows: list[list[TokenizedPair]]) -> list[list[TokenizedPair]]:
+    """Return the largest row and some whose lengths are spread as all are."""
+    rows = sorted(rows, key=_tokens)
+    middles = [rows[(2 * i + 1) * len(rows) // (2 * _TRIED)] for i in range(_TRIED)]
+    return [rows[-1], *middles]
+
+
+def _flops(trainer: QAdapterTrainer, row: list[TokenizedPair]) -> int:
+    """Return the operations of one training step on a micro-batch."""
+    inputs = trainer.data_collator(row)
+    # In plain products every part of the attention is counted, on any device.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        trainer.training_step(trainer.model, inputs)
+    return int(counter.get_total_flops())
+
+
+def estimate(config: QAdapterConfig) -> Estimate:
+    """Return what `run_training(config)` will take, from a few of its own steps; nothing is kept.
+
+    Time and operations are those of the steps tried, scaled by tokens; memory is the peak with the
+    run's largest micro-batch.
+
+    Raises:
+        UserError: as `run_training` would before its first step.
+    """
+    run = prepare(config)
+    rows = _rows(run.trainer(config), run.train_set)
+    with tempfile.TemporaryDirectory() as directory:
+        return _tried(config, run, rows, Path(directory))
+
+
+def _tried(
+    config: QAdapterConfig, run: Prepared, rows: list[list[TokenizedPair]], directory: Path
+) -> Estimate:
+    spread = _spread(rows)
+    short = copy.copy(config)
+    settings = {
+        "output_dir": str(directory),
+        "num_train_epochs": 2,
+        "max_steps": -1,
+        "gradient_accumulation_steps": 1,
+        "cache_trunk": config.cache_trunk if config.num_train_epochs > 1 else False,
+        "train_sampling_strategy": "sequential",
+        "logging_strategy": "no",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    for name, value in settings.items():
+        setattr(short, name, value)
+    clock = _Clock()
+    trainer = run.trainer(short, train_dataset=flat(spread), callbacks=[clock])
+    trainer.rows, trainer.cache_root = spread, directory
+    trainer.train()
+    peak = peak_memory()
+    cached = trainer.cache is not None
+    flops = [_flops(trainer, spread[len(spread) // 2])]
+    tokens, whole = _tokens(spread[len(spread) // 2]), sum(_tokens(row) for row in rows)
+    trainer.cache = None
+    flops.insert(0, _flops(trainer, spread[len(spread) // 2]))
+    # The first step of each pass, the largest row, warms up and is not timed.
+    timed = sum(_tokens(row) for row in spread[1:])
+    passes = [clock.seconds[1 : len(spread)], clock.seconds[len(spread) + 1 :]]
+    first, later = (
+        Epoch(sum(seconds) / timed * whole, count / tokens * whole)
+        for seconds, count in zip(passes, flops, strict=True)
+    )
+    pairs = run.train_set
+    return Estimate(
+        pairs=len(pairs),
+        dropped=sum(len(v) for v in run.dropped.values()),
+        tokens=whole,
+        response_tokens=sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs),
+        epochs=config.num_train_epochs,
+        batches=len(rows),
+        first=first,
+        later=later if cached else None,
+        cache=trainer.layout.size(whole) if cached else 0,
+        peak=peak,
+    )
