@@ -100,7 +100,7 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(x) for x in output.read_text().splitlines()] if output.exists() else []
     done = {(r["data"], r["depth"], r["seed"]) for r in rows}
-    wanted = [(name, depth, args.seed) for name in SETS for depth in DEPTHS]
+    wanted = [(name, depth, args.seed) for depth in DEPTHS for name in SETS]
     for key in tqdm([k for k in wanted if k not in done]):
         row = measure(*key, args.pairs, args.held_out)
         rows.append(row)
