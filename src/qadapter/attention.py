@@ -23,6 +23,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from qadapter.fused import causal_attention
+
 _PREFIX = "qadapter_"
 
 
@@ -59,6 +61,13 @@ class PackedPairs:
         return self._masks[key]
 
 
+def _takes_fused(query: Tensor, options: dict[str, Any]) -> bool:
+    """Return whether `fused.causal_attention` computes this, and does so faster."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    # In float32, and without a gradient, torch's own is as fast.
+    return query.device.type == "cpu" and half and query.requires_grad and not options["dropout"]
+
+
 def _attend(
     inner: Callable[..., Any], additive: bool, module: Any, qkv: tuple[Tensor, ...], **options: Any
 ) -> Tensor:
@@ -66,9 +75,14 @@ def _attend(
     packed: PackedPairs = options.pop("packed_pairs")
     query, key, value = qkv
     window = options.get("sliding_window")
+    fused_sdpa = not additive and _takes_fused(query, options)
     pieces = []
 
     def run(q: slice, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+        if fused_sdpa and (window is None or window >= k.shape[2]):
+            out = causal_attention(query[:, :, q], k, v, scale=options["scaling"])
+            pieces.append(out.transpose(1, 2))
+            return
         if mask is not None and additive:
             blocked = torch.finfo(query.dtype).min
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, blocked)

@@ -1,12 +1,13 @@
-"""The costly parts of `qadapter.functional`, from hidden states, with gradients in closed form.
-
-Both functions walk over tiles of states and words and never hold `[states, vocabulary]`. The head
-is a frozen linear map without bias; anything else (soft-capped or adapted heads) takes the path
-through `qadapter.functional`. Products run in the dtype of the inputs, reductions in float32 (or
-float64, as the inputs).
+"""The costly parts of a step, with gradients in closed form.
 
     linear_logsumexp ── _LinearLogsumexp      logsumexp of W·h, for V̂ (METHOD M1)
     linear_kl        ── _LinearKL             KL between two softmaxes of W·h, for anchors (§6)
+    causal_attention ── _CausalAttention      attention on a CPU, whose own backward pass is slow
+
+The first two are those of `qadapter.functional` from hidden states: they walk over tiles of states
+and words and never hold `[states, vocabulary]`. The head is a frozen linear map without bias;
+anything else (soft-capped or adapted heads) takes the path through `qadapter.functional`. Products
+run in the dtype of the inputs, reductions in float32 (or float64, as the inputs).
 """
 
 from __future__ import annotations
@@ -174,3 +175,98 @@ def linear_kl(p_hidden: Tensor, q_hidden: Tensor, weight: Tensor) -> Tensor:
     if p_hidden.requires_grad:
         raise ValueError("linear_kl differentiates its second argument only; detach the first")
     return cast(Tensor, _LinearKL.apply(p_hidden, q_hidden, weight))
+
+
+_BLOCK = 128
+"""Queries and keys of one block of attention: all products have one of a few shapes, for each of
+which the CPU's library makes a kernel of its own, and a few heads' scores stay in cache."""
+
+
+def _whole_blocks(x: Tensor) -> Tensor:
+    """Return `[..., T, d]` with zeros after the last, up to a whole number of blocks."""
+    return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[-2] % _BLOCK))
+
+
+def _parts(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Return tensors of `dtype` that together are `x`, up to the rounding of float32."""
+    parts = []
+    for _ in range(3 if dtype in (torch.float16, torch.bfloat16) else 1):
+        parts.append(x.to(dtype))
+        x = x - parts[-1]
+    return parts
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        groups, lead = query.shape[1] // key.shape[1], key.shape[2] - query.shape[2]
+        mask = None
+        if lead:
+            shape = query.shape[2], key.shape[2]
+            mask = torch.full(shape, -torch.inf, dtype=query.dtype).triu_(lead + 1)
+        k, v = (t.repeat_interleave(groups, 1) for t in (key, value))
+        # What scaled_dot_product_attention runs here; itself it does not return the logsumexp.
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, k, v, 0.0, lead == 0, attn_mask=mask, scale=scale
+        )
+        ctx.save_for_backward(query, key, value, lse)
+        ctx.scale = scale
+        return cast(Tensor, out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, lse = ctx.saved_tensors
+        _, heads, queries, width = query.shape
+        _, kv_heads, keys, _ = key.shape
+        split = (kv_heads, heads // kv_heads, queries, -1)
+        # q·k − logsumexp as one product: near its largest, where rounding would hurt, it is near 0.
+        wide = _accumulator(query.dtype)
+        parts = _parts(lse.reshape(split).to(wide) / -ctx.scale, query.dtype)
+        q = _whole_blocks(torch.cat([query.reshape(split), *parts], dim=-1))
+        k = _whole_blocks(torch.cat([key[0], key.new_ones(kv_heads, keys, len(parts))], dim=-1))
+        v = _whole_blocks(value[0])
+        # A query beyond the last has no gradient, a key beyond the last no weight: both count not.
+        grad = _whole_blocks(grad_outputs[0].reshape(split))
+        grad_q = torch.empty_like(grad)
+        grad_k, grad_v = (torch.zeros(v.shape, dtype=wide) for _ in range(2))
+        lead = keys - queries
+        rows = (kv_heads, split[1] * _BLOCK, -1)
+        for start in range(0, queries, _BLOCK):
+            seen = min(-(-(lead + start + _BLOCK) // _BLOCK) * _BLOCK, k.shape[1])
+            block = slice(start, start + _BLOCK)
+            q_block, grad_block = (t[:, :, block].reshape(rows) for t in (q, grad))
+            p = torch.bmm(q_block, k[:, :seen].transpose(1, 2)).mul_(ctx.scale).exp_()
+            p.view(heads, _BLOCK, seen).tril_(lead + start)
+            grad_v[:, :seen] += torch.bmm(p.transpose(1, 2), grad_block)
+            grad_p = torch.bmm(grad_block, v[:, :seen].transpose(1, 2))
+            grad_s = torch._softmax_backward_data(grad_p, p, -1, p.dtype, grad_input=grad_p)
+            out = torch.bmm(grad_s, k[:, :seen, :width]).mul_(ctx.scale)
+            grad_q[:, :, block] = out.view(kv_heads, split[1], _BLOCK, width)
+            grad_k[:, :seen] += torch.bmm(grad_s.transpose(1, 2), q_block[..., :width])
+        grad_k = grad_k.mul_(ctx.scale)
+        return (
+            grad_q[:, :, :queries].reshape(query.shape),
+            grad_k[None, :, :keys].to(key.dtype),
+            grad_v[None, :, :keys].to(key.dtype),
+            None,
+        )
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+    """Return attention of the last queries of one causal sequence, on a CPU.
+
+    `scaled_dot_product_attention` in value and gradient. Its own backward pass multiplies small
+    blocks without the matrix unit; this one leaves the products to GEMMs, a block of queries at a
+    time, and remakes the weights from the forward pass's logsumexp (arXiv:2205.14135).
+
+    Args:
+        query: `[1, H, Q, d]`; query i sees the keys up to the position `S − Q + i`.
+        key: `[1, G, S, d]`, where G divides H: each key serves H / G neighbouring heads.
+        value: `[1, G, S, d]`.
+        scale: of the products.
+
+    Returns:
+        `[1, H, Q, d]`, in the inputs' dtype.
+    """
+    return cast(Tensor, _CausalAttention.apply(query, key, value, scale))

@@ -38,6 +38,9 @@ from qadapter.config import QConfig
 from qadapter.errors import ArtefactError, ConfigError, ModelError, TrainingError
 from qadapter.files import whole_files
 
+_STACKED_TOKENS = 64
+"""Most tokens of a decoding step that both branches run as one batch."""
+
 _Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 """The arguments of each decoder layer in turn."""
 
@@ -125,6 +128,31 @@ class _BranchCache:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
+
+
+class _StackedCache:
+    """A view of a cache for rows of both branches, the base's first: each half lives in its own."""
+
+    def __init__(self, cache: Any, shift: int) -> None:
+        self._cache, self._shift = cache, shift
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        (k0, k1), (v0, v1) = key.chunk(2), value.chunk(2)
+        base = self._cache.update(k0, v0, layer_idx, *args, **kwargs)
+        adapted = self._cache.update(k1, v1, layer_idx + self._shift, *args, **kwargs)
+        return tuple(torch.cat(halves) for halves in zip(base, adapted, strict=True))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+def _twice(value: Any, rows: int) -> Any:
+    """Return a layer's argument for twice the rows, if it has them."""
+    if isinstance(value, tuple):
+        return tuple(_twice(part, rows) for part in value)
+    if isinstance(value, Tensor) and value.dim() > 1 and len(value) == rows:
+        return torch.cat([value, value])
+    return value
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -256,6 +284,7 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         self.generation_config = copy.deepcopy(base.generation_config)
         self._n_layers, self._first = n_layers, first
         self._tuned = list(tuned.values())
+        self._inside = [m for m in self._tuned if m is not head]
         # Held without registering them a second time as submodules.
         self.__dict__["_base"] = base
         self.__dict__["_decoder"] = decoder
@@ -493,6 +522,12 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         if trunk is not None:
             return Streams(self._branch(trunk, self._arguments(inputs)), None)
         inputs |= {"past_key_values": past_key_values, "use_cache": past_key_values is not None}
+        if past_key_values is not None and self._pays_to_stack(input_ids) and self.stacks:
+            return self._stacked(inputs, past_key_values)
+        return self._two_passes(inputs, past_key_values)
+
+    def _two_passes(self, inputs: dict[str, Any], cache: Any) -> Streams:
+        """Return both branches from a base pass and another one over its last K layers."""
         calls: _Calls = []
 
         def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -510,7 +545,91 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
                 hook.remove()
         args, kwargs = calls[0]
         hidden = args[0] if args else kwargs["hidden_states"]
-        return Streams(self._branch(hidden, calls, past_key_values), base, hidden)
+        return Streams(self._branch(hidden, calls, cache), base, hidden)
+
+    def _pays_to_stack(self, input_ids: Tensor | None) -> bool:
+        few = input_ids is not None and input_ids.numel() <= _STACKED_TOKENS
+        adapted = bool(self._inside) and not self._inside[0].disable_adapters
+        return few and adapted and not (torch.is_grad_enabled() or self.training)
+
+    @cached_property
+    def stacks(self) -> bool:
+        """Whether one pass over rows of both branches gives what two give, tried on a small step.
+
+        False for adapters that are more than one pair of low-rank maps, and for bases whose layers
+        are called with something that is not there twice.
+        """
+        name = self.peft_model.active_adapters
+        if len(name) != 1 or any(
+            name[0] not in m.lora_A or getattr(m, "lora_variant", None) for m in self._inside
+        ):
+            return False
+        ids = torch.arange(1, 9, device=self.device).view(2, 4)
+        mask = torch.ones_like(ids)
+        mask[0, 0] = 0
+        positions = mask.cumsum(1) - 1
+        found = []
+        with torch.no_grad():
+            for step in (self._two_passes, self._stacked):
+                cache = DynamicCache(config=self.config)
+                given = {"past_key_values": cache, "use_cache": True}
+                for columns, run in ((slice(3), self._two_passes), (slice(3, 4), step)):
+                    part = {
+                        "input_ids": ids[:, columns],
+                        "attention_mask": mask[:, : columns.stop],
+                        "position_ids": positions[:, columns].clamp(min=0),
+                    }
+                    try:
+                        streams = run({**given, **part}, cache)
+                    except (AttributeError, TypeError, ValueError, RuntimeError):
+                        return False
+                found.append(torch.cat([streams.adapted, streams.base]).float())
+        scale = float(found[0].abs().max().clamp(min=1.0))
+        share = 1e-4 if self.dtype in (torch.float32, torch.float64) else 0.02
+        return torch.allclose(found[0], found[1], atol=scale * share, rtol=0.0)
+
+    def _stacked(self, inputs: dict[str, Any], cache: Any) -> Streams:
+        """Return both branches from one pass: from the trunk on each token is there twice.
+
+        The weights are read once, which is most of the time where tokens are few.
+        """
+        rows = len(inputs["input_ids"])
+        view = _StackedCache(cache, self.branch_depth)
+        name = cast(str, self.peft_model.active_adapter)
+
+        def stack(
+            layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            def twice(value: Any) -> Any:
+                return view if value is cache else _twice(value, rows)
+
+            names = list(kwargs)
+            values = [*args, *kwargs.values()]
+            # The hidden states come twice from the layer before, but for the first.
+            hidden = names.index("hidden_states") + len(args) if "hidden_states" in names else 0
+            first = layer is self._layers[self._first]
+            values = [v if i == hidden and not first else twice(v) for i, v in enumerate(values)]
+            return tuple(values[: len(args)]), dict(zip(names, values[len(args) :], strict=True))
+
+        def adapt(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            low, high = module.lora_A[name], module.lora_B[name]
+            change = high(low(args[0][rows:].to(low.weight.dtype)))
+            output[rows:] += change.mul_(module.scaling[name])
+            return output
+
+        hooks = [
+            layer.register_forward_pre_hook(stack, with_kwargs=True)
+            for layer in self._layers[self._first :]
+        ]
+        hooks += [module.register_forward_hook(adapt) for module in self._inside]
+        try:
+            with self.adapter_off():
+                states = self._decoder(**inputs).last_hidden_state
+        finally:
+            for hook in hooks:
+                hook.remove()
+        base, adapted = states.chunk(2)
+        return Streams(adapted, base)
 
     def _arguments(self, inputs: dict[str, Any]) -> _Calls:
         """Return what the base hands to each of its last K layers, without running any."""

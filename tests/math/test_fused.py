@@ -294,3 +294,95 @@ def test_linear_kl_refuses_a_first_argument_that_asks_for_a_gradient() -> None:
     p, q, weight = inputs(9, 3, 31, 47)
     with pytest.raises(ValueError, match="detach the first"):
         fused.linear_kl(p.requires_grad_(), q, weight)
+
+
+def attention_inputs(
+    seed: int, queries: int, lead: int, kv_heads: int, groups: int, width: int, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Queries, keys, values and an output's gradient, laid out as models lay them out."""
+    gen = torch.Generator().manual_seed(seed)
+    shapes = [(queries, kv_heads * groups), *[(queries + lead, kv_heads)] * 2]
+    made = [torch.randn(1, n, h, width, dtype=torch.float64, generator=gen) for n, h in shapes]
+    made[0] *= 3  # weights of some keys near one, of others near zero
+    made.append(torch.randn(made[0].shape, dtype=torch.float64, generator=gen))
+    return tuple(t.to(dtype).transpose(1, 2) for t in made)
+
+
+def by_hand_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The definition, one head, one query at a time."""
+    groups, lead = query.shape[1] // key.shape[1], key.shape[2] - query.shape[2]
+    heads = []
+    for head in range(query.shape[1]):
+        k, v = key[0, head // groups], value[0, head // groups]
+        rows = []
+        for i, q in enumerate(query[0, head]):
+            seen = lead + i + 1
+            weights = torch.softmax(scale * (k[:seen] @ q), -1)
+            rows.append(weights @ v[:seen])
+        heads.append(torch.stack(rows))
+    return torch.stack(heads)[None]
+
+
+def attention_and_gradients(function: object, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    *leaves, grad = tensors
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    out = function(*leaves, 0.3)  # type: ignore[operator]
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+@pytest.mark.parametrize("block", [4, 128])
+@property_test
+@given(
+    seed=st.integers(0, 2**16),
+    queries=st.integers(1, 11),
+    lead=st.integers(0, 9),
+    kv_heads=st.integers(1, 2),
+    groups=st.integers(1, 3),
+)
+def test_causal_attention_is_its_definition_in_value_and_gradient(
+    block: int, seed: int, queries: int, lead: int, kv_heads: int, groups: int
+) -> None:
+    tensors = attention_inputs(seed, queries, lead, kv_heads, groups, 5, torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "_BLOCK", block)
+        ours = attention_and_gradients(
+            lambda q, k, v, s: fused.causal_attention(q, k, v, scale=s), tensors
+        )
+    for found, expected in zip(
+        ours, attention_and_gradients(by_hand_attention, tensors), strict=True
+    ):
+        assert found.shape == expected.shape
+        assert torch.allclose(found, expected, atol=1e-11, rtol=1e-9)
+
+
+def test_causal_attention_passes_gradcheck() -> None:
+    query, key, value, _ = attention_inputs(0, 6, 3, 2, 2, 4, torch.float64)
+    leaves = tuple(t.detach().requires_grad_() for t in (query, key, value))
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: fused.causal_attention(q, k, v, scale=0.5), leaves
+    )
+
+
+@pytest.mark.parametrize(("queries", "lead"), [(1, 0), (47, 0), (123, 31), (131, 300)])
+def test_bfloat16_attention_rounds_no_more_than_torchs_own(queries: int, lead: int) -> None:
+    """The weights are remade from rounded scores; near the largest the rounding must not show."""
+    tensors = attention_inputs(1, queries, lead, 3, 3, 64, torch.bfloat16)
+
+    def torchs(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        mask = torch.ones(queries, queries + lead, dtype=torch.bool).tril(lead)
+        key, value = (t.repeat_interleave(3, 1) for t in (key, value))
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scale
+        )
+
+    exact = attention_and_gradients(torchs, tuple(t.double() for t in tensors))
+    ours = attention_and_gradients(
+        lambda q, k, v, s: fused.causal_attention(q, k, v, scale=s), tensors
+    )
+    for found, other, truth in zip(
+        ours, attention_and_gradients(torchs, tensors), exact, strict=True
+    ):
+        errors = [float((t.double() - truth).norm()) for t in (found, other)]
+        # One rounding to bfloat16, of everything, is the least that any way can do.
+        least = float(truth.norm()) * 2.0**-9
+        assert errors[0] <= 1.5 * errors[1] + least

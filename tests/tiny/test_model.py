@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import FAMILIES, VOCAB, tiny_adapter, tiny_base
+from transformers import DynamicCache
 
 from qadapter import functional
 from qadapter.errors import ArtefactError, ConfigError
@@ -115,6 +118,46 @@ def test_each_left_padded_row_and_its_strength_is_that_row_alone(family: str) ->
             input_ids=ids[row : row + 1, pad:], strength=strengths[row], **options
         )
         assert torch.equal(batch[row, pad:], alone[0])
+
+
+@families
+@settings(max_examples=8, deadline=None)
+@given(
+    rows=st.integers(1, 3),
+    lengths=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    seed=st.integers(0, 2**16),
+)
+def test_one_stacked_pass_is_two_passes(
+    family: str, rows: int, lengths: list[int], seed: int
+) -> None:
+    model = tiny_adapter(family)
+    assert model.stacks
+    ids = tokens(rows=rows, length=sum(lengths), seed=seed)
+    mask = torch.ones_like(ids)
+    mask[0, : seed % sum(lengths)] = 0
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    end = 0
+    for length in lengths:
+        start, end = end, end + length
+        inputs = {
+            "input_ids": ids[:, start:end],
+            "attention_mask": mask[:, :end],
+            "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, start:end],
+            "use_cache": True,
+        }
+        with torch.no_grad():
+            one = model._stacked({**inputs, "past_key_values": caches[0]}, caches[0])
+            two = model._two_passes({**inputs, "past_key_values": caches[1]}, caches[1])
+        seen = mask[:, start:end].bool()
+        assert torch.allclose(one.base[seen], two.base[seen], atol=TOLERANCE)
+        assert torch.allclose(one.adapted[seen], two.adapted[seen], atol=TOLERANCE)
+        assert not torch.allclose(one.base[seen], one.adapted[seen], atol=0.01) or not seen.any()
+
+
+def test_an_adapter_that_is_more_than_low_rank_maps_is_not_stacked() -> None:
+    model = tiny_adapter()
+    model._inside[0].lora_variant["default"] = object()
+    assert not model.stacks
 
 
 def test_beams_sampling_and_streaming_run_on_the_composition() -> None:

@@ -13,10 +13,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from models import FAMILIES, VOCAB, tiny_base
 
-from qadapter import functional
+from qadapter import attention, functional
 from qadapter.config import QAdapterConfig, QConfig
 from qadapter.data import TokenizedPair
 from qadapter.errors import ConfigError, TrainingError
+from qadapter.fused import causal_attention
 from qadapter.model import QAdapterModel
 from qadapter.objective import batch_streams, packable, pair_loss
 from qadapter.packing import PairCollator, pack_pairs
@@ -238,6 +239,25 @@ def assert_packing_is_exact(family: str, pairs: list[TokenizedPair]) -> None:
 def test_packed_pairs_give_the_loss_and_gradients_of_padded_ones(family: str) -> None:
     assert packable(untrained(family))
     assert_packing_is_exact(family, random_pairs(5))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packing_is_exact_with_our_own_attention(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is for half precision, where exactness could not be seen; so it is made to run in full."""
+    calls = 0
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return causal_attention(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "_takes_fused", lambda *_: True)
+    monkeypatch.setattr(attention, "causal_attention", counted)
+    assert_packing_is_exact(family, random_pairs(5))
+    # Soft-caps want eager attention, and windows are shorter than these pairs.
+    assert (calls > 0) == (family not in ("mistral", "gemma2", "gemma3_text"))
 
 
 @given(
