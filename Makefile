@@ -2,7 +2,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check
+.PHONY: install demo test check bench
 
 install: $(STAMP)
 
@@ -29,3 +29,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: export HF_HUB_OFFLINE := 1
+bench: $(STAMP)
+	$(BIN)/python benchmarks/speed --output benchmarks/results/speed.json --draw docs/speed.svg

@@ -477,15 +477,15 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
         """Run the base alone inside the block."""
-        was = [layer.disable_adapters for layer in self._tuned]
+        # peft's own switch also walks over every parameter: a tenth of a token's time in decoding.
+        was = [layer._disable_adapters for layer in self._tuned]
         for layer in self._tuned:
-            layer.enable_adapters(False)
+            layer._disable_adapters = True
         try:
             yield
         finally:
             for layer, disabled in zip(self._tuned, was, strict=True):
-                if not disabled:
-                    layer.enable_adapters(True)
+                layer._disable_adapters = disabled
 
     @property
     def base_width(self) -> int:
@@ -595,14 +595,21 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         """
         rows = len(inputs["input_ids"])
         view = _StackedCache(cache, self.branch_depth)
+        known: dict[int, Any] = {id(cache): view}
+        kept: list[Any] = []  # so that no other value gets the id of one that is gone
+
+        def twice(value: Any) -> Any:
+            # Most arguments are the same for every layer.
+            if id(value) not in known:
+                kept.append(value)
+                known[id(value)] = _twice(value, rows)
+            return known[id(value)]
+
         name = cast(str, self.peft_model.active_adapter)
 
         def stack(
             layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            def twice(value: Any) -> Any:
-                return view if value is cache else _twice(value, rows)
-
             names = list(kwargs)
             values = [*args, *kwargs.values()]
             # The hidden states come twice from the layer before, but for the first.
