@@ -59,7 +59,6 @@ def measure(name: str, depth: int, seed: int, max_pairs: int, held_out: int) -> 
         "kl_text": drift.kl,
         "perplexity_ratio": drift.perplexity / drift.base_perplexity,
         "train_loss": result.metrics["train_loss"],
-        "pairs_per_second": result.metrics["train_samples_per_second"],
     }
 
 

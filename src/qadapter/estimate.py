@@ -10,12 +10,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import TrainerCallback
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import Trainer, TrainerCallback
 
 from qadapter.config import QAdapterConfig
 from qadapter.data import TokenizedPair
@@ -108,12 +109,19 @@ def _spread(rows: list[list[TokenizedPair]]) -> list[list[TokenizedPair]]:
     return [rows[-1], *middles]
 
 
-def _flops(trainer: QAdapterTrainer, row: list[TokenizedPair]) -> int:
-    """Return the operations of one training step on a micro-batch."""
-    inputs = trainer.data_collator(row)
-    # In plain products every part of the attention is counted, on any device.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        trainer.training_step(trainer.model, inputs)
+def step_flops(trainer: Trainer, inputs: dict[str, Any]) -> int:
+    """Return the operations of one training step: matrix products, two for a multiply-add."""
+
+    def products(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    # torch knows no count for its attention on CPUs, but one for the products it stands for.
+    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False, custom_mapping={cpu_attention: products}) as counter,
+    ):
+        trainer.training_step(cast(nn.Module, trainer.model), inputs)
     return int(counter.get_total_flops())
 
 
@@ -159,10 +167,11 @@ def _tried(
     trainer.train()
     peak = peak_memory()
     cached = trainer.cache is not None
-    flops = [_flops(trainer, spread[len(spread) // 2])]
+    batch = trainer.data_collator(spread[len(spread) // 2])
+    flops = [step_flops(trainer, dict(batch))]
     tokens, whole = _tokens(spread[len(spread) // 2]), sum(_tokens(row) for row in rows)
     trainer.cache = None
-    flops.insert(0, _flops(trainer, spread[len(spread) // 2]))
+    flops.insert(0, step_flops(trainer, dict(batch)))
     # The first step of each pass, the largest row, warms up and is not timed.
     timed = sum(_tokens(row) for row in spread[1:])
     passes = [clock.seconds[1 : len(spread)], clock.seconds[len(spread) + 1 :]]

@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 from qadapter import hub
 from qadapter.cli import main
+from qadapter.config import QAdapterConfig
 from qadapter.model import QAdapterModel
+from qadapter.train import prepare
 
 
 def train(base: str, data: str, output: Path, *words: str) -> int:
@@ -109,6 +111,36 @@ def test_a_run_in_bfloat16_learns_and_keeps_its_adapter_in_float32(
     capsys.readouterr()
     assert main(["score", str(tmp_path / "out"), data, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] > 0.9
+
+
+def test_the_loss_curve_in_bfloat16_is_that_of_float32(
+    base: str, data: str, tmp_path: Path
+) -> None:
+    def losses(**settings: Any) -> torch.Tensor:
+        config = QAdapterConfig(
+            data=data,
+            model=base,
+            output_dir=str(tmp_path / "out"),
+            max_length=200,
+            learning_rate=0.01,
+            num_train_epochs=6,
+            logging_steps=1,
+            save_strategy="no",
+            cache_trunk=False,
+            disable_tqdm=True,
+            **settings,
+        )
+        trainer = prepare(config).trainer(config)
+        trainer.train()
+        return torch.tensor([row["loss"] for row in trainer.state.log_history if "loss" in row])
+
+    exact, half = losses(bf16=False), losses(bf16=True)
+    other = losses(bf16=False, seed=43)
+    assert len(exact) == 18
+    assert exact[-3:].mean() < exact[:3].mean() / 2
+    # Another seed is the noise: rounding must stay well under it, and must be there to be seen.
+    gap = (half - exact).abs().mean()
+    assert 0 < gap < (other - exact).abs().mean() / 3
 
 
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(

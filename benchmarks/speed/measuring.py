@@ -1,0 +1,64 @@
+"""What every case needs: a clock, memory, and the machine's name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from qadapter.estimate import peak_memory
+
+
+class Clock(TrainerCallback):
+    """Times every optimiser step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Note the time."""
+        self._start = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Note how long it took."""
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+class Memory:
+    """Peak memory of this process, and how much of it came after this object was made.
+
+    Linux forgets the peak so far when asked to; elsewhere the part that came after is understated.
+    """
+
+    def __init__(self) -> None:
+        self._loading = peak_memory()
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        self._before = peak_memory()
+
+    def figures(self) -> dict[str, float]:
+        """Return `peak_gib` of the whole process and `extra_gib` above what was there before."""
+        now = peak_memory()
+        return {"peak_gib": max(now, self._loading), "extra_gib": now - self._before}
+
+
+def machine() -> dict[str, Any]:
+    """Return the processor, its cores, the load it was under, and the libraries' versions."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": {n: version(n) for n in ("torch", "transformers", "trl", "peft", "qadapter")},
+    }
