@@ -1,34 +1,17 @@
-"""What every case needs: a clock, memory, and the machine's name."""
+"""What every case needs: its memory, and the machine's name."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import platform
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
 from qadapter.estimate import peak_memory
-
-
-class Clock(TrainerCallback):
-    """Times every optimiser step."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Note the time."""
-        self._start = time.perf_counter()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Note how long it took."""
-        self.seconds.append(time.perf_counter() - self._start)
 
 
 class Memory:

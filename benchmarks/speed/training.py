@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Clock, Memory
+from measuring import Memory
 from torch import Tensor, nn
 
-from qadapter import functional, hub
+from qadapter import functional, fused, hub
 from qadapter.config import QAdapterConfig
 from qadapter.data import Pair, TokenizedPair, read_pairs, read_texts, tokenize_pairs
-from qadapter.estimate import step_flops
+from qadapter.estimate import Clock, step_flops
 from qadapter.model import QAdapterModel, Streams
 from qadapter.objective import PairLoss
 from qadapter.packing import PairCollator
@@ -373,19 +373,20 @@ def text_kl(model: Any, ids: Sequence[int], window: int = 256) -> float:
     model.eval()
     base, total, count = model.get_base_model(), 0.0, 0
 
-    def logps(row: Tensor) -> Tensor:
+    def states(row: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=base.dtype == torch.bfloat16):
-            states = base.model(input_ids=row, use_cache=False).last_hidden_state[0, :-1]
-            return base.lm_head(states.to(base.dtype)).float().log_softmax(-1)
+            return base.model(input_ids=row, use_cache=False).last_hidden_state[0, :-1]
 
     with torch.no_grad():
         for start in range(0, len(ids), window):
             row = torch.tensor([ids[start : start + window]])
             if row.shape[1] < 2:
                 continue
-            policy = logps(row)
+            policy = states(row)
             with model.disable_adapter():
-                reference = logps(row)
-            total += float((reference.exp() * (reference - policy)).sum(-1).double().sum())
-            count += row.shape[1] - 1
+                reference = states(row)
+            weight = base.lm_head.weight
+            kl = fused.linear_kl(reference.to(weight.dtype), policy.to(weight.dtype), weight)
+            total += float(kl.double().sum())
+            count += len(kl)
     return total / count

@@ -87,8 +87,8 @@ def _rows(trainer: QAdapterTrainer, pairs: Sequence[TokenizedPair]) -> list[list
     return [[pairs[i] for i in index] for index in sampler]
 
 
-class _Clock(TrainerCallback):  # type: ignore[misc,unused-ignore]
-    """Times every step."""
+class Clock(TrainerCallback):  # type: ignore[misc,unused-ignore]
+    """Times every optimiser step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -115,7 +115,8 @@ def step_flops(trainer: Trainer, inputs: dict[str, Any]) -> int:
     def products(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return int(sdpa_flop_count(query, key, value))
 
-    # torch knows no count for its attention on CPUs, but one for the products it stands for.
+    # In plain products every part of the base's own attention is counted, on any device. Ours
+    # calls torch's attention for CPUs, for which torch has no count, but one for its products.
     cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     with (
         sdpa_kernel(SDPBackend.MATH),
@@ -161,7 +162,7 @@ def _tried(
     }
     for name, value in settings.items():
         setattr(short, name, value)
-    clock = _Clock()
+    clock = Clock()
     trainer = run.trainer(short, train_dataset=flat(spread), callbacks=[clock])
     trainer.rows, trainer.cache_root = spread, directory
     trainer.train()

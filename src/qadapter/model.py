@@ -113,12 +113,19 @@ class _PassThrough(nn.Module):
         return getattr(self.__dict__["_layer"], name)
 
 
-class _BranchCache:
-    """A view of a cache in which layer `i` lives at `i + shift`."""
+class _CacheView:
+    """A view of a cache in which the adapted branch's layer `i` lives at `i + shift`."""
 
     def __init__(self, cache: Any, shift: int) -> None:
         self._cache = cache
         self._shift = shift
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+class _BranchCache(_CacheView):
+    """What the adapted branch alone sees."""
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         return self._cache.update(key, value, layer_idx + self._shift, *args, **kwargs)
@@ -126,15 +133,9 @@ class _BranchCache:
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         return self._cache.get_seq_length(layer_idx + self._shift)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cache, name)
 
-
-class _StackedCache:
-    """A view of a cache for rows of both branches, the base's first: each half lives in its own."""
-
-    def __init__(self, cache: Any, shift: int) -> None:
-        self._cache, self._shift = cache, shift
+class _StackedCache(_CacheView):
+    """What rows of both branches see, the base's first: each half lives in its own layer."""
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         (k0, k1), (v0, v1) = key.chunk(2), value.chunk(2)
@@ -142,8 +143,23 @@ class _StackedCache:
         adapted = self._cache.update(k1, v1, layer_idx + self._shift, *args, **kwargs)
         return tuple(torch.cat(halves) for halves in zip(base, adapted, strict=True))
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cache, name)
+
+@contextmanager
+def _hooked(hooks: Sequence[Any]) -> Iterator[None]:
+    """Remove the hooks at the end of the block."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Return whether two ways to the same numbers differ by no more than they round."""
+    scale = float(expected.float().abs().max().clamp(min=1.0))
+    # Half precision rounds every layer; in full precision only the order of sums differs.
+    share = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 0.02
+    return torch.allclose(found.float(), expected.float(), atol=scale * share, rtol=0.0)
 
 
 def _twice(value: Any, rows: int) -> Any:
@@ -462,11 +478,8 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
             cache = DynamicCache(config=self.config)
             steps = [self.streams(part, past_key_values=cache) for part in ids.split(3, dim=1)]
             cached = self.head(torch.cat([step.adapted for step in steps], dim=1))
-        scale = float(theirs.float().abs().max().clamp(min=1.0))
-        # Half precision rounds every layer; in full precision only the order of sums differs.
-        share = 1e-4 if theirs.dtype in (torch.float32, torch.float64) else 0.02
         for found, what in ((ours, "its head or final norm"), (cached, "its cache")):
-            if not torch.allclose(found.float(), theirs.float(), atol=scale * share, rtol=0.0):
+            if not _agree(found, theirs):
                 raise ModelError(
                     f"{type(self._base).__name__}: this architecture is not supported ({what}); "
                     "choose another base."
@@ -537,12 +550,8 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
             layer.register_forward_pre_hook(catch, with_kwargs=True)
             for layer in self._layers[self._first :]
         ]
-        try:
-            with torch.no_grad(), self.adapter_off():
-                base = self._decoder(**inputs).last_hidden_state
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with _hooked(hooks), torch.no_grad(), self.adapter_off():
+            base = self._decoder(**inputs).last_hidden_state
         args, kwargs = calls[0]
         hidden = args[0] if args else kwargs["hidden_states"]
         return Streams(self._branch(hidden, calls, cache), base, hidden)
@@ -583,10 +592,9 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
                         streams = run({**given, **part}, cache)
                     except (AttributeError, TypeError, ValueError, RuntimeError):
                         return False
-                found.append(torch.cat([streams.adapted, streams.base]).float())
-        scale = float(found[0].abs().max().clamp(min=1.0))
-        share = 1e-4 if self.dtype in (torch.float32, torch.float64) else 0.02
-        return torch.allclose(found[0], found[1], atol=scale * share, rtol=0.0)
+                found.append(torch.cat([streams.adapted, streams.base]))
+        two, one = found
+        return _agree(one, two)
 
     def _stacked(self, inputs: dict[str, Any], cache: Any) -> Streams:
         """Return both branches from one pass: from the trunk on each token is there twice.
@@ -595,28 +603,21 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
         """
         rows = len(inputs["input_ids"])
         view = _StackedCache(cache, self.branch_depth)
-        known: dict[int, Any] = {id(cache): view}
-        kept: list[Any] = []  # so that no other value gets the id of one that is gone
+        name = cast(str, self.peft_model.active_adapter)
+        # Most arguments are the same for every layer. Kept beside what they became, so that no
+        # other value gets the id of one that is gone.
+        known: dict[int, tuple[Any, Any]] = {id(cache): (cache, view)}
 
         def twice(value: Any) -> Any:
-            # Most arguments are the same for every layer.
             if id(value) not in known:
-                kept.append(value)
-                known[id(value)] = _twice(value, rows)
-            return known[id(value)]
-
-        name = cast(str, self.peft_model.active_adapter)
+                known[id(value)] = value, _twice(value, rows)
+            return known[id(value)][1]
 
         def stack(
-            layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            names = list(kwargs)
-            values = [*args, *kwargs.values()]
-            # The hidden states come twice from the layer before, but for the first.
-            hidden = names.index("hidden_states") + len(args) if "hidden_states" in names else 0
-            first = layer is self._layers[self._first]
-            values = [v if i == hidden and not first else twice(v) for i, v in enumerate(values)]
-            return tuple(values[: len(args)]), dict(zip(names, values[len(args) :], strict=True))
+            # After the first of these layers the hidden states come with all their rows.
+            return tuple(map(twice, args)), {k: twice(v) for k, v in kwargs.items()}
 
         def adapt(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
             low, high = module.lora_A[name], module.lora_B[name]
@@ -629,12 +630,8 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
             for layer in self._layers[self._first :]
         ]
         hooks += [module.register_forward_hook(adapt) for module in self._inside]
-        try:
-            with self.adapter_off():
-                states = self._decoder(**inputs).last_hidden_state
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with _hooked(hooks), self.adapter_off():
+            states = self._decoder(**inputs).last_hidden_state
         base, adapted = states.chunk(2)
         return Streams(adapted, base)
 
