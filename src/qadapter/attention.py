@@ -61,11 +61,16 @@ class PackedPairs:
         return self._masks[key]
 
 
-def _takes_fused(query: Tensor, options: dict[str, Any]) -> bool:
+def _takes_fused(query: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
     """Return whether `fused.causal_attention` computes this, and does so faster."""
     half = query.dtype in (torch.bfloat16, torch.float16)
     # In float32, and without a gradient, torch's own is as fast.
-    return query.device.type == "cpu" and half and query.requires_grad and not options["dropout"]
+    if query.device.type != "cpu" or not half or not query.requires_grad:
+        return False
+    # What it does not know stays with the base's own function.
+    known = options.get("position_bias") is None and not options.get("dropout")
+    plain = options.get("scaling") is not None and value.shape[-1] == query.shape[-1]
+    return known and plain
 
 
 def _attend(
@@ -75,7 +80,7 @@ def _attend(
     packed: PackedPairs = options.pop("packed_pairs")
     query, key, value = qkv
     window = options.get("sliding_window")
-    fused_sdpa = not additive and _takes_fused(query, options)
+    fused_sdpa = not additive and _takes_fused(query, value, options)
     pieces = []
 
     def run(q: slice, k: Tensor, v: Tensor, mask: Tensor | None) -> None:

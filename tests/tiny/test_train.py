@@ -260,6 +260,17 @@ def test_packing_is_exact_with_our_own_attention(
     assert (calls > 0) == (family not in ("mistral", "gemma2", "gemma3_text"))
 
 
+def test_attention_that_ours_does_not_compute_is_left_to_the_base() -> None:
+    query = torch.zeros(1, 2, 3, 4, dtype=torch.bfloat16, requires_grad=True)
+    value, plain = torch.zeros(1, 2, 3, 4, dtype=torch.bfloat16), {"scaling": 0.5, "dropout": 0.0}
+    assert attention._takes_fused(query, value, plain)
+    assert not attention._takes_fused(query.detach(), value, plain)
+    assert not attention._takes_fused(query.float(), value, plain)
+    assert not attention._takes_fused(query, value[..., :2], plain)
+    for other in ({"scaling": None}, {"dropout": 0.1}, {"position_bias": value}):
+        assert not attention._takes_fused(query, value, {**plain, **other})
+
+
 @given(
     sizes=st.lists(
         st.tuples(st.integers(1, 9), st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=5
