@@ -3,6 +3,7 @@
     linear_logsumexp ── _LinearLogsumexp      logsumexp of W·h, for V̂ (METHOD M1)
     linear_kl        ── _LinearKL             KL between two softmaxes of W·h, for anchors (§6)
     causal_attention ── _CausalAttention      attention on a CPU, whose own backward pass is slow
+    lora_linear      ── _LoraLinear           a frozen linear map and its adapter
 
 The first two are those of `qadapter.functional` from hidden states: they walk over tiles of states
 and words and never hold `[states, vocabulary]`. The head is a frozen linear map without bias;
@@ -177,6 +178,70 @@ def linear_kl(p_hidden: Tensor, q_hidden: Tensor, weight: Tensor) -> Tensor:
     return cast(Tensor, _LinearKL.apply(p_hidden, q_hidden, weight))
 
 
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        a, b = down.to(x.dtype), (up * scaling).to(x.dtype)
+        inner = rows @ a.T
+        out = torch.nn.functional.linear(rows, weight, bias)
+        torch.addmm(out, inner, b.T, out=out)
+        ctx.save_for_backward(rows, inner, weight, a, b)
+        ctx.scaling, ctx.dtypes = scaling, (down.dtype, up.dtype)
+        return out.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        rows, inner, weight, a, b = ctx.saved_tensors
+        shape = grad_outputs[0].shape
+        grad = grad_outputs[0].reshape(-1, shape[-1])
+        grad_inner = grad @ b
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight
+            torch.addmm(grad_x, grad_inner, a, out=grad_x)
+            grad_x = grad_x.view(*shape[:-1], weight.shape[1])
+        grad_down = (grad_inner.T @ rows).to(ctx.dtypes[0])
+        grad_up = (grad.T @ inner).to(ctx.dtypes[1]) * ctx.scaling
+        return grad_x, None, None, grad_down, grad_up, None
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, *, scaling: float
+) -> Tensor:
+    """Return `W·x + bias + s·B·A·x`, a frozen linear map and its adapter (arXiv:2106.09685).
+
+    Products run in the dtype of `x`, whatever the adapter's; the adapter's part is added inside a
+    product, so no pass over the outputs is left.
+
+    Args:
+        x: `[..., I]`.
+        weight: `[O, I]`, W, frozen, in the dtype of `x`.
+        bias: `[O]` or None, frozen.
+        down: `[r, I]`, A, in any dtype.
+        up: `[O, r]`, B, in any dtype.
+        scaling: s.
+
+    Returns:
+        `[..., O]`, in the dtype of `x`; gradients flow to `x`, A and B.
+
+    Raises:
+        ValueError: the weight or bias asks for a gradient.
+    """
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        raise ValueError("lora_linear takes a frozen weight and bias; freeze the base model")
+    return cast(Tensor, _LoraLinear.apply(x, weight, bias, down, up, scaling))
+
+
 _BLOCK = 128
 """Queries and keys of one block of attention: all products have one of a few shapes, for each of
 which the CPU's library makes a kernel of its own, and a few heads' scores stay in cache."""
@@ -232,22 +297,25 @@ class _CausalAttention(torch.autograd.Function):
         grad_k, grad_v = (torch.zeros(v.shape, dtype=wide) for _ in range(2))
         lead = keys - queries
         rows = (kv_heads, split[1] * _BLOCK, -1)
+        # One allocation for all blocks: fresh memory costs more than the products that fill it.
+        room = q.new_empty(2, kv_heads * split[1] * _BLOCK * k.shape[1])
         for start in range(0, queries, _BLOCK):
             seen = min(-(-(lead + start + _BLOCK) // _BLOCK) * _BLOCK, k.shape[1])
             block = slice(start, start + _BLOCK)
             q_block, grad_block = (t[:, :, block].reshape(rows) for t in (q, grad))
-            p = torch.bmm(q_block, k[:, :seen].transpose(1, 2)).mul_(ctx.scale).exp_()
+            p, grad_p = (r[: heads * _BLOCK * seen].view(*rows[:2], seen) for r in room)
+            keys_seen = k[:, :seen].transpose(1, 2)
+            torch.baddbmm(p, q_block, keys_seen, beta=0, alpha=ctx.scale, out=p).exp_()
             p.view(heads, _BLOCK, seen).tril_(lead + start)
             grad_v[:, :seen] += torch.bmm(p.transpose(1, 2), grad_block)
-            grad_p = torch.bmm(grad_block, v[:, :seen].transpose(1, 2))
+            torch.bmm(grad_block, v[:, :seen].transpose(1, 2), out=grad_p)
             grad_s = torch._softmax_backward_data(grad_p, p, -1, p.dtype, grad_input=grad_p)
-            out = torch.bmm(grad_s, k[:, :seen, :width]).mul_(ctx.scale)
+            out = torch.bmm(grad_s, k[:, :seen, :width])
             grad_q[:, :, block] = out.view(kv_heads, split[1], _BLOCK, width)
             grad_k[:, :seen] += torch.bmm(grad_s.transpose(1, 2), q_block[..., :width])
-        grad_k = grad_k.mul_(ctx.scale)
         return (
-            grad_q[:, :, :queries].reshape(query.shape),
-            grad_k[None, :, :keys].to(key.dtype),
+            grad_q[:, :, :queries].reshape(query.shape).mul_(ctx.scale),
+            grad_k.mul_(ctx.scale)[None, :, :keys].to(key.dtype),
             grad_v[None, :, :keys].to(key.dtype),
             None,
         )

@@ -37,6 +37,7 @@ from qadapter.attention import PackedPairs, let_pack
 from qadapter.config import QConfig
 from qadapter.errors import ArtefactError, ConfigError, ModelError, TrainingError
 from qadapter.files import whole_files
+from qadapter.lora import speed_up
 
 _STACKED_TOKENS = 64
 """Most tokens of a decoding step that both branches run as one batch."""
@@ -271,6 +272,7 @@ class QAdapterModel(PreTrainedModel, GenerationMixin):
     def __init__(self, peft_model: PeftModel, q_config: QConfig) -> None:
         base = cast(PreTrainedModel, peft_model.get_base_model())
         let_pack(base)
+        speed_up(peft_model)
         decoder = base.get_decoder()
         n_layers = int(base.config.num_hidden_layers)
         layers = _decoder_layers(decoder, n_layers)

@@ -386,3 +386,80 @@ def test_bfloat16_attention_rounds_no_more_than_torchs_own(queries: int, lead: i
         # One rounding to bfloat16, of everything, is the least that any way can do.
         least = float(truth.norm()) * 2.0**-9
         assert errors[0] <= 1.5 * errors[1] + least
+
+
+# ── a linear map and its adapter ────────────────────────────────────────────────────────────────
+
+
+def lora_inputs(
+    seed: int, rows: tuple[int, ...], sizes: tuple[int, int, int], bias: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """x, W, the bias, A and B of a map of `inputs` to `outputs` with an adapter of a rank."""
+    gen = torch.Generator().manual_seed(seed)
+    wide, high, rank = sizes
+    shapes = (*rows, wide), (high, wide), (high,), (rank, wide), (high, rank)
+    x, w, b, down, up = (torch.randn(*s, dtype=torch.float64, generator=gen) for s in shapes)
+    return x, w, b if bias else None, down, up
+
+
+@property_test
+@given(
+    rows=st.lists(st.integers(0, 5), min_size=1, max_size=3),
+    sizes=st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4)),
+    bias=st.booleans(),
+    wants_x=st.booleans(),
+    scaling=st.floats(-3, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_lora_linear_is_its_definition_in_value_and_gradient(
+    rows: list[int],
+    sizes: tuple[int, int, int],
+    bias: bool,
+    wants_x: bool,
+    scaling: float,
+    seed: int,
+) -> None:
+    x, w, b, down, up = lora_inputs(seed, tuple(rows), sizes, bias)
+    leaves = [t.requires_grad_() for t in ((x, down, up) if wants_x else (down, up))]
+    found = fused.lora_linear(x, w, b, down, up, scaling=scaling)
+    # The whole map as one matrix, which neither side ever forms in training.
+    expected = torch.einsum("...i,oi->...o", x, w + scaling * up @ down)
+    if b is not None:
+        expected = expected + b
+    weights = torch.randn(found.shape, dtype=found.dtype)
+    grads = [torch.autograd.grad((out * weights).sum(), leaves) for out in (found, expected)]
+    # Sums of at most 45 products of numbers below 10 in size, and of as many rows.
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-10)
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-10)
+
+
+def test_lora_linear_passes_gradcheck() -> None:
+    x, w, b, down, up = lora_inputs(3, (2, 3), (5, 4, 2), True)
+    leaves = [t.requires_grad_() for t in (x, down, up)]
+    assert torch.autograd.gradcheck(
+        lambda x, down, up: fused.lora_linear(x, w, b, down, up, scaling=0.7), leaves
+    )
+
+
+def test_lora_linear_keeps_the_adapters_gradients_in_the_adapters_dtype() -> None:
+    x, w, _, down, up = lora_inputs(4, (40,), (32, 24, 4), False)
+    exact = [t.clone().requires_grad_() for t in (down, up)]
+    fused.lora_linear(x, w, None, *exact, scaling=2.0).square().sum().backward()
+    half = [t.float().requires_grad_() for t in (down, up)]
+    out = fused.lora_linear(x.bfloat16(), w.bfloat16(), None, *half, scaling=2.0)
+    out.float().square().sum().backward()
+    assert out.dtype == torch.bfloat16
+    for found, expected in zip(half, exact, strict=True):
+        assert found.grad is not None
+        assert expected.grad is not None
+        assert found.grad.dtype == torch.float32
+        # bfloat16 keeps 8 bits; sums of many rounded terms stay within a few times that.
+        error = (found.grad.double() - expected.grad).norm() / expected.grad.norm()
+        assert float(error) < 2**-6
+
+
+def test_lora_linear_refuses_a_weight_that_asks_for_a_gradient() -> None:
+    x, w, b, down, up = lora_inputs(5, (2,), (3, 3, 1), True)
+    with pytest.raises(ValueError, match="frozen"):
+        fused.lora_linear(x, w.requires_grad_(), b, down, up, scaling=1.0)
