@@ -136,8 +136,10 @@ def estimate(config: QAdapterConfig) -> Estimate:
         UserError: as `run_training` would before its first step.
     """
     run = prepare(config)
-    rows = _rows(run.trainer(config), run.train_set)
     with tempfile.TemporaryDirectory() as directory:
+        elsewhere = copy.copy(config)
+        elsewhere.output_dir = directory  # transformers' Trainer makes it at once
+        rows = _rows(run.trainer(elsewhere), run.train_set)
         return _tried(config, run, rows, Path(directory))
 
 

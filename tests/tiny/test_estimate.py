@@ -1,0 +1,111 @@
+"""`qadapter train --dry-run` counts what the run then does, and leaves nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from qadapter.cli import main
+from qadapter.config import QAdapterConfig
+from qadapter.estimate import Clock, Estimate, estimate
+from qadapter.train import QAdapterTrainer, prepare
+
+
+def config_for(base: str, data: str, output: Path, **fields: Any) -> QAdapterConfig:
+    fixed: dict[str, Any] = {"max_length": 200, "bf16": False, "trunk": 0.5, "num_train_epochs": 2}
+    fixed |= {"report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    return QAdapterConfig(data=data, model=base, output_dir=str(output), **{**fixed, **fields})
+
+
+def trainer_of(config: QAdapterConfig, cache: Path, *callbacks: Any) -> QAdapterTrainer:
+    trainer = prepare(config).trainer(config, callbacks=list(callbacks))
+    trainer.cache_root = cache
+    return trainer
+
+
+def counted(config: QAdapterConfig, cache: Path, epochs: float) -> float:
+    """Return the operations of the matrix products of a whole run of so many epochs."""
+    config.num_train_epochs = epochs
+    trainer = trainer_of(config, cache)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        trainer.train()
+    return float(counter.get_total_flops())
+
+
+@pytest.fixture
+def found(base: str, data: str, tmp_path: Path) -> Estimate:
+    return estimate(config_for(base, data, tmp_path / "out"))
+
+
+def test_pairs_and_tokens_are_the_runs_own(
+    found: Estimate, base: str, data: str, tmp_path: Path
+) -> None:
+    run = prepare(config_for(base, data, tmp_path / "out"))
+    prompts = sum(len(p.prompt_ids) for p in run.train_set)
+    responses = sum(len(p.chosen_ids) + len(p.rejected_ids) for p in run.train_set)
+    assert (found.pairs, found.dropped) == (len(run.train_set), 0)
+    assert (found.tokens, found.response_tokens) == (prompts + responses, responses)
+
+
+def test_batches_and_cache_are_the_runs_own(
+    found: Estimate, base: str, data: str, tmp_path: Path
+) -> None:
+    clock = Clock()
+    trainer = trainer_of(config_for(base, data, tmp_path / "out"), tmp_path / "cache", clock)
+    trainer.train()
+    assert len(clock.seconds) == found.epochs * found.batches
+    assert trainer.cache is not None
+    written = sum(p.stat().st_size for p in (tmp_path / "cache").rglob("*") if p.is_file())
+    # Beside the numbers the cache keeps a header.
+    assert found.cache <= written <= found.cache + 4096 + found.cache // 10
+
+
+def test_operations_are_those_that_the_run_then_does(
+    found: Estimate, base: str, data: str, tmp_path: Path
+) -> None:
+    first = counted(config_for(base, data, tmp_path / "out"), tmp_path / "cache", 1)
+    both = counted(config_for(base, data, tmp_path / "out"), tmp_path / "cache2", 2)
+    assert found.later is not None
+    # Scaled by tokens from a few steps, while attention grows with their square.
+    assert found.first.flops == pytest.approx(first, rel=0.25)
+    assert found.later.flops == pytest.approx(both - first, rel=0.25)
+    assert found.later.flops < 0.9 * found.first.flops
+
+
+def test_more_epochs_take_more_time_by_the_later_ones(found: Estimate) -> None:
+    assert found.later is not None
+    assert found.seconds == pytest.approx(found.first.seconds + found.later.seconds)
+    assert found.first.seconds > 0
+    assert found.peak > 0
+
+
+def test_one_epoch_has_no_later_ones(base: str, data: str, tmp_path: Path) -> None:
+    found = estimate(config_for(base, data, tmp_path / "out", num_train_epochs=1))
+    assert (found.later, found.cache) == (None, 0)
+    assert found.seconds == found.first.seconds
+
+
+def test_nothing_is_written(
+    base: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = f"train --data {data} --model {base} --output {out} --max_length 200 --dry-run"
+    assert main(words.split()) == 0
+    assert not out.exists()
+    told = capsys.readouterr().out
+    assert "12 (0 dropped)" in told
+    assert "nothing was written" in told
+
+
+def test_bad_data_is_told_as_in_a_run(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "pairs.jsonl"
+    data.write_text('{"prompt": "a", "chosen": "b"}\n')
+    words = f"train --data {data} --model {base} --output {tmp_path / 'out'} --dry-run"
+    assert main(words.split()) == 2
+    assert f"{data}:1" in capsys.readouterr().err
