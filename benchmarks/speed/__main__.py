@@ -56,7 +56,7 @@ class Sizes:
     quality_pairs: int
     held_out: int
     text_tokens: int = 10_000
-    sweep_pairs: int = 4
+    sweep_pairs: int = 12
     sweep: tuple[str, ...] = tuple(TRL_SWEEP)
     gemm: tuple[int, ...] = (1024, 2048, 4096)
     gemm_repeats: int = 5
