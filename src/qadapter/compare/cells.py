@@ -1,0 +1,219 @@
+"""Cells: one training or one measurement, each in a process of its own, kept on disk by its spec.
+
+A cell's directory holds `spec.json`, what it wrote, and at its end `result.json`; a cell with a
+result is not run again. One that fails leaves `log.txt` and is tried anew the next time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from qadapter.files import write_text
+
+
+class CellFailed(Exception):
+    """A cell that ended without a result; the message is its last word."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One piece of work, told by its spec."""
+
+    root: Path
+    kind: str
+    """A function of `WORK`."""
+    label: str
+    """For people: method, seed."""
+    spec: Mapping[str, Any]
+
+    @property
+    def directory(self) -> Path:
+        """Where it lives: the same for the same spec, whatever asks for it."""
+        text = json.dumps([self.kind, self.spec], sort_keys=True)
+        name = hashlib.sha256(text.encode()).hexdigest()[:10]
+        return self.root / "cells" / f"{self.kind}-{self.label.replace(' ', '-')}-{name}"
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What it found, or None if it has not been run to its end."""
+        try:
+            text = (self.directory / "result.json").read_text(encoding="utf-8")
+            return cast(dict[str, Any], json.loads(text))
+        except (OSError, ValueError):
+            return None
+
+    def run(self) -> dict[str, Any]:
+        """Return its result, computed in a process of its own unless it is there already.
+
+        Raises:
+            CellFailed: the process ended without a result.
+        """
+        if (found := self.result) is not None:
+            return found
+        self.directory.mkdir(parents=True, exist_ok=True)
+        spec = {"kind": self.kind, "label": self.label, "spec": self.spec}
+        write_text(self.directory / "spec.json", json.dumps(spec, indent=1) + "\n")
+        log = self.directory / "log.txt"
+        with log.open("w", encoding="utf-8") as out:
+            words = [sys.executable, "-m", "qadapter.compare.cells", str(self.directory)]
+            code = subprocess.run(words, stdout=out, stderr=out, check=False).returncode
+        if (found := self.result) is None:
+            said = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+            raise CellFailed(f"exit code {code}: {said[-1] if said else 'no output'} (see {log})")
+        return found
+
+
+# ── the work, in the cell's own process ─────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A cell as its own process sees it."""
+
+    spec: dict[str, Any]
+    directory: Path
+
+    def file(self, name: str) -> str:
+        """Return the path of a file that the spec names; those of the comparison are relative."""
+        return str(self.directory.parent.parent / self.spec["files"][name]["path"])
+
+    def answers(self, kind: str) -> tuple[list[Any], list[str]]:
+        """Return the prompts of a kind and the base's answers to them."""
+        from qadapter.compare.train import general_answers
+
+        rows = general_answers(Path(self.file("answers")), kind)
+        return [prompt for prompt, _ in rows], [answer for _, answer in rows]
+
+    def policy(self) -> Any:
+        """Return the policy of the adapter, or of an untrained one: the base."""
+        import torch
+        from accelerate import PartialState
+
+        from qadapter import hub
+        from qadapter.config import QAdapterConfig, QConfig
+        from qadapter.model import QAdapterModel
+        from qadapter.policy import Policy
+
+        name, device = self.spec["model"], PartialState().device
+        # As in training: bfloat16 where the device has it.
+        half = QAdapterConfig(output_dir=str(self.directory)).bf16
+        dtype = torch.bfloat16 if half else torch.float32
+        if adapter := self.spec.get("adapter"):
+            directory = self.directory.parent.parent / adapter
+            return Policy.from_pretrained(directory, name, dtype=dtype, device=device)
+        base = hub.load_base(name, dtype=dtype, device=device)
+        q_config = QConfig(alpha_0=1.0, alpha_tilde=1.0)
+        return Policy(QAdapterModel.create(base, q_config), hub.load_tokenizer(name))
+
+
+def _answers(work: _Work) -> dict[str, Any]:
+    """Write the base's answers to general, training and test prompts."""
+    from qadapter.compare.measure import answers_of
+    from qadapter.data import read_pairs, read_prompts
+
+    spec = work.spec
+    asked = {
+        "general": read_prompts(work.file("prompts"))[: spec["replay_prompts"]],
+        "training": [p.prompt for p in read_pairs(work.file("train"))][: spec["replay_prompts"]],
+        "test": [p.prompt for p in read_pairs(work.file("test"))][: spec["answers"]],
+    }
+    policy, lines = work.policy(), []
+    for kind, prompts in asked.items():
+        made = answers_of(policy, prompts, strength=0.0, max_new_tokens=spec["answer_tokens"])
+        for prompt, answer in zip(prompts, made, strict=True):
+            row = {"kind": kind, "prompt": prompt, "answer": answer}
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_text(work.directory / "answers.jsonl", "".join(lines))
+    return {kind: len(prompts) for kind, prompts in asked.items()}
+
+
+def _train(work: _Work) -> dict[str, Any]:
+    """Train one method into the cell's directory `adapter`."""
+    from qadapter.compare.train import Task, train
+    from qadapter.estimate import peak_memory
+
+    spec = work.spec
+    names = ("params", "seed", "model", "max_length", "answer_tokens", "rl_prompts", "common_trunk")
+    task = Task(
+        **{name: spec[name] for name in names},
+        pairs=Path(work.file("train")),
+        answers=Path(work.file("answers")) if "answers" in spec["files"] else None,
+        output=work.directory / "adapter",
+    )
+    start = time.perf_counter()
+    train(task, spec["trainer"])
+    return {"seconds": time.perf_counter() - start, "peak_gib": peak_memory()}
+
+
+def _measure(work: _Work) -> dict[str, Any]:
+    """Measure an adapter, or the base, on a split: a point for each strength."""
+    from qadapter.compare import measure
+    from qadapter.data import read_pairs, read_texts
+
+    spec, policy = work.spec, work.policy()
+    strengths = [float(s) for s in spec["strengths"]]
+    pairs, limits = list(read_pairs(work.file("pairs"))), {"max_length": spec["max_length"]}
+    points = measure.preference(policy, pairs, strengths, **limits)
+    texts = read_texts(work.file("text"))
+    drifts = measure.drift(policy, texts, strengths, max_tokens=spec["text_tokens"])
+    for point, far, strength in zip(points, drifts, strengths, strict=True):
+        point |= {**far, "dial": strength}
+    if spec["whole"]:
+        points[strengths.index(1.0)] |= _answered(work, policy) | _tasks(work, policy)
+    return {
+        "points": points,
+        "length_baseline": measure.length_baseline(policy, pairs, **limits),
+    }
+
+
+def _answered(work: _Work, policy: Any) -> dict[str, Any]:
+    """Return what the policy's own answers at strength 1 show."""
+    from qadapter.compare import measure
+    from qadapter.data import read_pairs
+    from qadapter.judge import BradleyTerryJudge
+
+    prompts, base = work.answers("test")
+    made = measure.answers_of(
+        policy, prompts, strength=1.0, max_new_tokens=work.spec["answer_tokens"]
+    )
+    judge = BradleyTerryJudge.fit(list(read_pairs(work.file("judge"))), seed=0)
+    judge.validate(list(read_pairs(work.file("validation"))))
+    changed = sum(a != b for a, b in zip(made, base, strict=True))
+    return {
+        "answers": made,
+        "greedy_changed": changed / len(made),
+        "kl_generations": measure.generations_kl(policy, prompts, base),
+        "win_rates": [dataclasses.asdict(judge.win_rate(prompts, made, base))],
+    }
+
+
+def _tasks(work: _Work, policy: Any) -> dict[str, Any]:
+    """Return the capability suite's scores at strength 1."""
+    from qadapter.evaluate import evaluate_tasks, local_suite
+
+    if not (suite := work.spec["suite"]):
+        return {"tasks": {}}
+    scores = evaluate_tasks(policy, local_suite(suite), limit=work.spec["suite_limit"])
+    return {"tasks": {score.task: dataclasses.asdict(score) for score in scores}}
+
+
+WORK = {"answers": _answers, "train": _train, "measure": _measure}
+
+
+def _main(directory: Path) -> None:
+    found = json.loads((directory / "spec.json").read_text(encoding="utf-8"))
+    result = WORK[found["kind"]](_Work(found["spec"], directory))
+    write_text(directory / "result.json", json.dumps(result, allow_nan=False) + "\n")
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]).resolve())

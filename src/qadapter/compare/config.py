@@ -1,0 +1,176 @@
+"""What a comparison is: `CompareConfig`, read from a YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from qadapter.errors import ConfigError
+from qadapter.hub import DEFAULT_BASE
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """One comparison; every field may stand in the YAML file.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    train: str
+    """Preference pairs; split by prompt into training, validation and judge pairs."""
+    test: str
+    """Held-out preference pairs, on which the report's figures are measured."""
+    text: str
+    """General text (.txt, or .jsonl with `text`) for KL to the base; no method sees it."""
+    prompts: str
+    """General prompts; the base's own answers to them are Replay's data and the anchors."""
+    output: str
+    """Directory of the report and of every run behind it."""
+    suite: str | None = None
+    """Directory of the local capability suite (see `qadapter evaluate --suite local`)."""
+    model: str = DEFAULT_BASE
+    """The base."""
+    methods: tuple[str, ...] = ("base", "sft", "dpo", "replay", "rloo", "qadapter")
+    """Names of `qadapter.compare.METHODS`."""
+    reference: str = "dpo"
+    """The method whose learning is the mark for the others."""
+    trials: int = 3
+    """Settings tried for each method on the validation pairs; the first are its defaults."""
+    seeds: tuple[int, ...] = (0,)
+    """Training seeds of the chosen setting."""
+    strengths: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5)
+    """Points of each method's curve: its adapter's weight when decoding; 1 must be among them."""
+    vary: tuple[str, ...] = ()
+    """Robustness: `flipped=0.1`, `irrelevant=0.3`, `pairs=50`, or a parameter such as `lora_r=4`.
+    """
+    pairs: int = 480
+    """Training pairs."""
+    validation_pairs: int = 200
+    """Pairs of the training file that settings are chosen on."""
+    test_pairs: int = 300
+    """Pairs of the test file."""
+    text_tokens: int = 8000
+    """Tokens of the general text."""
+    replay_prompts: int = 200
+    """General prompts that the base answers."""
+    rl_prompts: int = 96
+    """Training prompts of online reinforcement learning, which answers each four times."""
+    answers: int = 48
+    """Test prompts answered for the win rate."""
+    answer_tokens: int = 96
+    """Most tokens of any answer made."""
+    suite_limit: int = 100
+    """Items of each task of the suite."""
+    max_length: int = 1024
+    """Tokens of prompt and response."""
+    trunk: float = 0.75
+    """Share of layers left alone by the methods that share a trunk."""
+
+    def __post_init__(self) -> None:
+        from qadapter.compare.methods import METHODS
+
+        for name in (*self.methods, self.reference):
+            if name not in METHODS:
+                raise ConfigError(f"methods: {name!r} is not one of {', '.join(sorted(METHODS))}.")
+        if self.reference not in self.methods:
+            raise ConfigError(f"reference: {self.reference!r} must be among the methods; add it.")
+        if 1.0 not in self.strengths or min(self.strengths) <= 0:
+            raise ConfigError("strengths: must be above 0, with 1 among them.")
+        if not self.seeds:
+            raise ConfigError("seeds: is empty; give one at least.")
+        for name in _COUNTS:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)} must be at least 1.")
+        for variation in self.vary:
+            name, _, value = variation.partition("=")
+            if not name or not _is_number(value):
+                raise ConfigError(f"vary: {variation!r} must read NAME=NUMBER, as flipped=0.1.")
+
+    @classmethod
+    def read(cls, path: str | Path, *, full: bool = False, **flags: Any) -> CompareConfig:
+        """Read a YAML file; `full` lays its section `full` over the rest, `flags` over both.
+
+        `$NAME` in a value is that variable of the environment. Paths are relative to where the
+        command runs.
+
+        Raises:
+            ConfigError: the file cannot be read, or a field is unknown, missing or of a wrong kind.
+        """
+        try:
+            fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: cannot be read as YAML ({error}); fix it.") from error
+        if not isinstance(fields, dict):
+            raise ConfigError(f"{path}: must hold fields and values, one `name: value` a line.")
+        over = fields.pop("full", {})
+        if full and not over:
+            raise ConfigError(f"{path}: has no section `full`; leave out --full or add it.")
+        if not isinstance(over, dict):
+            raise ConfigError(f"{path}: `full` must hold fields and values.")
+        fields |= (over if full else {}) | {k: v for k, v in flags.items() if v}
+        hints = get_type_hints(cls)
+        for name in fields:
+            if name not in hints:
+                raise ConfigError(
+                    f"{path}: {name!r} is not a field; the fields are {', '.join(hints)}."
+                )
+        required = (f for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING)
+        if missing := [f.name for f in required if f.name not in fields]:
+            raise ConfigError(f"{path}: {missing[0]!r} is missing; add it.")
+        values = {n: _value(f"{path}: {n!r}", v, hints[n]) for n, v in fields.items()}
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+
+_COUNTS = (
+    "trials",
+    "pairs",
+    "validation_pairs",
+    "test_pairs",
+    "text_tokens",
+    "replay_prompts",
+    "rl_prompts",
+    "answers",
+    "answer_tokens",
+    "suite_limit",
+    "max_length",
+)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _value(where: str, value: Any, hint: Any) -> Any:
+    """Return a YAML value as its field's type."""
+    if get_origin(hint) is tuple:
+        values = value if isinstance(value, list | tuple) else [value]
+        return tuple(_value(where, v, get_args(hint)[0]) for v in values)
+    kinds = get_args(hint) or (hint,)
+    if float in kinds and type(value) is int:
+        value = float(value)
+    if value is None and type(None) in kinds:
+        return None
+    if type(value) not in kinds:
+        wanted = " or ".join(k.__name__ for k in kinds if k is not type(None))
+        raise ConfigError(f"{where} is {value!r}, which is no {wanted}; change it.")
+    return _expanded(where, value) if isinstance(value, str) else value
+
+
+def _expanded(where: str, text: str) -> str:
+    found = os.path.expandvars(text)
+    if "$" in found:
+        raise ConfigError(f"{where} names {text}, a variable that is not set; set it.")
+    return found

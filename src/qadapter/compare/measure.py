@@ -1,0 +1,209 @@
+"""Figures of a policy that are the same for every method: log-ratios, KL, answers.
+
+A method's adapter, whoever trained it, is scored by its log-ratio log π(y|x) − log π1(y|x), the
+implicit reward of DPO (arXiv:2305.18290), which for Q-Adapter with α0 = α̃ and γ = 1 orders a pair
+as its own return does (METHOD I1, I2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from qadapter import fused
+from qadapter.data import Pair, Text, tokenize_pairs, tokenize_prompt
+from qadapter.model import QAdapterModel, Streams
+from qadapter.packing import pad_rows
+from qadapter.policy import Policy
+
+_BATCH_TOKENS = 4096
+_WINDOW = 256
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Sums over the scored tokens of R rows, of the base and of π_s at S strengths."""
+
+    tokens: Tensor
+    """`[R]` int64."""
+    base: Tensor
+    """`[R]` float64, log π1 of the tokens, nats."""
+    policy: Tensor
+    """`[S, R]` float64, log π_s of the tokens, nats."""
+    kl: Tensor | None
+    """`[S, R]` float64, KL(π1 ‖ π_s) in the states in which the tokens are chosen, nats."""
+
+
+def log_probs(
+    model: QAdapterModel, states: Streams, actions: Tensor, strength: float | None
+) -> Tensor:
+    """Return log π_s(a|s), or for `strength` None log π1(a|s), of M states `[M, D]`: `[M]`."""
+    weight = model.head_weight
+    if weight is not None:
+        states = states.to(weight.dtype)
+        hidden = states.base if strength is None else model.mix(states, strength)
+        taken = (hidden.float() * weight[actions].float()).sum(-1)
+        return (taken - fused.linear_logsumexp(hidden, weight)).double()
+    parts = []
+    for i in range(0, len(actions), 256):
+        part = states.at(slice(i, i + 256))
+        if strength is None:
+            with model.adapter_off():
+                logits = model.head(part.base)
+        else:
+            logits = model.policy_logits(part, strength)
+        chosen = logits.float().log_softmax(-1).gather(1, actions[i : i + 256, None])[:, 0]
+        parts.append(chosen.double())
+    return torch.cat(parts)
+
+
+def row_figures(
+    policy: Policy,
+    rows: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    strengths: Sequence[float],
+    *,
+    kl: bool = True,
+) -> Figures:
+    """Return the figures of rows of tokens, each scored from its index `starts` (at least 1) on.
+
+    Whatever the strengths, a row goes once through the layers.
+    """
+    n, s = len(rows), len(strengths)
+    tokens = torch.tensor([len(row) - at for row, at in zip(rows, starts, strict=True)])
+    base, scored = torch.zeros(n, dtype=torch.float64), torch.zeros(s, n, dtype=torch.float64)
+    far = torch.zeros(s, n, dtype=torch.float64) if kl else None
+    model = policy.model
+    with torch.no_grad():
+        for index in _batches([len(row) for row in rows]):
+            ids, mask = pad_rows([rows[i] for i in index], 0)
+            first = torch.tensor([starts[i] for i in index])[:, None]
+            at = (mask[:, 1:].bool() & (torch.arange(1, ids.shape[1])[None] >= first)).to(
+                model.device
+            )
+            ids, mask = ids.to(model.device), mask.to(model.device)
+            streams = model.streams(ids, mask)
+            states = streams.at((slice(None), slice(-1))).at(at)
+            actions = ids[:, 1:][at]
+            owner = torch.tensor(index).repeat_interleave(at.sum(1).cpu())
+            base.index_add_(0, owner, log_probs(model, states, actions, None).cpu())
+            for j, strength in enumerate(strengths):
+                found = log_probs(model, states, actions, strength).cpu()
+                scored[j].index_add_(0, owner, found)
+                if far is not None:
+                    gap = model.kl_from_base(states, strength).double().cpu()
+                    far[j].index_add_(0, owner, gap)
+    return Figures(tokens, base, scored, far)
+
+
+def _batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Return indices in batches of alike lengths, each of at most so many padded tokens."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= _BATCH_TOKENS:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def preference(
+    policy: Policy, pairs: Sequence[Pair], strengths: Sequence[float], *, max_length: int
+) -> list[dict[str, Any]]:
+    """Return for each strength how the policy tells chosen from rejected on held-out pairs.
+
+    `margins` are, per pair, log-ratio of chosen less that of rejected, nats; `correct` is 1 where
+    it is positive, ½ at a tie. `ranking_accuracy` asks the policy itself: whose log-likelihood per
+    token is greater (as lm-eval's `acc_norm` does by bytes).
+    """
+    kept, _ = tokenize_pairs(pairs, policy.tokenizer, end_ids=policy.end_ids, max_length=max_length)
+    rows = [[*p.prompt_ids, *p.chosen_ids] for p in kept]
+    rows += [[*p.prompt_ids, *p.rejected_ids] for p in kept]
+    found = row_figures(policy, rows, [len(p.prompt_ids) for p in kept] * 2, strengths, kl=False)
+    points = []
+    for policy_sums in found.policy:
+        won, lost = (policy_sums - found.base).chunk(2)
+        won_tokens, lost_tokens = found.tokens.chunk(2)
+        margin, correct = won - lost, _half_ties(won - lost)
+        likely, unlikely = (policy_sums / found.tokens).chunk(2)
+        points.append(
+            {
+                "accuracy": float(correct.mean()),
+                "margin": float(margin.mean()),
+                "margin_per_token": float((won / won_tokens - lost / lost_tokens).mean()),
+                "ranking_accuracy": float(_half_ties(likely - unlikely).mean()),
+                "correct": correct.tolist(),
+                "margins": [round(m, 5) for m in margin.tolist()],
+            }
+        )
+    return points
+
+
+def length_baseline(policy: Policy, pairs: Sequence[Pair], *, max_length: int) -> float:
+    """Return the accuracy of preferring the longer response; a tie counts half."""
+    kept, _ = tokenize_pairs(pairs, policy.tokenizer, end_ids=policy.end_ids, max_length=max_length)
+    longer = torch.tensor([len(p.chosen_ids) - len(p.rejected_ids) for p in kept])
+    return float(_half_ties(longer).mean())
+
+
+def _half_ties(difference: Tensor) -> Tensor:
+    return (difference > 0).double() + 0.5 * (difference == 0).double()
+
+
+def drift(
+    policy: Policy, texts: Sequence[str], strengths: Sequence[float], *, max_tokens: int
+) -> list[dict[str, Any]]:
+    """Return for each strength KL to the base a token, and perplexities, on general text.
+
+    The text is cut into windows as `Policy.drift` cuts it; the sums of each are kept, to be
+    resampled.
+    """
+    ids = cast(list[int], policy.tokenizer("\n".join(texts), verbose=False)["input_ids"])
+    width = min(_WINDOW, policy.context)
+    rows = [ids[i : i + width] for i in range(0, min(len(ids), max_tokens), width)]
+    rows = [row for row in rows if len(row) > 1]
+    found = row_figures(policy, rows, [1] * len(rows), strengths)
+    total = int(found.tokens.sum())
+    return [
+        {
+            "kl": float(kl.sum()) / total,
+            "perplexity": float(torch.exp(-scored.sum() / total)),
+            "base_perplexity": float(torch.exp(-found.base.sum() / total)),
+            "window_kl": kl.tolist(),
+            "window_tokens": found.tokens.tolist(),
+        }
+        for kl, scored in zip(cast(Tensor, found.kl), found.policy, strict=True)
+    ]
+
+
+def generations_kl(policy: Policy, prompts: Sequence[Text], answers: Sequence[str]) -> float:
+    """Return KL(π1 ‖ π) a token at strength 1 on answers that the base gave, nats."""
+    rows, starts = [], []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        before = tokenize_prompt(prompt, policy.tokenizer)
+        after = cast(list[int], policy.tokenizer(answer, add_special_tokens=False)["input_ids"])
+        if after:
+            rows.append([*before, *after])
+            starts.append(len(before))
+    found = row_figures(policy, rows, starts, [1.0])
+    return float(cast(Tensor, found.kl).sum()) / int(found.tokens.sum())
+
+
+def answers_of(
+    policy: Policy, prompts: Sequence[Text], *, strength: float, max_new_tokens: int
+) -> list[str]:
+    """Return greedy answers in the prompts' order, alike lengths made together."""
+    order = sorted(range(len(prompts)), key=lambda i: len(str(prompts[i])))
+    out = [""] * len(prompts)
+    for start in range(0, len(order), 16):
+        index = order[start : start + 16]
+        made = policy.answer(
+            [prompts[i] for i in index], strength=strength, max_new_tokens=max_new_tokens
+        )
+        for i, text in zip(index, made, strict=True):
+            out[i] = text
+    return out

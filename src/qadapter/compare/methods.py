@@ -1,0 +1,179 @@
+"""The methods of a comparison: how each is trained, what is searched, where the search starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+Value = float | int | str
+Params = dict[str, Value]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Real numbers searched on a logarithmic scale."""
+
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g}, logarithmic"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Values searched without order."""
+
+    values: tuple[Value, ...]
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.values))
+
+
+Space = Mapping[str, Range | Choice]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the report.
+
+    Each method's search has the same number of trials and begins at its library's defaults, or
+    ours; every parameter that the search leaves alone is in `fixed`.
+    """
+
+    label: str
+    library: str
+    about: str
+    trainer: str | None
+    """Name of the function of `qadapter.compare.train` that trains it; None for the base."""
+    fixed: Params = field(default_factory=dict)
+    space: Space = field(default_factory=dict)
+    defaults: Params = field(default_factory=dict)
+    knobs: tuple[str, ...] = ("lora_r", "trunk")
+    """Parameters beside these that robustness may vary."""
+
+
+_RATE = Range(5e-5, 8e-4)
+_EPOCHS = Choice((1, 2))
+_SFT_SPACE: Space = {"learning_rate": _RATE, "epochs": _EPOCHS}
+_SFT: Params = {"learning_rate": 2e-4, "epochs": 1}
+_DPO_SPACE: Space = {"beta": Range(0.03, 1.0), "learning_rate": _RATE, "epochs": _EPOCHS}
+_DPO: Params = {"beta": 0.1, "learning_rate": 2e-4, "epochs": 1}
+_OURS_SPACE: Space = {
+    "alpha": Range(0.03, 1.0),
+    "learning_rate": _RATE,
+    "epochs": _EPOCHS,
+    "anchor_weight": Range(0.3, 10.0),
+}
+_OURS: Params = {"alpha": 0.5, "learning_rate": 2e-4, "epochs": 1, "anchor_weight": 3.0}
+_OURS_FIXED: Params = {"beta": 0.1, "gamma": 1.0, "parameterization": "residual"}
+_BARE_SPACE: Space = {k: v for k, v in _OURS_SPACE.items() if k != "anchor_weight"}
+_BARE: Params = {k: v for k, v in _OURS.items() if k != "anchor_weight"}
+_BARE_FIXED: Params = {**_OURS_FIXED, "anchor_weight": 0.0}
+_ANCHOR: Space = {"anchor_weight": Range(0.3, 10.0)}
+
+
+def _ours(label: str, about: str, space: Space, defaults: Params, **fixed: Value) -> Method:
+    base = _OURS_FIXED if "anchor_weight" in space else _BARE_FIXED
+    knobs = ("lora_r", "trunk", "alpha_0")
+    settings = {**base, **fixed}
+    return Method(label, "qadapter", about, "train_qadapter", settings, space, defaults, knobs)
+
+
+METHODS: dict[str, Method] = {
+    "base": Method("Base", "none", "The aligned model as it is.", None),
+    "sft": Method(
+        "SFT",
+        "trl.SFTTrainer",
+        "Trained on the chosen responses.",
+        "train_sft",
+        {},
+        _SFT_SPACE,
+        _SFT,
+    ),
+    "sft_kl": Method(
+        "SFT, KL-anchored",
+        "trl.SFTTrainer",
+        "SFT with KL to the base on the base's own answers to general prompts.",
+        "train_sft",
+        {},
+        {**_SFT_SPACE, **_ANCHOR},
+        {**_SFT, "anchor_weight": 3.0},
+    ),
+    "replay": Method(
+        "Replay",
+        "trl.SFTTrainer",
+        "SFT on the chosen responses mixed with the base's own answers to general prompts.",
+        "train_sft",
+        {},
+        {**_SFT_SPACE, "replay": Choice(("general", "training"))},
+        {**_SFT, "replay": "general"},
+    ),
+    "dpo": Method(
+        "DPO",
+        "trl.DPOTrainer",
+        "Direct preference optimisation with adapters on all layers.",
+        "train_dpo",
+        {"trunk": 0.0},
+        _DPO_SPACE,
+        _DPO,
+    ),
+    "dpo_sft": Method(
+        "DPO + SFT",
+        "trl.DPOTrainer",
+        "DPO with SFT on the chosen responses as a second loss.",
+        "train_dpo",
+        {"trunk": 0.0},
+        {**_DPO_SPACE, "sft_weight": Range(0.1, 3.0)},
+        {**_DPO, "sft_weight": 1.0},
+    ),
+    "dpo_anchored": Method(
+        "DPO, our anchors and trunk",
+        "trl.DPOTrainer",
+        "DPO on the layers that Q-Adapter adapts, with the same anchors.",
+        "train_dpo",
+        {},
+        {**_DPO_SPACE, **_ANCHOR},
+        {**_DPO, "anchor_weight": 3.0},
+    ),
+    "rloo": Method(
+        "RLOO",
+        "trl.RLOOTrainer",
+        "Online reinforcement learning (REINFORCE leave-one-out) on a Bradley–Terry reward model "
+        "of the training pairs; stands for the paper's PPO, which TRL no longer keeps.",
+        "train_rloo",
+        {"trunk": 0.0},
+        {"beta": Range(0.01, 0.3), "learning_rate": Range(2e-5, 5e-4)},
+        {"beta": 0.05, "learning_rate": 1e-4},
+    ),
+    "qadapter": _ours("Q-Adapter", "Ours: residual Q, shared trunk, anchors.", _OURS_SPACE, _OURS),
+    "qadapter_bare": _ours("Q-Adapter, no anchors", "Ours without anchors.", _BARE_SPACE, _BARE),
+    "qadapter_all_layers": _ours(
+        "Q-Adapter, all layers", "Ours with adapters on all layers.", _OURS_SPACE, _OURS, trunk=0.0
+    ),
+    "qadapter_half": _ours(
+        "Q-Adapter, half the layers", "Ours on half of the layers.", _OURS_SPACE, _OURS, trunk=0.5
+    ),
+    "qadapter_gamma": _ours(
+        "Q-Adapter, γ = 0.97",
+        "Ours with discount 0.97 and β = 1.",
+        _OURS_SPACE,
+        {**_OURS, "alpha": 0.1},
+        gamma=0.97,
+        beta=1.0,
+    ),
+    "qadapter_raw": _ours(
+        "Q-Adapter, raw", "Ours with Q̂ = z_θ.", _BARE_SPACE, _BARE, parameterization="raw"
+    ),
+    "qadapter_authors": _ours(
+        "Q-Adapter, authors' loss",
+        "The authors' released loss and parameterisation.",
+        {"learning_rate": _RATE, "epochs": _EPOCHS},
+        {"learning_rate": 2e-4, "epochs": 1},
+        parameterization="raw",
+        objective="authors",
+        alpha=1.0,
+        alpha_0=0.01,
+    ),
+}
+"""By the name that stands in run.yaml."""

@@ -1,0 +1,397 @@
+"""The comparison: search, seeds, robustness, and the JSON that the report is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from qadapter.compare.cells import Cell, CellFailed
+from qadapter.compare.config import CompareConfig
+from qadapter.compare.data import DATA_VARIATIONS, SPLITS, split, varied, write_pairs
+from qadapter.compare.methods import METHODS, Choice, Method, Range
+from qadapter.errors import ConfigError
+from qadapter.files import check_writable, write_text
+from qadapter.stats import wilson_interval
+
+_SEARCH_SEED = 0
+_SEARCH_TEXT_TOKENS = 4000
+_SHARED = ("model", "max_length", "answer_tokens")
+"""Settings that every cell depends on."""
+_PACKAGES = ("qadapter", "torch", "transformers", "peft", "trl", "datasets", "lm_eval", "optuna")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the comparison tells while it runs."""
+
+    done: int
+    total: int
+    label: str
+    """The cell that begins now."""
+    seconds_left: float | None
+    """From the mean of the cells run so far; None before the first."""
+
+
+@dataclass
+class _Run:
+    config: CompareConfig
+    root: Path
+    tell: Callable[[Progress], None]
+    total: int
+    files: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Every file that cells read, with a digest, so that other data make other cells."""
+    done: int = 0
+    timed: list[float] = field(default_factory=list)
+    failures: list[dict[str, str]] = field(default_factory=list)
+
+    def cell(self, kind: str, label: str, **spec: Any) -> dict[str, Any] | None:
+        """Return a cell's result with its `directory`, or None if it failed."""
+        files = {name: self.files[of] for name, of in spec.pop("files").items()}
+        shared = {name: getattr(self.config, name) for name in _SHARED}
+        cell = Cell(self.root, kind, label, {"files": files, **shared, **spec})
+        mean = sum(self.timed) / len(self.timed) if self.timed else None
+        left = None if mean is None else mean * (self.total - self.done)
+        self.tell(Progress(self.done, self.total, f"{kind} {label}", left))
+        fresh, start = cell.result is None, time.perf_counter()
+        try:
+            return {**cell.run(), "directory": str(cell.directory)}
+        except CellFailed as error:
+            self.failures.append({"cell": f"{kind} {label}", "error": str(error)})
+            return None
+        finally:
+            self.done += 1
+            if fresh:
+                self.timed.append(time.perf_counter() - start)
+
+    def add_file(self, name: str, path: Path) -> None:
+        """Let cells read a file; those under the comparison's directory are told relative to it."""
+        path = path.resolve()
+        told = path.relative_to(self.root) if path.is_relative_to(self.root) else path
+        self.files[name] = {
+            "path": str(told),
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
+        }
+
+
+def compare(config: CompareConfig, tell: Callable[[Progress], None], *, command: str) -> Path:
+    """Run what is not done yet and write `comparison.json`; return its path.
+
+    Raises:
+        UserError: data or settings cannot be used; nothing is run.
+    """
+    check_writable(config.output)
+    root = Path(config.output).resolve()
+    parts = split(config)
+    trained = [n for n in config.methods if METHODS[n].trainer]
+    varied_methods = [n for n in (config.reference, "qadapter") if n in trained]
+    variations = [_variation(text, parts.train, varied_methods) for text in config.vary]
+    total = (
+        1
+        + len(trained) * (2 * config.trials + 2 * len(config.seeds))
+        + int("base" in config.methods)
+        + 2 * len(variations) * len(varied_methods)
+    )
+    run = _Run(config, root, tell, total)
+    for name in SPLITS:
+        path = root / "data" / f"{name}.jsonl"
+        write_pairs(path, getattr(parts, name))
+        run.add_file(name, path)
+    run.add_file("text", Path(config.text))
+    run.add_file("prompts", Path(config.prompts))
+    names = ("prompts", "train", "test")
+    answers = run.cell(
+        "answers",
+        "base",
+        files={name: name for name in names},
+        replay_prompts=config.replay_prompts,
+        answers=config.answers,
+    )
+    if answers is None:
+        raise ConfigError(f"the base cannot answer: {run.failures[-1]['error']}.")
+    run.add_file("answers", Path(answers["directory"]) / "answers.jsonl")
+    methods = {name: _method(run, name, METHODS[name]) for name in config.methods}
+    robustness = [
+        row
+        for variation in variations
+        for name in varied_methods
+        if (row := _robust(run, name, methods[name], variation))
+    ]
+    return _write(run, methods, robustness, command)
+
+
+# ── one method ──────────────────────────────────────────────────────────────────────────────────
+
+
+def _method(run: _Run, name: str, method: Method) -> dict[str, Any]:
+    told = {
+        "label": method.label,
+        "library": method.library,
+        "about": method.about,
+        "dial": "the adapter's weight when decoding, without retraining",
+        "search": None,
+        "runs": [],
+    }
+    if method.trainer is None:
+        found = _points(run, name, None, strengths=(1.0,), split="test", whole=True)
+        if found:
+            told["runs"] = [{"seed": 0, "params": {}, "seconds": 0.0, "peak_gib": 0.0, **found}]
+        return told
+    told["search"] = search = _search(run, name, method)
+    if search["best"] is None:
+        return told
+    for seed in run.config.seeds:
+        trained = _trained(run, name, method, search["best"], seed)
+        found = trained and _points(
+            run,
+            f"{name} seed {seed}",
+            trained["directory"],
+            strengths=run.config.strengths,
+            split="test",
+            whole=True,
+        )
+        if not (trained and found):
+            continue
+        figures = {k: trained[k] for k in ("seconds", "peak_gib")}
+        told["runs"].append({"seed": seed, "params": search["best"], **figures, **found})
+    return told
+
+
+def _search(run: _Run, name: str, method: Method) -> dict[str, Any]:
+    """Search the method's settings on the validation pairs, by Optuna's TPE.
+
+    Two aims, accuracy and little KL. Chosen is, of the settings whose accuracy is within one
+    standard error of the best, the one with the least KL: a search for accuracy alone would pick
+    among equals by noise, and so make any method's forgetting a matter of luck.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        directions=["maximize", "minimize"],
+        sampler=optuna.samplers.TPESampler(seed=_SEARCH_SEED, n_startup_trials=4),
+    )
+    study.enqueue_trial(dict(method.defaults))
+    trials = []
+    for i in range(run.config.trials):
+        trial = study.ask({k: _distribution(v) for k, v in method.space.items()})
+        params = {k: _rounded(v) for k, v in trial.params.items()}
+        trained = _trained(run, name, method, params, _SEARCH_SEED)
+        found = trained and _points(
+            run,
+            f"{name} trial {i}",
+            trained["directory"],
+            strengths=(1.0,),
+            split="validation",
+            whole=False,
+        )
+        if trained and found:
+            point = found["points"][0]
+            study.tell(trial, (point["accuracy"], point["kl"]))
+            figures = {k: point[k] for k in ("accuracy", "kl", "margin")}
+            trials.append(
+                {"params": params, "state": "complete", "seconds": trained["seconds"], **figures}
+            )
+        else:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            trials.append({"params": params, "state": "failed", "seconds": 0.0})
+    return {
+        "sampler": "optuna TPESampler",
+        "space": {k: str(v) for k, v in method.space.items()},
+        "trials": trials,
+        "best": one_standard_error(trials, run.config.validation_pairs),
+    }
+
+
+def one_standard_error(trials: Sequence[Mapping[str, Any]], pairs: int) -> dict[str, Any] | None:
+    """Return the parameters with the least KL among those within one SE of the best accuracy."""
+    done = [t for t in trials if t["state"] == "complete"]
+    if not done:
+        return None
+    best = max(t["accuracy"] for t in done)
+    mark = best - (best * (1 - best) / pairs) ** 0.5
+    return dict(min((t for t in done if t["accuracy"] >= mark), key=lambda t: t["kl"])["params"])
+
+
+def _distribution(space: Range | Choice) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    if isinstance(space, Range):
+        return FloatDistribution(space.low, space.high, log=True)
+    return CategoricalDistribution(space.values)
+
+
+def _rounded(value: Any) -> Any:
+    """Return a searched number in three digits, as the report shows it."""
+    return float(f"{value:.3g}") if isinstance(value, float) else value
+
+
+def _trained(
+    run: _Run,
+    name: str,
+    method: Method,
+    params: Mapping[str, Any],
+    seed: int,
+    train: str = "train",
+) -> dict[str, Any] | None:
+    params = {**method.fixed, **params}
+    files = {"train": train}
+    if params.get("anchor_weight") or "replay" in params:
+        files["answers"] = "answers"
+    return run.cell(
+        "train",
+        f"{name} seed {seed}",
+        files=files,
+        trainer=method.trainer,
+        params=params,
+        seed=seed,
+        rl_prompts=run.config.rl_prompts,
+        common_trunk=run.config.trunk,
+    )
+
+
+def _points(
+    run: _Run,
+    label: str,
+    trained: str | None,
+    *,
+    strengths: Sequence[float],
+    split: str,
+    whole: bool,
+) -> dict[str, Any] | None:
+    config = run.config
+    files = {"pairs": split, "text": "text"}
+    more: dict[str, Any] = {"text_tokens": _SEARCH_TEXT_TOKENS}
+    if whole:
+        files |= {name: name for name in ("judge", "validation", "answers")}
+        more = {n: getattr(config, n) for n in ("text_tokens", "suite", "suite_limit")}
+    found = run.cell(
+        "measure",
+        label,
+        files=files,
+        adapter=str(Path(trained, "adapter").relative_to(run.root)) if trained else None,
+        strengths=list(strengths),
+        whole=whole,
+        **more,
+    )
+    if found is None:
+        return None
+    for point in found["points"]:
+        n = len(point["correct"])
+        point["accuracy_ci"] = wilson_interval(sum(point["correct"]), n)
+    return {"points": found["points"], "length_baseline": found["length_baseline"]}
+
+
+# ── robustness ──────────────────────────────────────────────────────────────────────────────────
+
+
+_Variation = tuple[str, str, float, list[Any] | None]
+"""Its text, name and value, and its pairs where it changes them."""
+
+
+def _variation(text: str, train: Sequence[Any], methods: Sequence[str]) -> _Variation:
+    name, _, value = text.partition("=")
+    if name in DATA_VARIATIONS:
+        return text, name, float(value), varied(train, name, float(value))
+    if not any(_has(METHODS[method], name) for method in methods):
+        raise ConfigError(
+            f"vary: {name!r} is neither of {', '.join(DATA_VARIATIONS)} nor a parameter of "
+            f"{' or '.join(methods)}."
+        )
+    return text, name, float(value), None
+
+
+def _has(method: Method, parameter: str) -> bool:
+    return parameter in {*method.fixed, *method.space, *method.knobs}
+
+
+def _robust(
+    run: _Run,
+    name: str,
+    told: Mapping[str, Any],
+    variation: _Variation,
+) -> dict[str, Any] | None:
+    text, what, value, pairs = variation
+    best = (told["search"] or {}).get("best")
+    if best is None or (pairs is None and not _has(METHODS[name], what)):
+        return None
+    train, params = "train", dict(best)
+    if pairs is None:
+        params[what] = value
+    else:
+        train = f"train.{text.replace('=', '-')}"
+        path = run.root / "data" / f"{train}.jsonl"
+        write_pairs(path, pairs)
+        run.add_file(train, path)
+    seed = run.config.seeds[0]
+    trained = _trained(run, name, METHODS[name], params, seed, train)
+    found = trained and _points(
+        run,
+        f"{name} {text}",
+        trained["directory"],
+        strengths=(1.0,),
+        split="test",
+        whole=False,
+    )
+    if not found:
+        return None
+    point = found["points"][0]
+    figures = {k: point[k] for k in ("accuracy", "accuracy_ci", "kl", "margin")}
+    return {"variation": text, "method": name, "seed": seed, **figures}
+
+
+# ── the JSON ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _write(run: _Run, methods: Mapping[str, Any], robustness: Sequence[Any], command: str) -> Path:
+    config = run.config
+    baselines = [r.pop("length_baseline") for m in methods.values() for r in m["runs"]]
+    out = {
+        "command": command,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": _machine(),
+        "versions": {name: version(name) for name in _PACKAGES},
+        "config": dataclasses.asdict(config),
+        "data": {
+            name: {
+                "path": getattr(config, origin),
+                "pairs": _lines(run.root / run.files[name]["path"]),
+            }
+            for name, origin in zip(SPLITS, ("train", "train", "train", "test"), strict=True)
+        }
+        | {"general_text": {"path": config.text, "tokens": config.text_tokens}},
+        "length_baseline": baselines[0] if baselines else None,
+        "reference": config.reference,
+        "methods": methods,
+        "failures": run.failures,
+        "robustness": robustness,
+    }
+    path = run.root / "comparison.json"
+    write_text(path, json.dumps(out, indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def _lines(path: Path) -> int:
+    return path.read_text(encoding="utf-8").count("\n")
+
+
+def _machine() -> dict[str, str]:
+    import torch
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return {
+        "cpus": str(os.cpu_count()),
+        "processor": platform.processor() or platform.machine(),
+        "device": str(device),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }

@@ -1,0 +1,339 @@
+"""One training of one method, from pairs to an artefact that `Policy` loads.
+
+TRL's trainers get the very tokens that ours gets. What they train is a plain LoRA, and a plain LoRA
+*is* a residual Q-adapter with α0 = α̃ = 1 (METHOD §2), so its directory gets a
+`qadapter_config.json` that says so, and everything downstream is one path.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from qadapter import fused, hub
+from qadapter.config import QAdapterConfig, QConfig
+from qadapter.data import Pair, TokenizedPair, read_pairs, tokenize_pairs, tokenize_prompt
+from qadapter.files import read_jsonl
+from qadapter.packing import pad_rows
+from qadapter.train import anchor_rows, run_training
+
+Params = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a trainer gets."""
+
+    params: Params
+    seed: int
+    model: str
+    """The base."""
+    max_length: int
+    answer_tokens: int
+    """Most tokens of an answer that is made."""
+    rl_prompts: int
+    """Training prompts of online reinforcement learning."""
+    common_trunk: float
+    """Share of layers left alone where the method does not say otherwise."""
+    pairs: Path
+    """Training pairs."""
+    answers: Path | None
+    """The base's own answers, `{"prompt", "answer", "kind"}` a line; for Replay and anchors."""
+    output: Path
+    """Directory to write the artefact to."""
+
+    def trunk(self) -> float:
+        """Return the share of layers left alone."""
+        return float(self.params.get("trunk", self.common_trunk))
+
+    def anchor_weight(self) -> float:
+        """Return the weight of the anchors' KL; 0 is none."""
+        return float(self.params.get("anchor_weight", 0.0))
+
+
+def _answers(task: Task) -> Path:
+    if task.answers is None:
+        raise ValueError("anchors and replay need the base's answers")
+    return task.answers
+
+
+def general_answers(path: Path, kind: str) -> list[tuple[Any, str]]:
+    """Return prompts and the base's answers to them, of the `general` or the `training` prompts."""
+    rows = [cast(dict[str, Any], row) for _, row in read_jsonl(str(path))]
+    return [(row["prompt"], row["answer"]) for row in rows if row["kind"] == kind]
+
+
+def anchor_texts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the base's answers to general prompts as whole conversations, for anchors."""
+    texts = []
+    for prompt, answer in general_answers(path, "general"):
+        if isinstance(prompt, str):
+            texts.append(prompt + answer)
+        else:
+            messages = [*prompt, {"role": "assistant", "content": answer}]
+            texts.append(str(tokenizer.apply_chat_template(messages, tokenize=False)))
+    return texts
+
+
+# ── ours ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def train_qadapter(task: Task) -> None:
+    """Train a Q-adapter by `run_training`."""
+    p = task.params
+    anchors = None
+    if task.anchor_weight():
+        tokenizer = hub.load_tokenizer(task.model)
+        anchors = task.output / "anchors.jsonl"
+        anchors.parent.mkdir(parents=True, exist_ok=True)
+        rows = [json.dumps({"text": text}) for text in anchor_texts(_answers(task), tokenizer)]
+        anchors.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    run_training(
+        QAdapterConfig(
+            data=str(task.pairs),
+            output_dir=str(task.output),
+            model=task.model,
+            alpha_0=float(p.get("alpha_0", p["alpha"])),
+            alpha_tilde=float(p["alpha"]),
+            beta=float(p["beta"]),
+            gamma=float(p["gamma"]),
+            parameterization=str(p["parameterization"]),
+            objective=str(p.get("objective", "bellman")),
+            lora_r=int(p.get("lora_r", 16)),
+            lora_alpha=2 * int(p.get("lora_r", 16)),
+            trunk=task.trunk(),
+            anchor_data=str(anchors) if anchors else None,
+            anchor_weight=task.anchor_weight(),
+            learning_rate=float(p["learning_rate"]),
+            num_train_epochs=float(p["epochs"]),
+            max_length=task.max_length,
+            seed=task.seed,
+            save_strategy="no",
+        )
+    )
+
+
+# ── TRL's ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The base as TRL's trainers want it."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    pairs: list[TokenizedPair]
+    raw: list[Pair]
+    lora: Any
+
+
+def _load(task: Task) -> _Base:
+    from qadapter.model import lora_config
+
+    ours = QAdapterConfig(output_dir=str(task.output))
+    dtype = torch.bfloat16 if ours.bf16 else torch.float32
+    model = hub.load_base(task.model, dtype=dtype)
+    tokenizer = hub.load_tokenizer(task.model)
+    raw = list(read_pairs(str(task.pairs)))
+    pairs, _ = tokenize_pairs(
+        raw,
+        tokenizer,
+        end_ids=hub.end_of_turn_ids(tokenizer, model.generation_config),
+        max_length=task.max_length,
+    )
+    rank = int(task.params.get("lora_r", ours.lora_r))
+    lora = lora_config(model, lora_r=rank, lora_alpha=2 * rank, trunk=task.trunk())
+    return _Base(model, tokenizer, pairs, raw, lora)
+
+
+def _settings(task: Task) -> dict[str, Any]:
+    """Return the arguments that all trainers share with ours: batch, schedule, precision."""
+    ours = QAdapterConfig(output_dir=str(task.output))
+    return {
+        "output_dir": str(task.output / "trl"),
+        "per_device_train_batch_size": ours.per_device_train_batch_size,
+        "learning_rate": float(task.params["learning_rate"]),
+        "num_train_epochs": float(task.params.get("epochs", 1)),
+        "warmup_steps": ours.warmup_steps,
+        "logging_steps": ours.logging_steps,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        # The weights are in bfloat16 and the adapters in float32 already; autocast only slows it.
+        "bf16": False,
+        "use_cpu": not torch.accelerator.is_available(),
+        "seed": task.seed,
+    }
+
+
+def train_dpo(task: Task) -> None:
+    """Train by TRL's DPOTrainer, with SFT as a second loss where `sft_weight` is given."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    class Tokenised(DPOTrainer):  # type: ignore[misc,unused-ignore]
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset  # in tokens already, the same that ours sees
+
+    base, p = _load(task), task.params
+    weight = float(p.get("sft_weight", 0.0))
+    losses = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, weight]} if weight else {}
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    trainer = _anchored(Tokenised, task, base)(
+        base.model,
+        args=DPOConfig(
+            **_settings(task),
+            beta=float(p["beta"]),
+            max_length=task.max_length,
+            precompute_ref_log_probs=True,
+            **losses,
+        ),
+        train_dataset=Dataset.from_list([{n: getattr(q, n) for n in names} for q in base.pairs]),
+        processing_class=base.tokenizer,
+        peft_config=base.lora,
+    )
+    _finish(task, trainer, base)
+
+
+def train_sft(task: Task) -> None:
+    """Train by TRL's SFTTrainer on the chosen responses, and on the base's own with `replay`."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    base = _load(task)
+    rows = [(q.prompt_ids, q.chosen_ids) for q in base.pairs]
+    if kind := task.params.get("replay"):
+        rows += _replayed(task, base, str(kind))
+    sets = [
+        {"input_ids": [*before, *after], "labels": [-100] * len(before) + list(after)}
+        for before, after in rows
+    ]
+    trainer = _anchored(SFTTrainer, task, base)(
+        base.model,
+        args=SFTConfig(**_settings(task), max_length=task.max_length),
+        train_dataset=Dataset.from_list(sets),
+        processing_class=base.tokenizer,
+        peft_config=base.lora,
+    )
+    _finish(task, trainer, base)
+
+
+def _replayed(task: Task, base: _Base, kind: str) -> list[tuple[list[int], list[int]]]:
+    end = cast(int, base.tokenizer.eos_token_id)
+    rows = []
+    for prompt, answer in general_answers(_answers(task), kind):
+        before = tokenize_prompt(prompt, base.tokenizer)
+        after = cast(list[int], base.tokenizer(answer, add_special_tokens=False)["input_ids"])
+        # An answer that ran into its length limit does not teach to end there.
+        whole = len(after) < task.answer_tokens
+        rows.append((before, [*after, end] if whole else after))
+    return rows
+
+
+def train_rloo(task: Task) -> None:
+    """Train by TRL's RLOOTrainer on a Bradley–Terry reward model of the training pairs."""
+    from datasets import Dataset
+    from trl import RLOOConfig, RLOOTrainer
+
+    from qadapter.judge import BradleyTerryJudge
+
+    base, p = _load(task), task.params
+    judge = BradleyTerryJudge.fit(base.raw, seed=task.seed)
+
+    def reward(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
+        return judge.rewards(prompts, [_said(c) for c in completions])
+
+    prompts = [{"prompt": q.prompt} for q in base.raw[: task.rl_prompts]]
+    settings = _settings(task) | {"per_device_train_batch_size": 16}
+    trainer = RLOOTrainer(
+        base.model,
+        reward_funcs=reward,
+        args=RLOOConfig(
+            **settings,
+            beta=float(p["beta"]),
+            num_generations=4,
+            max_completion_length=task.answer_tokens,
+        ),
+        train_dataset=Dataset.from_list(prompts),
+        processing_class=base.tokenizer,
+        peft_config=base.lora,
+    )
+    _finish(task, trainer, base)
+
+
+def _said(completion: Any) -> str:
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def _anchored(trainer: Any, task: Task, base: _Base) -> Any:
+    """Return the trainer's class with `anchor_weight` · KL(π1 ‖ π) a token added to its loss."""
+    weight = task.anchor_weight()
+    if not weight:
+        return trainer
+    rows = anchor_rows(anchor_texts(_answers(task), base.tokenizer), base.tokenizer)
+    size = QAdapterConfig(output_dir=str(task.output)).per_device_train_batch_size
+
+    class Anchored(trainer):  # type: ignore[misc]
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            if not model.training:
+                return loss
+            # Counted from the step, as our trainer does.
+            start = self.state.global_step * size
+            picked = [rows[(start + i) % len(rows)] for i in range(size)]
+            kl = anchor_kl(self.accelerator.unwrap_model(model), picked)
+            return (
+                (loss[0] + weight * kl, *loss[1:])
+                if isinstance(loss, tuple)
+                else loss + weight * kl
+            )
+
+    return Anchored
+
+
+def anchor_kl(model: Any, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return the mean per token of KL(π1 ‖ π) of a peft model on rows of tokens (METHOD §6)."""
+    ids, mask = (t.to(model.device) for t in pad_rows(rows, 0))
+    base = model.get_base_model()
+    decoder, at = base.get_decoder(), mask.bool()
+
+    def states() -> torch.Tensor:
+        out = decoder(input_ids=ids, attention_mask=mask, use_cache=False)
+        return cast(torch.Tensor, out.last_hidden_state[at])
+
+    with torch.no_grad(), model.disable_adapter():
+        fixed = states()
+    weight = base.get_output_embeddings().weight
+    return fused.linear_kl(fixed.to(weight.dtype), states().to(weight.dtype), weight).mean()
+
+
+def _finish(task: Task, trainer: Any, base: _Base) -> None:
+    """Train, and write the adapter as a Q-adapter with α0 = α̃ = 1."""
+    trainer.train()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.save_pretrained(str(task.output), save_embedding_layers=False)
+    QConfig(
+        alpha_0=1.0,
+        alpha_tilde=1.0,
+        base_model=hub.portable_name(task.model),
+        base_hash=hub.weights_hash(hub.load_base(task.model, dtype=torch.bfloat16)),
+        tokenizer_hash=hub.tokenizer_hash(base.tokenizer),
+    ).save(task.output)
+
+
+TRAINERS: dict[str, Callable[[Task], None]] = {
+    f.__name__: f for f in (train_qadapter, train_dpo, train_sft, train_rloo)
+}
+
+
+def train(task: Task, trainer: str) -> None:
+    """Train one method into `task.output`."""
+    set_seed(task.seed)
+    TRAINERS[trainer](task)
