@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qadapter.errors import ConfigError, DataError, UserError
+from qadapter.errors import ConfigError, DataError, TrainingError, UserError
 
 if TYPE_CHECKING:
     from qadapter.config import QAdapterConfig
@@ -30,6 +30,7 @@ Teach an aligned language model a new preference without losing what it knows.
   qadapter score DIR held_out.jsonl --json           how well it learned, how far it drifted
   qadapter generate DIR --prompts F --output F2      answer a file of prompts
   qadapter explain DIR pairs.jsonl --output F.html   which tokens the preference rewards
+  qadapter compare run.yaml                          what each method learns and forgets
 
 Every command answers --help. Bad input is told in one sentence with exit code 2; --debug, before
 the command, shows the traceback.
@@ -302,6 +303,31 @@ def _explain(args: argparse.Namespace) -> None:
     print(f"{html.count('<section>')} pairs explained in {args.output}")
 
 
+def _compare(args: argparse.Namespace) -> None:
+    from qadapter.compare import CompareConfig, Progress, compare
+    from qadapter.report import write_report
+
+    def tell(at: Progress) -> None:
+        left = "" if at.seconds_left is None else f", about {_duration(at.seconds_left)} left"
+        print(f"[{at.done + 1}/{at.total}] {_printable(at.label)}{left}", flush=True)
+
+    flags = {"vary": args.vary, "output": args.output}
+    config = CompareConfig.read(args.config, full=args.full, **flags)
+    words = [args.config, *(["--full"] if args.full else [])]
+    words += [f"--vary {' '.join(args.vary)}"] if args.vary else []
+    path = compare(config, tell, command=f"qadapter compare {' '.join(words)}")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for failure in found["failures"]:
+        print(_printable(f"failed {failure['cell']}: {failure['error']}"), file=sys.stderr)
+    report = write_report(found, path.parent)
+    print(f"report  {report}\nfigures {path}")
+    if found["failures"]:
+        raise TrainingError(
+            f"{len(found['failures'])} cells failed, as told above; run the command again to try "
+            "them anew."
+        )
+
+
 def _demo(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -437,6 +463,21 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--output", required=True, help=".html to write")
     explain.add_argument("--max-pairs", type=_count, default=20)
     explain.set_defaults(run=_explain)
+
+    compare = commands.add_parser(
+        "compare", help="train several methods; report what each learns and forgets"
+    )
+    compare.add_argument("config", help="YAML file: data, methods, sizes; see CompareConfig")
+    compare.add_argument("--full", action="store_true", help="lay its section `full` over the rest")
+    compare.add_argument("--output", help="directory; default the file's own `output`")
+    compare.add_argument(
+        "--vary",
+        nargs="+",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="robustness: flipped=0.1, irrelevant=0.3, pairs=50, or a parameter such as lora_r=4",
+    )
+    compare.set_defaults(run=_compare)
     return parser
 
 

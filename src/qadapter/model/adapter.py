@@ -1,0 +1,111 @@
+"""LoRA on the last layers of a base, by peft; and whether a saved adapter fits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qadapter.errors import ArtefactError, ConfigError, ModelError
+
+
+def decoder_layers(decoder: nn.Module, n_layers: int) -> nn.ModuleList:
+    """Return the decoder's list of layers.
+
+    Raises:
+        ModelError: it has none of that length.
+    """
+    for child in decoder.children():
+        if isinstance(child, nn.ModuleList) and len(child) == n_layers:
+            return child
+    raise ModelError(
+        f"{type(decoder).__name__}: no list of {n_layers} layers was found; "
+        "Q-Adapter needs a decoder with one list of layers, choose another base."
+    )
+
+
+def final_norm(decoder: nn.Module, layers: nn.ModuleList) -> nn.Module:
+    """Return the module after the list of layers; `_check_streams` puts it to the test."""
+    children = list(decoder.children())
+    after = children[[child is layers for child in children].index(True) + 1 :]
+    if not after:
+        raise ModelError(
+            f"{type(decoder).__name__}: no final norm after its layers; choose another base."
+        )
+    return after[0]
+
+
+def _linear_names(layer: nn.Module) -> list[str]:
+    from transformers.pytorch_utils import Conv1D
+
+    names = {
+        n.rsplit(".", 1)[-1] for n, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)
+    }
+    return sorted(names)
+
+
+def lora_config(
+    base: PreTrainedModel,
+    *,
+    lora_r: int = 16,
+    lora_alpha: int = 32,
+    lora_dropout: float = 0.0,
+    target_modules: Sequence[str] | None = None,
+    layers_to_transform: Sequence[int] | None = None,
+    trunk: float = 0.75,
+) -> LoraConfig:
+    """Return peft's config of an adapter on `base`; arguments as of `QAdapterModel.create`.
+
+    Raises:
+        ConfigError: a layer does not exist.
+        ModelError: the base has no list of layers.
+    """
+    n_layers = int(base.config.num_hidden_layers)
+    layers = decoder_layers(base.get_decoder(), n_layers)
+    chosen = (
+        list(layers_to_transform)
+        if layers_to_transform is not None
+        else list(range(min(round(trunk * n_layers), n_layers - 1), n_layers))
+    )
+    if not chosen or not all(0 <= i < n_layers for i in chosen):
+        raise ConfigError(
+            f"layers_to_transform: {chosen} must name layers between 0 and {n_layers - 1}."
+        )
+    names = (
+        list(target_modules) if target_modules is not None else _linear_names(layers[chosen[-1]])
+    )
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora_r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=names,
+        layers_to_transform=chosen,
+    )
+
+
+def check_adapter_config(path: Path) -> None:
+    """Raise ArtefactError unless `adapter_config.json` is there and is JSON."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtefactError(f"{path}: missing; train or copy the adapter again.") from error
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{path}: is damaged ({error}); copy or train again.") from error
+
+
+def check_state(path: Path, state: dict[str, Tensor], model: PeftModel) -> None:
+    """Raise ArtefactError unless the tensors are this adapter's, all there, and finite."""
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    strange, missing = sorted(set(state) - expected), sorted(expected - set(state))
+    if strange or missing:
+        name, what = (missing[0], "lacks") if missing else (strange[0], "has a foreign")
+        raise ArtefactError(
+            f"{path}: {what} {name!r}; it is another adapter or cut, copy it again."
+        )
+    if bad := [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]:
+        raise ArtefactError(f"{path}: {bad[0]!r} is not finite; use an older checkpoint.")

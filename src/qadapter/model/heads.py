@@ -1,0 +1,169 @@
+"""From hidden states to what the method needs: logits, KL, Q̂ and V̂ (METHOD M1, M2, §2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from qadapter import functional, fused
+from qadapter.config import QConfig
+from qadapter.model.streams import BaseScalars, QAndV, Streams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return the tensor in float32, or in float64 where it has that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _placed(values: Tensor, where: Tensor) -> Tensor:
+    """Return `[N]` zeros with `values` where the mask `[N]` is True."""
+    return values.new_zeros(len(where)).masked_scatter(where, values)
+
+
+class Heads:
+    """The part of a `QAdapterModel` after its layers: `Streams` in, figures of the method out."""
+
+    if TYPE_CHECKING:
+        q_config: QConfig
+        adapter_off: Callable[[], AbstractContextManager[None]]
+        _base: PreTrainedModel
+        _softcap: float | None
+
+    @property
+    def scalars_suffice(self) -> bool:
+        """Whether the loss needs of the base only `BaseScalars` (METHOD §2)."""
+        q = self.q_config
+        plain = q.parameterization == "residual" and q.alpha_0 == q.alpha_tilde
+        return plain and self.head_weight is not None
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return the logits of final hidden states `[..., D]`, soft-capped where the base does."""
+        logits = cast(Tensor, self._base.get_output_embeddings()(hidden))
+        if self._softcap:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+    @property
+    def head_weight(self) -> Tensor | None:
+        """`[V, D]` where the head is a plain linear map, so one head serves a mix; else None."""
+        head = self._base.get_output_embeddings()
+        plain = type(head) is nn.Linear and head.bias is None and not self._softcap
+        return head.weight if plain else None
+
+    def mix(self, streams: Streams, strength: float | Tensor) -> Tensor:
+        """Return the hidden state whose logits are the policy's, up to a constant per position.
+
+        `s·h_θ + (α0/α̃ − s)·h_1` for residual, `(s·h_θ + α0·h_1)/α̃` for raw (METHOD M2).
+        """
+        q = self.q_config
+        if q.parameterization == "residual":
+            weights = strength, q.alpha_0 / q.alpha_tilde - strength
+        else:
+            weights = strength / q.alpha_tilde, q.alpha_0 / q.alpha_tilde
+        if streams.base_states is None and weights == (1.0, 0.0):
+            return streams.adapted
+        # Mixed in float32: at strength 1 the base's part is exactly zero, at 0 the adapter's.
+        mixed = weights[0] * _wide(streams.adapted) + weights[1] * _wide(streams.base)
+        return mixed.to(streams.adapted.dtype)
+
+    def policy_logits(self, streams: Streams, strength: float | Tensor = 1.0) -> Tensor:
+        """Return logits of π_s for final hidden states `[B, T, D]` (or `[M, D]`): `[B, T, V]`."""
+        if isinstance(strength, Tensor):
+            shape = (-1,) + (1,) * (streams.adapted.dim() - 1)
+            strength = strength.to(streams.adapted.device, torch.float32).reshape(shape)
+        if self.head_weight is not None:
+            return self.head(self.mix(streams, strength))
+        with self.adapter_off():
+            base_logits = self.head(streams.base)
+        # Two heads: the same mix, of logits.
+        return self.mix(Streams(self.head(streams.adapted), base_logits), strength)
+
+    def kl_from_base(self, streams: Streams, strength: float = 1.0) -> Tensor:
+        """Return KL(π1 ‖ π_s) in nats at M states `[M, D]`; gradients flow to the policy."""
+        weight = self.head_weight
+        if weight is not None:
+            streams = streams.to(weight.dtype)
+            return fused.linear_kl(streams.base, self.mix(streams, strength), weight)
+        with torch.no_grad(), self.adapter_off():
+            logp = _wide(self.head(streams.base)).log_softmax(-1)
+        logq = _wide(self.policy_logits(streams, strength)).log_softmax(-1)
+        return (logp.exp() * (logp - logq)).sum(-1)
+
+    def q_and_v(
+        self,
+        streams: Streams,
+        actions: Tensor,
+        taken: Tensor,
+        following: Tensor,
+        continues: Tensor,
+        *,
+        base: BaseScalars | None = None,
+        strength: float = 1.0,
+    ) -> QAndV:
+        """Return s·Q̂(s_t, a_t) and V̂(s_{t+1}) of N response tokens from M states (METHOD M1, §2).
+
+        V̂ is 0 where a response has ended; it is computed nowhere else but where it is used.
+
+        Args:
+            streams: final hidden states `[M, D]` of both branches.
+            actions: `[N]` int64 token ids.
+            taken: `[N]` indices of the states in which the actions are taken.
+            following: `[N]` indices of the states they lead to.
+            continues: `[N]` bool, False where the action ends its response.
+            base: the base's scalars, where they are known (see `scalars_suffice`).
+        """
+        weight = self.head_weight
+        if weight is None:
+            return self._q_and_v_two_heads(streams, actions, taken, following, continues, strength)
+        q = self.q_config
+        # accelerate hands autocast outputs back in float32; the head wants its own dtype.
+        streams = streams.to(weight.dtype)
+        # At least float32 from here on: rewards are differences of close numbers.
+        rows = _wide(weight[actions])
+        z_theta = (_wide(streams.adapted[taken]) * rows).sum(-1)
+        later = streams.at(following[continues])
+        lse_mix = fused.linear_logsumexp(self.mix(later, strength), weight)
+        if base is None:
+            with torch.no_grad():
+                z_base = (_wide(streams.base[taken]) * rows).sum(-1)
+                lse_base = fused.linear_logsumexp(later.base, weight)
+            base = BaseScalars(z_base, _placed(lse_base, continues))
+        scale = q.alpha_0 / q.alpha_tilde
+        value = q.alpha_tilde * (lse_mix - scale * base.following[continues])
+        q_taken = (
+            q.alpha_tilde * (z_theta - base.taken) if q.parameterization == "residual" else z_theta
+        )
+        return QAndV(strength * q_taken, _placed(value, continues), base)
+
+    def _q_and_v_two_heads(
+        self,
+        streams: Streams,
+        actions: Tensor,
+        taken: Tensor,
+        following: Tensor,
+        continues: Tensor,
+        strength: float,
+    ) -> QAndV:
+        q = self.q_config
+        logits = _wide(self.head(streams.adapted))
+        with torch.no_grad(), self.adapter_off():
+            base_logits = _wide(self.head(streams.base))
+        if q.parameterization == "residual":
+            values = functional.residual_q(logits, base_logits, alpha_tilde=q.alpha_tilde)
+        else:
+            values = functional.raw_q(logits)
+        values = strength * values
+        soft = functional.soft_value(
+            values,
+            base_logits.log_softmax(-1),
+            alpha_0=q.alpha_0,
+            alpha_tilde=q.alpha_tilde,
+        )
+        return QAndV(values[taken, actions], _placed(soft[following[continues]], continues))

@@ -1,0 +1,367 @@
+"""The model that users meet: a frozen base, a LoRA adapter and the policy they make together."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.save_and_load import load_peft_weights
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from qadapter import hub
+from qadapter.attention import let_pack
+from qadapter.config import QConfig
+from qadapter.errors import ArtefactError, ConfigError, ModelError, TrainingError
+from qadapter.files import whole_files
+from qadapter.lora import speed_up
+from qadapter.model.adapter import (
+    check_adapter_config,
+    check_state,
+    decoder_layers,
+    final_norm,
+    lora_config,
+)
+from qadapter.model.branches import Branches, agree
+from qadapter.model.heads import Heads
+from qadapter.model.streams import Streams
+
+
+def _checked_strength(strength: Any, rows: int | None = None) -> float | Tensor:
+    """Return a strength as a float or a tensor of one a row.
+
+    Raises:
+        ValueError: one is negative or not finite, or their number is not the number of rows.
+    """
+    if not isinstance(strength, (int, float)):
+        strength = torch.as_tensor(strength, dtype=torch.float32)
+        if strength.dim() == 0:
+            strength = float(strength)
+    wrong = torch.as_tensor(strength)
+    if not bool((wrong.isfinite() & (wrong >= 0)).all()):
+        raise ValueError(f"strength: {strength} must be finite and not negative (METHOD §5)")
+    if isinstance(strength, Tensor) and (
+        strength.dim() != 1 or (rows is not None and len(strength) != rows)
+    ):
+        raise ValueError(f"strength: {tuple(strength.shape)} given, need one number or one a row")
+    return cast("float | Tensor", strength)
+
+
+class QAdapterModel(Branches, Heads, PreTrainedModel, GenerationMixin):
+    """A frozen base, a LoRA adapter and the policy they make together (METHOD M2).
+
+    `model(**inputs, strength=s)` and `model.generate(**inputs, strength=s)` work on the composition
+    `π_s ∝ exp[(s·Q̂ + α0·log π1)/α̃]`; `strength` is a number or one number a row. Build one with
+    `QAdapterModel.create` (untrained) or `QAdapterModel.from_pretrained` (saved).
+    """
+
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    supports_gradient_checkpointing = True
+    main_input_name = "input_ids"
+
+    def __init__(self, peft_model: PeftModel, q_config: QConfig) -> None:
+        base = cast(PreTrainedModel, peft_model.get_base_model())
+        let_pack(base)
+        speed_up(peft_model)
+        decoder = base.get_decoder()
+        n_layers = int(base.config.num_hidden_layers)
+        layers = decoder_layers(decoder, n_layers)
+        tuned = {n: m for n, m in peft_model.named_modules() if isinstance(m, BaseTunerLayer)}
+        inside = [
+            i
+            for i, layer in enumerate(layers)
+            for m in layer.modules()
+            if isinstance(m, BaseTunerLayer)
+        ]
+        head = base.get_output_embeddings()
+        outside = len(tuned) - len(inside) - int(isinstance(head, BaseTunerLayer))
+        if outside:
+            raise ModelError(
+                "the adapter changes modules outside the decoder layers and the head "
+                "(embeddings?); adapt linear maps of the layers instead."
+            )
+        first = min(inside) if inside else n_layers - 1
+        depth = n_layers - first
+        config = copy.deepcopy(base.config)
+        config.num_hidden_layers = n_layers + depth
+        if getattr(config, "layer_types", None) is not None:
+            config.layer_types = list(config.layer_types) + list(config.layer_types[first:])
+        super().__init__(config)
+        self.peft_model = peft_model
+        self.q_config = q_config
+        self.generation_config = copy.deepcopy(base.generation_config)
+        self._n_layers, self._first = n_layers, first
+        self._tuned = list(tuned.values())
+        self._inside = [m for m in self._tuned if m is not head]
+        # Held without registering them a second time as submodules.
+        self.__dict__["_base"] = base
+        self.__dict__["_decoder"] = decoder
+        self.__dict__["_layers"] = layers
+        self.__dict__["_norm"] = final_norm(decoder, layers)
+        self._softcap = getattr(base.config, "final_logit_softcapping", None)
+        for name, module in peft_model.named_modules():
+            if isinstance(module, nn.Dropout) and "lora_" not in name:
+                module.p = 0.0
+        self._check_streams()
+
+    # ── construction ────────────────────────────────────────────────────────────────────────────
+
+    @classmethod
+    def create(
+        cls,
+        base: PreTrainedModel,
+        q_config: QConfig,
+        *,
+        lora_r: int = 16,
+        lora_alpha: int = 32,
+        lora_dropout: float = 0.0,
+        target_modules: Sequence[str] | None = None,
+        layers_to_transform: Sequence[int] | None = None,
+        trunk: float = 0.75,
+    ) -> QAdapterModel:
+        """Return an untrained Q-adapter on `base`: Q̂ ≡ 0, so the policy is the base.
+
+        Args:
+            target_modules: names of linear maps to adapt; default all inside a layer.
+            layers_to_transform: layers to adapt; default the last `1 − trunk` of them.
+            trunk: share of layers, from the first, that stay common to both streams.
+
+        Raises:
+            ConfigError: a layer or module does not exist.
+            ModelError: the base's architecture does not give the two streams.
+        """
+        lora = lora_config(
+            base,
+            lora_r=lora_r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            target_modules=target_modules,
+            layers_to_transform=layers_to_transform,
+            trunk=trunk,
+        )
+        names = sorted(cast("set[str]", lora.target_modules))
+        try:
+            peft_model = get_peft_model(base, lora)
+        except ValueError as error:
+            raise ConfigError(
+                f"lora_target_modules: {names} cannot be adapted ({error})."
+            ) from error
+        tuned = [n for n, m in peft_model.named_modules() if isinstance(m, BaseTunerLayer)]
+        for name in names:
+            if not any(n.endswith(name) for n in tuned):
+                raise ConfigError(
+                    f"lora_target_modules: {name!r} names no linear map of the adapted layers or "
+                    "the head; leave it out."
+                )
+        try:
+            return cls(cast(PeftModel, peft_model), q_config)
+        except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{type(base).__name__}: this architecture is not supported ({error}); "
+                "choose another base."
+            ) from error
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        base: PreTrainedModel | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+        check_base: bool = True,
+        is_trainable: bool = False,
+    ) -> QAdapterModel:
+        """Load a saved Q-adapter, on its own base or on the one given.
+
+        Raises:
+            ArtefactError: the directory is incomplete or damaged, or its base is another one
+                (`check_base=False` overrides).
+            ModelError: the base cannot be found.
+        """
+        q_config = QConfig.load(directory)
+        weights = Path(directory) / "adapter_model.safetensors"
+        check_adapter_config(Path(directory) / "adapter_config.json")
+        if not weights.is_file():
+            raise ArtefactError(f"{weights}: missing; train or copy the adapter again.")
+        if base is None:
+            base = hub.load_base(q_config.base_model, dtype=dtype, device=device)
+        if check_base and q_config.base_hash and hub.weights_hash(base) != q_config.base_hash:
+            raise ArtefactError(
+                f"{directory}: was trained on another base than {base.name_or_path!r}; load "
+                f"{q_config.base_model!r}, or pass check_base=False if you know better."
+            )
+        try:
+            state = load_peft_weights(str(directory), device="cpu")
+            peft_model = PeftModel.from_pretrained(base, str(directory), is_trainable=is_trainable)
+        except Exception as error:  # safetensors, json and peft each raise their own
+            raise ArtefactError(
+                f"{weights}: cannot be loaded ({error}); the file is damaged, copy or train again."
+            ) from error
+        check_state(weights, state, peft_model)
+        return cls(peft_model, q_config)
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+        """Write the adapter's files: a plain peft directory with `qadapter_config.json`.
+
+        Each file appears whole or not at all; other files of the directory stay.
+
+        Raises:
+            TrainingError: a weight is not finite; nothing is written.
+            UserError: the directory cannot be written or the disk is full.
+        """
+        if not all(bool(p.isfinite().all()) for p in self.adapter_parameters().values()):
+            raise TrainingError(
+                f"{save_directory}: the adapter's weights are no longer finite and are not saved; "
+                "go back to an older checkpoint and try a lower learning_rate or bf16=false."
+            )
+        with whole_files(save_directory) as partial:
+            self.peft_model.save_pretrained(
+                str(partial), safe_serialization=True, save_embedding_layers=False
+            )
+            # peft's template says nothing true about this adapter
+            (partial / "README.md").unlink(missing_ok=True)
+            dataclasses.replace(self.q_config, qadapter_version=version("qadapter")).save(partial)
+
+    def load_adapter(self, directory: str | Path) -> None:
+        """Load the adapter weights of a checkpoint of this same model.
+
+        Raises:
+            ArtefactError: the weights are missing, damaged, or of another adapter.
+        """
+        try:
+            if not Path(directory).is_dir():  # peft would ask the Hub for it
+                raise FileNotFoundError("no such directory")
+            state = load_peft_weights(str(directory), device="cpu")
+            check_state(Path(directory), state, self.peft_model)
+            set_peft_model_state_dict(self.peft_model, state)
+        except ArtefactError:
+            raise
+        except Exception as error:  # safetensors and peft each raise their own
+            raise ArtefactError(
+                f"{directory}: adapter weights cannot be loaded ({error}); use an older checkpoint."
+            ) from error
+
+    def _check_streams(self) -> None:
+        """Raise ModelError unless the streams reproduce the base's own logits, cached or not.
+
+        Catches a family whose final norm or head does more than ours (a logit scale, a second
+        norm), or whose layers keep a state that the branch's view of the cache does not shift,
+        before it can be trained or served wrongly.
+        """
+        ids = torch.arange(1, 5, device=self.device)[None]
+        with torch.no_grad(), self.adapter_off():
+            ours = self.head(self.streams(ids).adapted)
+            theirs = self._base(input_ids=ids, use_cache=False).logits
+            cache = DynamicCache(config=self.config)
+            steps = [self.streams(part, past_key_values=cache) for part in ids.split(3, dim=1)]
+            cached = self.head(torch.cat([step.adapted for step in steps], dim=1))
+        for found, what in ((ours, "its head or final norm"), (cached, "its cache")):
+            if not agree(found, theirs):
+                raise ModelError(
+                    f"{type(self._base).__name__}: this architecture is not supported ({what}); "
+                    "choose another base."
+                )
+
+    # ── transformers' interface ─────────────────────────────────────────────────────────────────
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        strength: float | Sequence[float] | Tensor = 1.0,
+        logits_to_keep: int | Tensor = 0,
+        output_streams: bool = False,
+        labels: None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | Streams | tuple[Any, ...]:
+        """Return the policy's next-token logits `[B, T, V]` at `strength` (METHOD M2).
+
+        Args:
+            strength: s, one number or `[B]`; 0 is the base (α0 = α̃), 1 the trained policy, other
+                values approximate retraining with another weight, token by token.
+            logits_to_keep: as in transformers: only the last so many positions.
+            output_streams: return the hidden states `Streams` instead, for the loss.
+
+        Raises:
+            ValueError: a strength is negative, not finite, or not one a row; or labels are given,
+                since a Q-adapter is trained on pairs, by `QAdapterTrainer`.
+        """
+        if labels is not None:
+            raise ValueError("labels: a Q-adapter has no such loss; train it with QAdapterTrainer")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is not None:
+            kwargs["position_ids"] = position_ids
+        if inputs_embeds is not None:
+            kwargs["inputs_embeds"] = inputs_embeds
+        streams = self.streams(input_ids, attention_mask, past_key_values, **kwargs)
+        if output_streams:
+            return streams
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        checked = _checked_strength(strength, len(streams.base))
+        logits = self.policy_logits(streams.at((slice(None), keep)), checked)
+        out = CausalLMOutputWithPast(logits=cast(Any, logits), past_key_values=past_key_values)
+        return cast(tuple[Any, ...], out.to_tuple()) if return_dict is False else out
+
+    def generate(
+        self, *args: Any, strength: float | Sequence[float] | Tensor = 1.0, **kwargs: Any
+    ) -> Any:
+        """Run transformers' `generate` on the policy; `strength` is a number or one a row.
+
+        Raises:
+            ValueError: a strength is negative or not finite, or classifier-free guidance is asked
+                for, whose second pass knows no strength.
+        """
+        config = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("guidance_scale", getattr(config, "guidance_scale", None)) not in (None, 1):
+            raise ValueError("guidance_scale: not supported on a Q-adapter; use strength instead")
+        strength = _checked_strength(strength)
+        return super().generate(*args, strength=strength, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the base's token embeddings."""
+        return cast(nn.Module, self._base.get_input_embeddings())
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the base's head."""
+        return cast(nn.Module, self._base.get_output_embeddings())
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Recompute activations of the branch in the backward pass, to save memory."""
+        self._base.gradient_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self._base.gradient_checkpointing_disable()
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the adapter's parameters by name.
+
+        Raises:
+            TrainingError: there are none.
+        """
+        found = {n: p for n, p in self.peft_model.named_parameters() if "lora_" in n}
+        if not found:
+            raise TrainingError("nothing to train: the model has no adapter; check lora settings.")
+        return found
+
+    def base_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every parameter that is not the adapter's."""
+        return ((n, p) for n, p in self.peft_model.named_parameters() if "lora_" not in n)
