@@ -2,7 +2,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check bench
+.PHONY: install demo test check bench compare
 
 install: $(STAMP)
 
@@ -33,3 +33,9 @@ check: $(STAMP)
 bench: export HF_HUB_OFFLINE := 1
 bench: $(STAMP)
 	$(BIN)/python benchmarks/speed --output benchmarks/results/speed.json --draw docs/speed.svg
+
+# `make compare FULL=1` for the figures of docs/evidence.md.
+compare: export HF_HUB_OFFLINE := 1
+compare: export QADAPTER_DATA ?= ../shared/data
+compare: $(STAMP)
+	$(BIN)/qadapter compare benchmarks/compare/entertainment.yaml $(if $(FULL),--full)

@@ -1,0 +1,440 @@
+"""The comparison: its settings, splits, figures, trainers, and a whole run with tiny models."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_adapter
+
+from qadapter import hub
+from qadapter.cli import main
+from qadapter.compare import METHODS, CompareConfig, cells, measure, run
+from qadapter.compare import train as training
+from qadapter.compare.data import split, varied
+from qadapter.data import prompt_key, read_pairs
+from qadapter.errors import DataError
+from qadapter.model import QAdapterModel
+from qadapter.policy import Policy
+
+WORDS = ["red", "green", "blue", "pink", "grey", "black", "white", "brown", "gold", "teal"]
+
+
+def chat(role: str, text: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": text}]
+
+
+def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
+    """Pairs whose chosen response is loud: a rule that any judge can learn."""
+    found = []
+    for i in range(start, start + count):
+        word = WORDS[i % len(WORDS)]
+        found.append(
+            {
+                "prompt": chat("user", f"Name {i}"),
+                "chosen": chat("assistant", f"{word}! {word}!"),
+                "rejected": chat("assistant", f"{word}. {WORDS[(i + 3) % 10]}."),
+            }
+        )
+    return found
+
+
+def write_rows(path: Path, found: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return str(path)
+
+
+@pytest.fixture
+def settings(base: str, tmp_path: Path) -> dict[str, Any]:
+    """A comparison that takes seconds."""
+    (tmp_path / "text.txt").write_text("The ferry leaves twice a day.\n" * 20)
+    (tmp_path / "prompts.txt").write_text("What is a ferry?\nWhy?\nWhere?\nWho?\n")
+    return {
+        "train": write_rows(tmp_path / "train.jsonl", rows(120)),
+        "test": write_rows(tmp_path / "test.jsonl", rows(30, start=1000)),
+        "text": str(tmp_path / "text.txt"),
+        "prompts": str(tmp_path / "prompts.txt"),
+        "output": str(tmp_path / "out"),
+        "model": base,
+        "methods": ["base", "dpo", "qadapter"],
+        "trials": 1,
+        "strengths": [0.5, 1.0],
+        "pairs": 8,
+        "validation_pairs": 40,
+        "test_pairs": 20,
+        "text_tokens": 300,
+        "replay_prompts": 4,
+        "rl_prompts": 4,
+        "answers": 4,
+        "answer_tokens": 6,
+        "max_length": 128,
+        "trunk": 0.5,
+    }
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Run cells here and not in processes of their own; return the kinds of those run."""
+    ran: list[str] = []
+
+    def fake(words: list[str], **_: Any) -> SimpleNamespace:
+        assert words[:3] == [sys.executable, "-m", "qadapter.compare.cells"]
+        ran.append(Path(words[3]).name.split("-")[0])
+        cells._main(Path(words[3]))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(cells.subprocess, "run", fake)
+    return ran
+
+
+def yaml_file(path: Path, settings: dict[str, Any]) -> str:
+    path.write_text(json.dumps(settings))  # JSON is YAML
+    return str(path)
+
+
+# ── settings ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_file_is_read_with_its_full_section_and_the_environment(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HERE", str(tmp_path))
+    settings |= {"train": "$HERE/train.jsonl", "full": {"trials": 5, "seeds": [0, 1]}}
+    path = yaml_file(tmp_path / "run.yaml", settings)
+    small, full = CompareConfig.read(path), CompareConfig.read(path, full=True, vary=["pairs=4"])
+    assert small.train == str(tmp_path / "train.jsonl")
+    assert (small.trials, small.seeds, small.vary) == (1, (0,), ())
+    assert (full.trials, full.seeds, full.vary) == (5, (0, 1), ("pairs=4",))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"trails": 3}, "'trails' is not a field"),
+        ({"trials": "many"}, "'trials' is 'many', which is no int"),
+        ({"trials": 0}, "trials: 0 must be at least 1"),
+        ({"train": None}, "'train' is None"),
+        ({"train": "$NOT_SET_ANYWHERE/f"}, "a variable that is not set"),
+        ({"methods": ["base", "magic"]}, "'magic' is not one of"),
+        ({"reference": "sft"}, "'sft' must be among the methods"),
+        ({"strengths": [0.5]}, "with 1 among them"),
+        ({"seeds": []}, "seeds: is empty"),
+        ({"vary": ["flipped"]}, "must read NAME=NUMBER"),
+        ({"vary": ["magic=2"]}, "'magic' is neither of flipped"),
+        ({"vary": ["flipped=1.5"]}, "no share"),
+        ({"pairs": 500}, "holds fewer than the 540 pairs"),
+        ({"full": [1]}, "`full` must hold fields"),
+    ],
+)
+def test_bad_settings_are_told_in_one_sentence(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, Any],
+    said: str,
+) -> None:
+    path = yaml_file(tmp_path / "run.yaml", settings | change)
+    assert main(["compare", path]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out" / "cells").exists()
+
+
+def test_every_method_starts_its_search_inside_its_space() -> None:
+    for method in METHODS.values():
+        assert set(method.defaults) == set(method.space)
+        assert not set(method.fixed) & set(method.space)
+        for name, value in method.defaults.items():
+            space = method.space[name]
+            values = getattr(space, "values", None)
+            assert value in values if values else space.low <= value <= space.high
+
+
+# ── splits ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_no_prompt_is_in_two_splits(settings: dict[str, Any], tmp_path: Path) -> None:
+    # Two pairs of each prompt, so that a split by pairs would tear them apart.
+    twice = [{**row, "chosen": chat("assistant", f"so {i}")} for i in range(2) for row in rows(60)]
+    settings["train"] = write_rows(tmp_path / "twice.jsonl", twice)
+    config = CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings))
+    parts = split(config)
+    assert (len(parts.train), len(parts.validation), len(parts.test)) == (8, 40, 20)
+    groups = [parts.train, parts.validation, parts.judge, parts.test]
+    seen = Counter(key for group in groups for key in {prompt_key(p) for p in group})
+    assert set(seen.values()) == {1}
+    assert sum(map(len, groups)) == 120 + 20
+    assert split(config) == parts
+
+
+def test_a_prompt_of_the_test_file_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["test"] = settings["train"]
+    config = CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings))
+    with pytest.raises(DataError, match=r"train\.jsonl:1: its prompt is in"):
+        split(config)
+
+
+def test_variations_of_the_training_pairs(settings: dict[str, Any]) -> None:
+    pairs = list(read_pairs(settings["train"]))
+    flipped = varied(pairs, "flipped", 0.3)
+    turned = [a for a, b in zip(pairs, flipped, strict=True) if a != b]
+    assert len(turned) == 36
+    assert all(
+        (a.chosen, a.rejected) == (b.rejected, b.chosen)
+        for a, b in zip(pairs, flipped, strict=True)
+        if a != b
+    )
+    strange = varied(pairs, "irrelevant", 0.5)
+    assert sum(a != b for a, b in zip(pairs, strange, strict=False)) >= 50
+    assert varied(pairs, "pairs", 7) == pairs[:7]
+
+
+# ── figures ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"parameterization": "raw", "alpha_0": 0.3, "alpha_tilde": 0.7},
+        {"family": "gemma2"},  # a soft-capped head, so two heads
+    ],
+)
+def test_figures_of_rows_equal_those_from_whole_logits(fields: dict[str, Any]) -> None:
+    model = tiny_adapter(**fields)
+    policy = Policy.__new__(Policy)
+    policy.model = model
+    generator = torch.Generator().manual_seed(3)
+    lengths, starts, strengths = [5, 17, 9, 30], [1, 11, 8, 2], [0.5, 1.0, 1.7]
+    found_rows = [torch.randint(3, 90, (n,), generator=generator).tolist() for n in lengths]
+    found = measure.row_figures(policy, found_rows, starts, strengths)
+    for i, (row, at) in enumerate(zip(found_rows, starts, strict=True)):
+        ids = torch.tensor([row])
+        targets, where = ids[0, at:], slice(at - 1, len(row) - 1)
+        with torch.no_grad():
+            with model.adapter_off():
+                base = model._base(input_ids=ids).logits[0].double().log_softmax(-1)[where]
+            assert found.tokens[i] == len(targets)
+            expected = base.gather(1, targets[:, None]).sum()
+            torch.testing.assert_close(found.base[i], expected, atol=1e-4, rtol=1e-4)
+            for s, strength in enumerate(strengths):
+                logits = model(input_ids=ids, strength=strength).logits[0].double()
+                logp = logits.log_softmax(-1)[where]
+                expected = logp.gather(1, targets[:, None]).sum()
+                torch.testing.assert_close(found.policy[s, i], expected, atol=1e-4, rtol=1e-4)
+                assert found.kl is not None
+                kl = (base.exp() * (base - logp)).sum()
+                torch.testing.assert_close(found.kl[s, i], kl, atol=1e-4, rtol=1e-3)
+
+
+def test_log_ratios_order_pairs_as_returns_do(adapter: str, base: str, data: str) -> None:
+    # METHOD I1 and I2: at γ = 1 and α0 = α̃ they are the same, up to α̃.
+    policy, pairs = Policy.from_pretrained(adapter, base), list(read_pairs(data))
+    (point,) = measure.preference(policy, pairs, [1.0], max_length=200)
+    score = policy.score(pairs, max_length=200)
+    assert point["accuracy"] == score.accuracy
+    margin = policy.model.q_config.alpha_tilde * point["margin"]
+    assert margin == pytest.approx(score.margin, rel=1e-3)
+
+
+def test_drift_is_that_of_the_policy(adapter: str, base: str) -> None:
+    policy = Policy.from_pretrained(adapter, base)
+    texts = ["The ferry leaves twice a day in summer."] * 12
+    (half, whole) = measure.drift(policy, texts, [0.5, 1.0], max_tokens=300)
+    expected = policy.drift(texts, max_tokens=300)
+    assert whole["kl"] == pytest.approx(expected.kl, rel=1e-4)
+    assert whole["perplexity"] == pytest.approx(expected.perplexity, rel=1e-4)
+    assert whole["base_perplexity"] == pytest.approx(expected.base_perplexity, rel=1e-4)
+    assert 0 < half["kl"] < whole["kl"]
+    assert sum(whole["window_kl"]) / sum(whole["window_tokens"]) == pytest.approx(whole["kl"])
+
+
+# ── trainers ────────────────────────────────────────────────────────────────────────────────────
+
+
+def task(settings: dict[str, Any], directory: Path, **params: Any) -> training.Task:
+    answers = [
+        {"kind": kind, "prompt": chat("user", f"q{i}"), "answer": "so it is " * (i + 1)}
+        for i in range(6)
+        for kind in ("general", "training")
+    ]
+    return training.Task(
+        params={"learning_rate": 1e-2, "epochs": 1, **params},
+        seed=0,
+        model=settings["model"],
+        max_length=128,
+        answer_tokens=6,
+        rl_prompts=4,
+        common_trunk=0.5,
+        pairs=Path(write_rows(directory / "pairs.jsonl", rows(8))),
+        answers=Path(write_rows(directory / "answers.jsonl", answers)),
+        output=directory / "adapter",
+    )
+
+
+@pytest.mark.parametrize(
+    ("trainer", "params"),
+    [
+        ("train_dpo", {"beta": 0.1, "trunk": 0.0}),
+        ("train_dpo", {"beta": 0.1, "sft_weight": 1.0}),
+        ("train_dpo", {"beta": 0.1, "anchor_weight": 3.0}),
+        ("train_sft", {}),
+        ("train_sft", {"anchor_weight": 3.0}),
+        ("train_sft", {"replay": "training"}),
+        ("train_rloo", {"beta": 0.05, "trunk": 0.0}),
+        ("train_qadapter", {**METHODS["qadapter"].fixed, **METHODS["qadapter"].defaults}),
+        ("train_qadapter", {**METHODS["qadapter_authors"].fixed, "lora_r": 4.0}),
+    ],
+)
+def test_what_a_trainer_leaves_is_a_policy_that_differs_from_the_base(
+    settings: dict[str, Any], tmp_path: Path, trainer: str, params: dict[str, Any]
+) -> None:
+    done = task(settings, tmp_path, **{"learning_rate": 1e-2, **params})
+    training.train(done, trainer)
+    policy = Policy.from_pretrained(done.output)
+    ids = torch.tensor([policy.tokenizer("Name 3")["input_ids"]])
+    with torch.no_grad():
+        logits = policy.model(input_ids=ids).logits
+        base = hub.load_base(settings["model"], dtype=torch.float32)(input_ids=ids).logits
+    assert (logits.log_softmax(-1) - base.log_softmax(-1)).abs().max() > 1e-3
+    layers = {name.split("layers.")[1][0] for name in policy.model.adapter_parameters()}
+    assert layers == ({"0", "1", "2", "3"} if params.get("trunk") == 0.0 else {"2", "3"})
+
+
+def test_an_adapter_of_trl_is_the_policy_that_peft_makes_of_it(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    done = task(settings, tmp_path, beta=0.1, trunk=0.0)
+    training.train(done, "train_dpo")
+    ids = torch.arange(3, 40)[None]
+    plain = PeftModel.from_pretrained(
+        hub.load_base(settings["model"], dtype=torch.float32), str(done.output)
+    )
+    with torch.no_grad():
+        theirs = plain(input_ids=ids).logits
+        ours = QAdapterModel.from_pretrained(done.output)(input_ids=ids).logits
+    torch.testing.assert_close(ours.log_softmax(-1), theirs.log_softmax(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_anchors_of_trl_trainers_are_those_of_ours() -> None:
+    model = tiny_adapter()
+    found = [[5, 6, 7, 8, 9], [9, 8, 7], [11, 12, 13, 14, 15, 16, 17]]
+    kl = training.anchor_kl(model.peft_model, found)
+    states = []
+    for row in found:
+        states.append(model.kl_from_base(model.streams(torch.tensor([row])).at(0)))
+    torch.testing.assert_close(kl, torch.cat(states).mean(), atol=1e-5, rtol=1e-4)
+    kl.backward()
+    assert any(
+        p.grad is not None and p.grad.abs().max() > 0 for p in model.adapter_parameters().values()
+    )
+
+
+def test_anchored_training_drifts_less(settings: dict[str, Any], tmp_path: Path) -> None:
+    drifts = {}
+    for weight in (0.0, 100.0):
+        directory = tmp_path / f"{weight:g}"
+        directory.mkdir()
+        done = task(settings, directory, beta=0.1, anchor_weight=weight, epochs=3)
+        training.train(done, "train_dpo")
+        policy = Policy.from_pretrained(done.output)
+        texts = training.anchor_texts(done.answers, policy.tokenizer)  # type: ignore[arg-type]
+        drifts[weight] = policy.drift(texts).kl
+    assert drifts[100.0] < 0.7 * drifts[0.0]
+
+
+# ── a whole run ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_setting_with_least_kl_within_one_standard_error_is_chosen() -> None:
+    trials = [
+        {"state": "complete", "params": {"a": 1}, "accuracy": 0.80, "kl": 0.9},
+        {"state": "complete", "params": {"a": 2}, "accuracy": 0.77, "kl": 0.1},
+        {"state": "complete", "params": {"a": 3}, "accuracy": 0.60, "kl": 0.0},
+        {"state": "failed", "params": {"a": 4}},
+    ]
+    # One standard error of 0.80 is 0.04 on 100 pairs and 0.013 on 1000.
+    assert run.one_standard_error(trials, 100) == {"a": 2}
+    assert run.one_standard_error(trials, 1000) == {"a": 1}
+    assert run.one_standard_error(trials[3:], 100) is None
+
+
+def test_a_comparison_is_made_and_resumed_and_reported(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    in_process: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = yaml_file(tmp_path / "run.yaml", settings | {"seeds": [0, 1]})
+    assert main(["compare", path, "--vary", "flipped=0.5", "lora_r=2"]) == 0
+    # dpo and qadapter: a search cell, which is also seed 0's, seed 1, and two variations.
+    assert Counter(in_process) == {"answers": 1, "train": 8, "measure": 1 + 2 * (1 + 2 + 2)}
+    said = capsys.readouterr().out
+    assert "train dpo seed 0" in said
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert found["failures"] == []
+    assert [r["seed"] for r in found["methods"]["dpo"]["runs"]] == [0, 1]
+    point = found["methods"]["qadapter"]["runs"][0]["points"][-1]
+    assert point["dial"] == 1.0
+    assert len(point["correct"]) == len(point["margins"]) == 20
+    assert point["accuracy"] == sum(point["correct"]) / 20
+    assert point["kl"] > 0
+    assert {r["variation"] for r in found["robustness"]} == {"flipped=0.5", "lora_r=2"}
+    base = found["methods"]["base"]["runs"][0]["points"][0]
+    assert base["kl"] == 0
+    assert base["greedy_changed"] == 0
+    assert (tmp_path / "out" / "report.html").is_file()
+
+    in_process.clear()
+    assert main(["compare", path, "--vary", "flipped=0.5", "lora_r=2"]) == 0
+    assert in_process == []
+    # Another method's cells are all that it adds.
+    settings["methods"] = [*settings["methods"], "sft"]
+    path = yaml_file(tmp_path / "run.yaml", settings)
+    assert main(["compare", path]) == 0
+    assert Counter(in_process) == {"train": 1, "measure": 2}
+
+
+def test_a_failed_cell_is_reported_and_the_rest_go_on(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    in_process: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def broken(_: Any) -> None:
+        raise RuntimeError("out of luck")
+
+    def fake(words: list[str], stdout: Any, **_: Any) -> SimpleNamespace:
+        try:
+            cells._main(Path(words[3]))
+        except RuntimeError as error:
+            stdout.write(f"RuntimeError: {error}\n")
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(cells.subprocess, "run", fake)
+    monkeypatch.setitem(training.TRAINERS, "train_dpo", broken)
+    path = yaml_file(tmp_path / "run.yaml", settings)
+    assert main(["compare", path]) == 2
+    err = capsys.readouterr().err
+    assert "failed train dpo seed 0: exit code 1: RuntimeError: out of luck" in err
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert found["methods"]["dpo"]["runs"] == []
+    assert found["methods"]["dpo"]["search"]["trials"][0]["state"] == "failed"
+    assert len(found["methods"]["qadapter"]["runs"]) == 1
+
+
+def test_a_cell_runs_in_a_process_of_its_own_and_tells_its_last_word(tmp_path: Path) -> None:
+    cell = cells.Cell(tmp_path, "train", "x", {"files": {}, "model": "nothing here"})
+    with pytest.raises(cells.CellFailed, match=r"exit code 1: KeyError"):
+        cell.run()
+    assert cell.result is None
