@@ -184,12 +184,6 @@ def bars(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any] | None, str,
             "≥",
             0.5,
         ),
-        (
-            "share of time in matrix products",
-            alone(_at(summary, "profile", "ours_k8", "shares", "matrix products")),
-            "≥",
-            0.5,
-        ),
     ]
     for name, limit in (("policy_k8", 1.25), ("policy_k30", 1.7)):
         for batch, figures in (_at(summary, "decoding", name) or {}).items():
