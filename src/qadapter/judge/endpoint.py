@@ -60,7 +60,7 @@ class OpenAIJudge(Judge):
         workers: int = 4,
     ) -> None:
         super().__init__(model)
-        if not re.match(r"https?://[^/\s]", base_url):
+        if not re.fullmatch(r"https?://[^/\s]\S*", base_url):
             raise ConfigError(f"{base_url!r}: not an address; give one such as http://host/v1.")
         self._key = os.environ.get(api_key_env, "").strip() if api_key_env else ""
         if api_key_env and not re.fullmatch("[!-~]+", self._key):
