@@ -26,7 +26,8 @@ def wilson_interval(successes: float, n: int, *, z: float = 1.959964) -> tuple[f
     p = successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # p is always inside; rounding may say otherwise at 0 and 1.
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
 
 
 @dataclass(frozen=True)
@@ -188,8 +189,9 @@ def frontier(
     - A method with more values on its dial has more chances of a low KL; give all the same number.
     - A KL below `KL_FLOOR` counts as none, and none over none as 1: where the reference learned
       nothing beyond the base, nobody forgets less than it.
-    - With three seeds the spread between seeds is itself hardly known, and the intervals are
-      somewhat short where it outweighs that between items.
+    - With three seeds the spread between them is itself hardly known: where it far outweighs that
+      between items, a 95% interval holds the truth about 85% of the time, and 97% where it does
+      not (simulated in tests/math/test_stats.py).
 
     Args:
         curves: methods by name, on the same items and windows. A dial that starts at the base has

@@ -18,20 +18,7 @@ from qadapter.data import Pair
 from qadapter.errors import ConfigError, DataError, UserError
 from qadapter.judge import BradleyTerryJudge, Judge, OpenAIJudge, RuleJudge
 
-WORDS = [
-    "river",
-    "stone",
-    "window",
-    "garden",
-    "letter",
-    "music",
-    "winter",
-    "engine",
-    "paper",
-    "bridge",
-    "cloud",
-    "forest",
-]
+WORDS = ["river", "stone", "window", "garden", "letter", "music", "winter", "engine"]
 PIRATE = ["arr", "matey", "ahoy", "plunder", "treasure"]
 CLERK = ["hereby", "pursuant", "regarding", "aforementioned", "enclosed"]
 
@@ -178,7 +165,8 @@ def test_length_alone_gives_no_vote_unless_asked_for() -> None:
     assert raw.validation.accuracy > 0.95
     assert raw.validation.length_baseline == 1.0
     assert raw.win_rate(["?"], ["river stone " * 30], ["river stone"]).value > 0.5
-    assert controlled.validation.accuracy < 0.75
+    with pytest.raises(UserError, match="may be chance"):
+        controlled.win_rate(["?"], ["river stone " * 30], ["river stone"])
     assert raw.name != controlled.name
 
 

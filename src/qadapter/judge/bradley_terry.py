@@ -49,6 +49,7 @@ class BradleyTerryJudge(Judge):
         Raises:
             DataError: the pairs have fewer than two prompts.
         """
+        import numpy as np
         import scipy.sparse
         from sklearn.linear_model import LogisticRegression
         from sklearn.model_selection import GridSearchCV, GroupKFold
@@ -60,6 +61,9 @@ class BradleyTerryJudge(Judge):
         self._features = _Features([*chosen, *rejected])
         self._seen, self.validation = frozenset(prompts), None
         difference = self._difference([pair.prompt for pair in pairs], chosen, rejected)
+        # A term that no pair has keeps the weight 0; left out, the search is many times faster.
+        used = np.unique(difference.indices)
+        rows = difference[:, used]
         # Each pair both ways round: the regression wants two classes, and neither is favoured.
         search = GridSearchCV(
             LogisticRegression(fit_intercept=False, max_iter=1000),
@@ -68,8 +72,9 @@ class BradleyTerryJudge(Judge):
             cv=GroupKFold(min(3, len(self._seen)), shuffle=True, random_state=seed),
         )
         labels = [1] * len(pairs) + [0] * len(pairs)
-        search.fit(scipy.sparse.vstack([difference, -difference]), labels, groups=prompts * 2)
-        self._weights = search.best_estimator_.coef_[0]
+        search.fit(scipy.sparse.vstack([rows, -rows]), labels, groups=prompts * 2)
+        self._weights = np.zeros(difference.shape[1])
+        self._weights[used] = search.best_estimator_.coef_[0]
 
     def votes(
         self, prompts: Sequence[Text], answers: Sequence[str], others: Sequence[str]
