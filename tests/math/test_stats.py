@@ -72,6 +72,12 @@ def test_paired_bootstrap_of_equal_differences_has_no_width() -> None:
         assert abs(value - 1) <= 1e-9
 
 
+def test_paired_bootstrap_of_equal_items_is_exactly_zero() -> None:
+    items = np.random.default_rng(0).uniform(size=300)
+    assert paired_bootstrap(items, [items] * 3) == Interval(0.0, 0.0, 0.0)
+    assert paired_bootstrap([items] * 3, [items] * 7) == Interval(0.0, 0.0, 0.0)
+
+
 def test_paired_bootstrap_averages_seeds_before_items() -> None:
     found = paired_bootstrap([[0.0, 2.0], [4.0, 6.0]], [[1.0, 1.0]])
     assert found.value == 2.0

@@ -17,7 +17,7 @@ from qadapter.errors import UserError
 from qadapter.report import write_report
 from qadapter.report.results import Results
 from qadapter.report.wording import lead, number, paragraph, percent
-from qadapter.stats import wilson_interval
+from qadapter.stats import Curve, frontier, wilson_interval
 
 pytest.importorskip("matplotlib")
 
@@ -178,6 +178,7 @@ class Page(HTMLParser):
             self._cell = None
 
     def handle_data(self, data: str) -> None:
+        data = data.replace("\u00a0", " ")
         self.text += data
         if self._cell is not None:
             self._cell.append(data)
@@ -277,10 +278,28 @@ def test_headline_figures_are_those_of_the_json(full: dict[str, Any], page: Page
         "Q-Adapter": "forgets less",
         "Q-Adapter, raw": "does not reach that accuracy",
     }
-    assert rows["DPO"]["Ratio to DPO’s KL"] == "1 (1 to 1)"
+    assert rows["DPO"]["Ratio to DPO’s KL"] == "1.00 (1.00 to 1.00)"
     sft = rows["SFT"]
-    assert sft["Ratio to DPO’s KL"] == "not reached (not reached to not reached)"
+    assert sft["Ratio to DPO’s KL"] == "not reached"
     assert sft["Resamples that never reach it"] == "100.0%"
+
+
+def test_the_ratio_is_that_of_the_votes_and_windows(full: dict[str, Any], page: Page) -> None:
+    curves = {
+        name: Curve(
+            np.array([[p["correct"] for p in run["points"]] for run in fields["runs"]], float),
+            np.array([[p["window_kl"] for p in run["points"]] for run in fields["runs"]], float),
+        )
+        for name, fields in full["methods"].items()
+    }
+    found = frontier(curves, [TOKENS] * WINDOWS, reference="dpo", reference_dial=1)["qadapter"]
+    row = next(r for r in page.table("Method", "Verdict") if r["Method"] == "Q-Adapter")
+    for column, interval in (
+        ("Ratio to DPO’s KL", found.ratio),
+        ("KL at DPO’s accuracy", found.kl),
+    ):
+        low, high = number(interval.low), number(interval.high)
+        assert row[column] == f"{number(interval.value)} ({low} to {high})"
 
 
 def test_learning_figures_are_those_of_the_json(full: dict[str, Any], page: Page) -> None:
@@ -310,15 +329,23 @@ def test_forgetting_figures_are_those_of_the_json(full: dict[str, Any], page: Pa
 
 
 def test_task_figures_are_those_of_the_json(full: dict[str, Any], page: Page) -> None:
-    rows = page.table("Task", "Drop below the base")
-    assert len(rows) == 2 * len(full["methods"])
-    found = {(row["Task"], row["Method"]): row for row in rows}
-    dropped = found["piqa (acc, n = 300)", "SFT"]
+    piqa, lambada = "piqa: acc, n = 300", "lambada: acc, n = 300"
+    rows = {row["Method"]: row for row in page.table("Method", piqa)}
+    assert list(rows) == [fields["label"] for fields in full["methods"].values()]
     value, before = (own(full, m)[0]["tasks"]["piqa"]["value"] for m in ("sft", "base"))
-    assert dropped["Figure"] == number(value)
-    assert dropped["Drop below the base"].startswith(f"{number(before - value)} (")
-    assert found["lambada (acc, n = 300)", "SFT"]["Drop below the base"] == "0 (0 to 0)"
-    assert found["piqa (acc, n = 300)", "Base"]["Drop below the base"] == "–"
+    assert rows["SFT"][piqa].startswith(f"{number(value)}; drop {number(before - value)} (")
+    assert rows["SFT"][lambada] == "0.600; drop 0 (0 to 0)"
+    assert rows["Base"][piqa] == number(before)
+
+
+def test_every_point_of_the_curves_is_shown(full: dict[str, Any], page: Page) -> None:
+    rows = page.table("Method", "Dial")
+    assert len(rows) == sum(len(m["runs"][0]["points"]) for m in full["methods"].values())
+    found = {(row["Method"], row["Dial"]): row for row in rows}
+    for i, dial in enumerate(("0.5", "1", "1.5")):
+        row, points = found["DPO", dial], [run["points"][i] for run in DPO["runs"]]
+        assert row["Accuracy"].startswith(f"{percent(fmean(p['accuracy'] for p in points))} (")
+        assert row["KL"].startswith(f"{number(fmean(p['kl'] for p in points))} (")
 
 
 def test_tuning_failures_robustness_and_origin_are_shown(page: Page) -> None:
@@ -333,11 +360,11 @@ def test_tuning_failures_robustness_and_origin_are_shown(page: Page) -> None:
     trials = [row for row in page.table("Method", "State") if row["Method"] == "SFT"]
     assert [row["State"] for row in trials] == ["complete"] * 3 + ["failed"]
     assert trials[1]["Settings"] == "learning_rate 0.0001"
-    assert (trials[1]["Accuracy"], trials[1]["KL"]) == ("61.0%", "0.02")
+    assert (trials[1]["Accuracy"], trials[1]["KL"]) == ("61.0%", "0.0200")
     assert (trials[3]["Accuracy"], trials[3]["KL"]) == ("–", "–")
     assert page.table("Cell", "Error") == [{"Cell": "ppo/seed 1", "Error": "out of memory"}]
     first, second = page.table("Variation", "Seeds")
-    assert list(first.values()) == ["10% flipped", "DPO", "2", "61.0%", "0.05"]
+    assert list(first.values()) == ["10% flipped", "DPO", "2", "61.0%", "0.0500"]
     assert second["Method"] == "Q-Adapter"
     runs = page.table("Method", "Peak memory")
     assert len(runs) == 13
@@ -356,9 +383,12 @@ def test_tuning_failures_robustness_and_origin_are_shown(page: Page) -> None:
 @pytest.mark.parametrize(
     ("ours", "told"),
     [
-        (BETTER, "Q-Adapter forgets less than DPO: at DPO’s accuracy ("),
-        (ALIKE, "Q-Adapter does not win against DPO, nor lose: at DPO’s accuracy ("),
-        (WORSE, "Q-Adapter does not win against DPO: at DPO’s accuracy ("),
+        (BETTER, "Q-Adapter forgets less than DPO: at DPO’s accuracy on held-out pairs ("),
+        (
+            ALIKE,
+            "Q-Adapter does not win against DPO, nor lose: at DPO’s accuracy on held-out pairs (",
+        ),
+        (WORSE, "Q-Adapter does not win against DPO: at DPO’s accuracy on held-out pairs ("),
         (WEAKER, "Q-Adapter does not win against DPO: nowhere on its dial does it reach"),
     ],
 )
@@ -388,15 +418,25 @@ def test_a_point_estimate_below_one_is_no_win() -> None:
     assert "nor lose" in lead(results)
 
 
+def test_a_copy_of_the_reference_neither_wins_nor_loses_by_rounding() -> None:
+    one = method("DPO", "trl.DPOTrainer", [0.6, 0.7, 0.75], [0.03, 0.09, 0.2], seeds=1)
+    copy = json.loads(json.dumps({**one, "library": "qadapter.QAdapterTrainer"}))
+    for run in copy["runs"]:  # a third and three times that, for the last digits
+        for p in run["points"]:
+            p["window_kl"] = [3 * (x / 3) for x in p["window_kl"]]
+    results = Results(comparison(dpo=one, qadapter=copy))
+    assert "nor lose" in lead(results)
+
+
 def test_the_paragraph_tells_losses_beside_wins(full: dict[str, Any]) -> None:
     told = " ".join(paragraph(Results(full)))
     assert (
-        "Beside each other method, at that method’s own accuracy, it forgets less than SFT ("
+        "at that method’s own accuracy (ratio of drifts, 95% CI), it forgets less than “SFT” ("
         in told
     )
-    assert "no drop shown on piqa, lambada" in told
+    assert "no drop shown on piqa (0, 0 to 0), lambada (0, 0 to 0)" in told.replace("\u00a0", " ")
     assert "no difference in learning is shown" in told
-    assert "Its variants against DPO: does not reach that accuracy: Q-Adapter, raw." in told
+    assert "Its variants against DPO: does not reach that accuracy: “Q-Adapter, raw”." in told
     assert "1 cell failed" in told
     forgetful = method("Q-Adapter", "qadapter.QAdapterTrainer", [0.4] * 3, [0.1] * 3, task_drop=0.2)
     told = " ".join(paragraph(Results(comparison(base=base(), dpo=DPO, qadapter=forgetful))))

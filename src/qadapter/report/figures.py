@@ -11,7 +11,7 @@ from qadapter.report.results import Method, Results
 from qadapter.stats import Interval
 
 # Okabe and Ito's colours, without the yellow that white swallows; shapes tell them apart as well.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 _GREY = "#555555"
 
@@ -22,7 +22,7 @@ def draw(results: Results) -> dict[str, bytes]:
     found = {}
     if moving:
         found["frontier"] = _frontier(results, moving)
-        if results.reference is not None and results.reference.moves:
+        if results.reference in moving and len(moving) > 1:
             found["equal_learning"] = _equal_learning(results, results.reference, moving)
         tasks = [
             task
@@ -34,8 +34,11 @@ def draw(results: Results) -> dict[str, bytes]:
     return found
 
 
-def _styles(methods: Sequence[Method]) -> dict[str, dict[str, Any]]:
+def _styles(results: Results, methods: Sequence[Method]) -> dict[str, dict[str, Any]]:
     """Return colour and marker of each method; Q-Adapters have full lines, the others dashes."""
+    # The first colours differ most: they go to the two that the words are about.
+    first = [results.ours[0] if results.ours else None, results.reference]
+    methods = sorted(methods, key=lambda m: first.index(m) if m in first else len(first))
     return {
         method.name: {
             "color": _COLOURS[i % len(_COLOURS)],
@@ -63,6 +66,15 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
     return figure, axes
 
 
+def _plain_numbers(axes: Any) -> None:
+    """Mark a logarithmic axis at 1, 2 and 5 of each decade, without powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def _png(figure: Any) -> bytes:
     held = io.BytesIO()
     figure.savefig(held, format="png", dpi=160, metadata={"Software": None})
@@ -74,7 +86,9 @@ def _frontier(results: Results, methods: Sequence[Method]) -> bytes:
     from matplotlib.ticker import PercentFormatter
 
     figure, (axes,) = _figure(9.0, 5.0)
-    for method, style in zip(methods, _styles(methods).values(), strict=True):
+    styles = _styles(results, methods)
+    for method in methods:
+        style = styles[method.name]
         shown = [i for i, (_, kl) in enumerate(method.points) if kl.value > 0]
         y, x = ([method.points[i][which] for i in shown] for which in (0, 1))
         axes.errorbar(
@@ -83,7 +97,7 @@ def _frontier(results: Results, methods: Sequence[Method]) -> bytes:
             # The interval of a KL may reach 0, which no logarithmic axis shows.
             xerr=_bars([Interval(k.value, max(k.low, k.value / 30), k.high) for k in x]),
             yerr=_bars(y),
-            ecolor=(style["color"], 0.35),
+            ecolor=(style["color"], 0.25),
             elinewidth=1,
             capsize=2,
             markersize=5,
@@ -95,6 +109,7 @@ def _frontier(results: Results, methods: Sequence[Method]) -> bytes:
             ring = {"s": 130, "facecolors": "none", "edgecolors": style["color"], "zorder": 3}
             axes.scatter([x[at].value], [y[at].value], **ring)
     axes.set_xscale("log")
+    _plain_numbers(axes)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel("forgetting: KL to the base on general text, nats a token  (less is better)")
     axes.set_ylabel("learning: held-out pairs judged rightly")
@@ -115,9 +130,7 @@ def _bars(intervals: Sequence[Interval]) -> list[list[float]]:
 
 def _equal_learning(results: Results, reference: Method, methods: Sequence[Method]) -> bytes:
     """Draw each method's KL over the reference's at equal accuracy; an arrow is not reached."""
-    from matplotlib.ticker import FuncFormatter
-
-    styles = _styles(methods)
+    styles = _styles(results, methods)
     rows = [method for method in methods if method is not reference]
     found = results.equal_learning(reference)
     ratios = [found[method.name].ratio for method in rows]
@@ -138,7 +151,7 @@ def _equal_learning(results: Results, reference: Method, methods: Sequence[Metho
                 "not reached", (right, y), (8, 0), textcoords="offset points", va="center"
             )
     axes.set(xscale="log", xlim=(left, right), ylim=(len(rows) - 0.5, -0.5))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    _plain_numbers(axes)
     axes.set_yticks(range(len(rows)), [_plain(method.label) for method in rows])
     name = _plain(reference.label)
     axes.set_xlabel(f"KL to the base over {name}’s, at {name}’s accuracy  (below 1 forgets less)")
@@ -147,7 +160,7 @@ def _equal_learning(results: Results, reference: Method, methods: Sequence[Metho
 
 def _tasks(results: Results, tasks: Sequence[str], methods: Sequence[Method]) -> bytes:
     """Draw each task's drop below the base with its interval, one panel a task."""
-    styles = _styles(methods)
+    styles = _styles(results, methods)
     figure, panels = _figure(9.0, 1.4 + 0.3 * len(methods), len(tasks))
     for axes, task in zip(panels, tasks, strict=True):
         axes.axvline(0.0, color=_GREY, lw=1)

@@ -50,6 +50,16 @@ def headline(results: Results) -> Table:
     return Table(columns, rows)
 
 
+def points(results: Results) -> Table:
+    """Return every point of every curve in the first picture."""
+    rows = [
+        [method.label, f"{dial:g}", ranged(accuracy, percent), ranged(kl)]
+        for method in results.methods.values()
+        for dial, (accuracy, kl) in zip(method.dials, method.points, strict=True)
+    ]
+    return Table(("Method", "Dial", "Accuracy", "KL"), rows)
+
+
 def learning(results: Results) -> Table:
     """Return accuracy, margins and win rates at each method's own setting."""
     points = [point for m in results.methods.values() for point in m.own_points]
@@ -116,22 +126,27 @@ def forgetting(results: Results) -> Table:
 
 def tasks(results: Results) -> Table:
     """Return each task's figure and its drop below the base's, at each method's own setting."""
-    rows = []
-    for task in results.tasks():
-        for method in results.methods.values():
-            found = [p["tasks"][task] for p in method.own_points if task in p["tasks"]]
-            if not found:
-                continue
-            drop = results.drop(method, task)
-            rows.append(
-                [
-                    f"{task} ({found[0]['metric']}, n = {found[0]['n']})",
-                    method.label,
-                    number(fmean(figures["value"] for figures in found)),
-                    NONE if drop is None or method.name == "base" else ranged(drop),
-                ]
-            )
-    return Table(("Task", "Method", "Figure", "Drop below the base"), rows)
+    names = results.tasks()
+    rows = [
+        [method.label, *(_task(results, method, task) for task in names)]
+        for method in results.methods.values()
+    ]
+    points = [point for method in results.methods.values() for point in method.own_points]
+    heads = []
+    for task in names:
+        found = next(point["tasks"][task] for point in points if task in point["tasks"])
+        heads.append(f"{task}: {found['metric']}, n = {found['n']}")
+    return Table(("Method", *heads), rows)
+
+
+def _task(results: Results, method: Method, task: str) -> str:
+    found = [p["tasks"][task]["value"] for p in method.own_points if task in p["tasks"]]
+    if not found:
+        return NONE
+    drop = results.drop(method, task)
+    if drop is None or method.name == "base":
+        return number(fmean(found))
+    return f"{number(fmean(found))}; drop {ranged(drop)}"
 
 
 def tuning(results: Results) -> Table:

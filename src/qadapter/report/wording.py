@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from qadapter.report.results import Method, Results
@@ -22,18 +22,21 @@ VERDICTS: dict[Outcome, str] = {
 def outcome(found: EqualLearning) -> Outcome:
     """Return what the interval of the ratio allows to say.
 
-    `missed` if at least 97.5% of resamples never reach the accuracy; `open` if 1 is inside.
+    `missed` if at least 97.5% of resamples never reach the accuracy; `open` if 1 is inside, give or
+    take rounding.
     """
     if math.isinf(found.ratio.low):
         return "missed"
-    if found.ratio.high < 1:
+    if found.ratio.high < 1 - 1e-9:
         return "less"
-    return "more" if found.ratio.low > 1 else "open"
+    return "more" if found.ratio.low > 1 + 1e-9 else "open"
 
 
 def number(value: float) -> str:
     """Return three digits; inf is an accuracy that is not reached."""
-    return "not reached" if math.isinf(value) else f"{value:.3g}".replace("-", "−")
+    if math.isinf(value):
+        return "not reached"
+    return f"{value:#.3g}".rstrip(".").replace("-", "−") if value else "0"
 
 
 def percent(value: float) -> str:
@@ -42,8 +45,23 @@ def percent(value: float) -> str:
 
 
 def ranged(interval: Interval, told: Callable[[float], str] = number) -> str:
-    """Return a figure with its interval, as `told` writes numbers."""
-    return f"{told(interval.value)} ({told(interval.low)} to {told(interval.high)})"
+    """Return a figure with its interval, as `told` writes numbers; no line ends inside it."""
+    if math.isinf(interval.value) and math.isinf(interval.low):
+        return told(interval.value)
+    return f"{told(interval.value)} ({_between(interval, told)})"
+
+
+def _between(interval: Interval, told: Callable[[float], str] = number) -> str:
+    return f"{told(interval.low)} to {told(interval.high)}".replace(" ", "\u00a0")
+
+
+def _brief(interval: Interval) -> str:
+    return f"{number(interval.value)}, {_between(interval)}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Return names in quotation marks: they may have commas of their own."""
+    return ", ".join(f"“{name}”" for name in names)
 
 
 def lead(results: Results) -> str:
@@ -61,16 +79,16 @@ def lead(results: Results) -> str:
 
 def _against(method: Method, reference: Method, found: EqualLearning) -> str:
     ours, other = method.label, reference.label
-    reached = f"{other}’s accuracy ({percent(reference.accuracy.value)})"
-    low, high = number(found.ratio.low), number(found.ratio.high)
-    ratio = f"{number(found.ratio.value)} (95% CI {low} to {high})"
+    reached = f"{other}’s accuracy on held-out pairs ({percent(reference.accuracy.value)})"
+    ratio = f"{number(found.ratio.value)} (95% CI {_between(found.ratio)})"
+    drift = "drift from the base on general text"
     told = {
-        "less": f"{ours} forgets less than {other}: at {reached} its drift from the base is "
-        f"{ratio} times {other}’s.",
-        "more": f"{ours} does not win against {other}: at {reached} it forgets more, "
-        f"{ratio} times {other}’s drift from the base.",
-        "open": f"{ours} does not win against {other}, nor lose: at {reached} the ratio of their "
-        f"drifts from the base is {ratio}, which leaves both open.",
+        "less": f"{ours} forgets less than {other}: at {reached} its {drift} is {ratio} times "
+        f"{other}’s.",
+        "more": f"{ours} does not win against {other}: at {reached} it forgets more, its {drift} "
+        f"being {ratio} times {other}’s.",
+        "open": f"{ours} does not win against {other}, nor lose: at {reached} its {drift} is "
+        f"{ratio} times {other}’s, which leaves both open.",
         "missed": f"{ours} does not win against {other}: nowhere on its dial does it reach "
         f"{reached}.",
     }
@@ -96,7 +114,7 @@ def paragraph(results: Results) -> list[str]:
 
 
 def _grouped(cases: Sequence[tuple[str, EqualLearning]]) -> str:
-    """Return `forgets less than A (0.3, 0.2 to 0.4), B (…); …`, one part an outcome."""
+    """Return `it forgets less than “A” (0.3, 0.2 to 0.4), “B” (…); …`, one part an outcome."""
     parts = []
     for key, verb in (
         ("less", "it forgets less than"),
@@ -105,7 +123,7 @@ def _grouped(cases: Sequence[tuple[str, EqualLearning]]) -> str:
         ("missed", "it does not reach the accuracy of"),
     ):
         names = [
-            label if key == "missed" else f"{label} ({ranged(found.ratio)})"
+            _listed([label]) if key == "missed" else f"{_listed([label])} ({_brief(found.ratio)})"
             for label, found in cases
             if outcome(found) == key
         ]
@@ -122,7 +140,10 @@ def _beside_others(results: Results, method: Method) -> list[str]:
     ]
     if not cases:
         return []
-    return [f"Beside each other method, at that method’s own accuracy, {_grouped(cases)}."]
+    return [
+        "Beside each other method, at that method’s own accuracy (ratio of drifts, 95% CI), "
+        f"{_grouped(cases)}."
+    ]
 
 
 def _learned(results: Results, method: Method, reference: Method) -> list[str]:
@@ -144,15 +165,16 @@ def _kept(results: Results, method: Method) -> list[str]:
     known = {task: drop for task, drop in drops.items() if drop is not None}
     if not known:
         return ["No task was measured on it and on the base."]
-    lost = [f"{task} ({ranged(d)})" for task, d in known.items() if d.low > 0]
-    gained = [f"{task} ({ranged(d)})" for task, d in known.items() if d.high < 0]
-    same = [task for task, d in known.items() if d.low <= 0 <= d.high]
+    lost = [f"{task} ({_brief(d)})" for task, d in known.items() if d.low > 0]
+    gained = [f"{task} ({_brief(d)})" for task, d in known.items() if d.high < 0]
+    same = [f"{task} ({_brief(d)})" for task, d in known.items() if d.low <= 0 <= d.high]
     parts = [
         f"a drop on {', '.join(lost)}" if lost else "",
         f"a gain on {', '.join(gained)}" if gained else "",
         f"no drop shown on {', '.join(same)}" if same else "",
     ]
-    return [f"On the tasks, at its own setting: {'; '.join(part for part in parts if part)}."]
+    told = "; ".join(part for part in parts if part)
+    return [f"On the tasks, at its own setting (base less method, 95% CI): {told}."]
 
 
 def _variants(results: Results, reference: Method) -> list[str]:
@@ -161,7 +183,7 @@ def _variants(results: Results, reference: Method) -> list[str]:
     for key, verdict in VERDICTS.items():
         names = [m.label for m in results.ours[1:] if outcome(found[m.name]) == key]
         if names:
-            parts.append(f"{verdict}: {', '.join(names)}")
+            parts.append(f"{verdict}: {_listed(names)}")
     return [f"Its variants against {reference.label}: {'; '.join(parts)}."] if parts else []
 
 
