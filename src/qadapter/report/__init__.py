@@ -1,0 +1,60 @@
+"""The report of a comparison: one page that needs no network, and its pictures."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from qadapter.files import whole_files
+from qadapter.report import figures, tables
+from qadapter.report.results import Results
+from qadapter.report.wording import lead, paragraph
+
+__all__ = ["write_report"]
+
+
+def write_report(comparison: Mapping[str, Any], directory: Path) -> Path:
+    """Write `report.html` and its pictures into `directory`; return the page's path.
+
+    The page holds its pictures and style itself, loads nothing, and works without JavaScript. All
+    intervals in it are computed here, from the votes and windows in `comparison`, as
+    `qadapter.stats` tells.
+
+    Args:
+        comparison: what `comparison.json` holds. The Q-Adapter that the words are about is the
+            first method whose library begins with `qadapter`; tasks are compared with the method
+            `base`. A method's own setting is dial 1, or the last if its dial has none.
+        directory: made if it is not there.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    results = Results(comparison)
+    pictures = figures.draw(results)
+    page = _render(results, pictures)
+    with whole_files(directory) as partial:
+        for name, png in pictures.items():
+            (partial / f"{name}.png").write_bytes(png)
+        (partial / "report.html").write_text(page, encoding="utf-8")
+    return Path(directory) / "report.html"
+
+
+def _render(results: Results, pictures: Mapping[str, bytes]) -> str:
+    """Return the page; every text that goes into it is escaped by jinja2."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = (files("qadapter") / "data_files" / "report.html").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        results=results,
+        comparison=results.comparison,
+        tables=tables,
+        lead=lead(results),
+        paragraph=paragraph(results),
+        pictures={name: b64encode(png).decode() for name, png in pictures.items()},
+    )

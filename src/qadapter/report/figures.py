@@ -1,0 +1,178 @@
+"""The report's pictures; the owner of matplotlib."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from qadapter.report.results import Method, Results
+from qadapter.stats import Interval
+
+# Okabe and Ito's colours, without the yellow that white swallows; shapes tell them apart as well.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
+_GREY = "#555555"
+
+
+def draw(results: Results) -> dict[str, bytes]:
+    """Return the pictures that the results allow, as PNG, by name."""
+    moving = [method for method in results.methods.values() if method.moves]
+    found = {}
+    if moving:
+        found["frontier"] = _frontier(results, moving)
+        if results.reference in moving and len(moving) > 1:
+            found["equal_learning"] = _equal_learning(results, results.reference, moving)
+        tasks = [
+            task
+            for task in results.tasks()
+            if any(results.drop(method, task) is not None for method in moving)
+        ]
+        if tasks:
+            found["tasks"] = _tasks(results, tasks, moving)
+    return found
+
+
+def _styles(results: Results, methods: Sequence[Method]) -> dict[str, dict[str, Any]]:
+    """Return colour and marker of each method; Q-Adapters have full lines, the others dashes."""
+    # The first colours differ most: they go to the two that the words are about.
+    first = [results.ours[0] if results.ours else None, results.reference]
+    methods = sorted(methods, key=lambda m: first.index(m) if m in first else len(first))
+    return {
+        method.name: {
+            "color": _COLOURS[i % len(_COLOURS)],
+            "marker": _MARKERS[i % len(_MARKERS)],
+            "linestyle": "-" if method.ours else "--",
+        }
+        for i, method in enumerate(methods)
+    }
+
+
+def _plain(text: str) -> str:
+    """Return text in which matplotlib sees no formula."""
+    return text.replace("$", r"\$")
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # without pyplot: no global state, no window
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+        one.grid(alpha=0.25)
+        one.set_axisbelow(True)
+    return figure, axes
+
+
+def _plain_numbers(axes: Any) -> None:
+    """Mark a logarithmic axis at 1, 2 and 5 of each decade, without powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _png(figure: Any) -> bytes:
+    held = io.BytesIO()
+    figure.savefig(held, format="png", dpi=160, metadata={"Software": None})
+    return held.getvalue()
+
+
+def _frontier(results: Results, methods: Sequence[Method]) -> bytes:
+    """Draw accuracy against KL, one curve a method along its dial, bars for the intervals."""
+    from matplotlib.ticker import PercentFormatter
+
+    figure, (axes,) = _figure(9.0, 5.0)
+    styles = _styles(results, methods)
+    for method in methods:
+        style = styles[method.name]
+        shown = [i for i, (_, kl) in enumerate(method.points) if kl.value > 0]
+        y, x = ([method.points[i][which] for i in shown] for which in (0, 1))
+        axes.errorbar(
+            [kl.value for kl in x],
+            [accuracy.value for accuracy in y],
+            # The interval of a KL may reach 0, which no logarithmic axis shows.
+            xerr=_bars([Interval(k.value, max(k.low, k.value / 30), k.high) for k in x]),
+            yerr=_bars(y),
+            ecolor=(style["color"], 0.25),
+            elinewidth=1,
+            capsize=2,
+            markersize=5,
+            label=_plain(method.label),
+            **style,
+        )
+        if method.own in shown:  # its own setting stands out
+            at = shown.index(method.own)
+            ring = {"s": 130, "facecolors": "none", "edgecolors": style["color"], "zorder": 3}
+            axes.scatter([x[at].value], [y[at].value], **ring)
+    axes.set_xscale("log")
+    _plain_numbers(axes)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_xlabel("forgetting: KL to the base on general text, nats a token  (less is better)")
+    axes.set_ylabel("learning: held-out pairs judged rightly")
+    if results.reference is not None:
+        label = f"accuracy of {_plain(results.reference.label)}"
+        axes.axhline(results.reference.accuracy.value, color=_GREY, lw=1, label=label)
+    if results.base is not None:
+        axes.axhline(results.base["accuracy"], color=_GREY, lw=1, ls=":", label="the base, KL 0")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def _bars(intervals: Sequence[Interval]) -> list[list[float]]:
+    """Return the lengths of error bars, below and above."""
+    below = [max(0.0, one.value - one.low) for one in intervals]
+    return [below, [max(0.0, one.high - one.value) for one in intervals]]
+
+
+def _equal_learning(results: Results, reference: Method, methods: Sequence[Method]) -> bytes:
+    """Draw each method's KL over the reference's at equal accuracy; an arrow is not reached."""
+    styles = _styles(results, methods)
+    rows = [method for method in methods if method is not reference]
+    found = results.equal_learning(reference)
+    ratios = [found[method.name].ratio for method in rows]
+    ends = [x for r in ratios for x in (r.value, r.low, r.high) if 0 < x < math.inf]
+    left, right = min([*ends, 0.5]) / 1.5, max([*ends, 2.0]) * 1.5
+    figure, (axes,) = _figure(9.0, 1.4 + 0.36 * len(rows))
+    axes.axvline(1.0, color=_GREY, lw=1)
+    for y, (method, ratio) in enumerate(zip(rows, ratios, strict=True)):
+        colour, marker = styles[method.name]["color"], styles[method.name]["marker"]
+        low, high = max(ratio.low, left), min(ratio.high, right)
+        if low < right:
+            axes.plot([low, high], [y, y], color=colour)
+        if ratio.value < math.inf:
+            axes.plot([max(ratio.value, left)], [y], color=colour, marker=marker)
+        if ratio.high == math.inf:
+            axes.plot([right], [y], color=colour, marker=">", clip_on=False)
+            axes.annotate(
+                "not reached", (right, y), (8, 0), textcoords="offset points", va="center"
+            )
+    axes.set(xscale="log", xlim=(left, right), ylim=(len(rows) - 0.5, -0.5))
+    _plain_numbers(axes)
+    axes.set_yticks(range(len(rows)), [_plain(method.label) for method in rows])
+    name = _plain(reference.label)
+    axes.set_xlabel(f"KL to the base over {name}’s, at {name}’s accuracy  (below 1 forgets less)")
+    return _png(figure)
+
+
+def _tasks(results: Results, tasks: Sequence[str], methods: Sequence[Method]) -> bytes:
+    """Draw each task's drop below the base with its interval, one panel a task."""
+    styles = _styles(results, methods)
+    figure, panels = _figure(9.0, 1.4 + 0.3 * len(methods), len(tasks))
+    for axes, task in zip(panels, tasks, strict=True):
+        axes.axvline(0.0, color=_GREY, lw=1)
+        for y, method in enumerate(methods):
+            drop = results.drop(method, task)
+            if drop is not None:
+                colour, marker = styles[method.name]["color"], styles[method.name]["marker"]
+                bars = _bars([drop])
+                axes.errorbar([drop.value], [y], xerr=bars, color=colour, marker=marker, capsize=2)
+        axes.set_title(_plain(task), fontsize=10)
+        axes.tick_params(axis="x", labelsize=8)
+    panels[0].set_yticks(range(len(methods)), [_plain(method.label) for method in methods])
+    panels[0].set_ylim(len(methods) - 0.5, -0.5)
+    figure.supxlabel("drop below the base  (0 is nothing lost)", fontsize=10)
+    return _png(figure)

@@ -1,0 +1,177 @@
+"""A comparison as read from its JSON, with the intervals that every part of the report shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from qadapter.stats import (
+    KL_FLOOR,
+    Curve,
+    EqualLearning,
+    Interval,
+    frontier,
+    paired_bootstrap,
+    point_intervals,
+)
+
+Point = Mapping[str, Any]
+"""What one run measured at one value of its dial."""
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A method with its finished runs, at the values of the dial that all of them have."""
+
+    name: str
+    label: str
+    ours: bool
+    """Whether it is a Q-Adapter, by its library."""
+    dials: tuple[float, ...]
+    own: int
+    """The index of its own setting in `dials`."""
+    runs: tuple[Mapping[float, Point], ...]
+    """Points by dial, one mapping a seed."""
+    curve: Curve
+    points: Sequence[tuple[Interval, Interval]]
+    """Accuracy and KL per token on general text, at each value of the dial."""
+
+    @property
+    def accuracy(self) -> Interval:
+        """Share of held-out pairs judged rightly, at its own setting."""
+        return self.points[self.own][0]
+
+    @property
+    def kl(self) -> Interval:
+        """KL to the base per token of general text, nats, at its own setting."""
+        return self.points[self.own][1]
+
+    @property
+    def own_points(self) -> list[Point]:
+        """What each seed measured at the method's own setting."""
+        return [run[self.dials[self.own]] for run in self.runs]
+
+    @property
+    def moves(self) -> bool:
+        """Whether it leaves the base anywhere on its dial."""
+        return any(kl.value > 0 for _, kl in self.points)
+
+    def mean(self, field: str) -> float | None:
+        """Return the mean of a figure over seeds at its own setting; None where one lacks it."""
+        values = [point[field] for point in self.own_points]
+        return None if None in values else fmean(values)
+
+
+class Results:
+    """The finished methods of a comparison and what follows from them.
+
+    Args:
+        comparison: what `comparison.json` holds.
+    """
+
+    def __init__(self, comparison: Mapping[str, Any]) -> None:
+        self.comparison = comparison
+        self.methods: dict[str, Method] = {}
+        """The finished ones, on the same pairs and text."""
+        self.unlike: list[str] = []
+        """Labels of methods left out because their pairs or text are others."""
+        self._shape: tuple[int, list[int]] | None = None
+        for name, fields in comparison["methods"].items():
+            self._add(name, fields)
+        self._equal: dict[str, dict[str, EqualLearning]] = {}
+        self._drops: dict[tuple[str, str], Interval | None] = {}
+
+    def _add(self, name: str, fields: Mapping[str, Any]) -> None:
+        runs = [{p["dial"]: p for p in run["points"]} for run in fields["runs"] if run["points"]]
+        dials = tuple(d for d in runs[0] if all(d in run for run in runs)) if runs else ()
+        if not dials:
+            return
+        shapes = [(len(r[d]["correct"]), list(r[d]["window_tokens"])) for r in runs for d in dials]
+        self._shape = self._shape or shapes[0]
+        if any(shape != self._shape for shape in shapes):
+            self.unlike.append(fields["label"])
+            return
+        curve = Curve(
+            np.array([[run[d]["correct"] for d in dials] for run in runs], np.float64),
+            np.array([[run[d]["window_kl"] for d in dials] for run in runs], np.float64),
+        )
+        self.methods[name] = Method(
+            name=name,
+            label=fields["label"],
+            ours=fields["library"].split(".")[0] == "qadapter",
+            dials=dials,
+            own=dials.index(1.0) if 1.0 in dials else len(dials) - 1,
+            runs=tuple(runs),
+            curve=curve,
+            points=point_intervals(name, curve, self.tokens),
+        )
+
+    @property
+    def tokens(self) -> list[int]:
+        """Predicted tokens of each window of general text."""
+        return self._shape[1] if self._shape else []
+
+    @property
+    def reference(self) -> Method | None:
+        """The method whose accuracy is the target, if it finished."""
+        return self.methods.get(self.comparison["reference"])
+
+    @property
+    def ours(self) -> list[Method]:
+        """The Q-Adapters; the first is the one that the words are about."""
+        return [method for method in self.methods.values() if method.ours]
+
+    @property
+    def others(self) -> list[Method]:
+        """What is neither a Q-Adapter, nor the reference, nor the base."""
+        not_these = (self.comparison["reference"], "base")
+        return [m for m in self.methods.values() if not (m.ours or m.name in not_these)]
+
+    @property
+    def base(self) -> Point | None:
+        """What was measured of the base: its own method, else a dial at which nothing moves."""
+        if "base" in self.methods:
+            return self.methods["base"].own_points[0]
+        points = (p for m in self.methods.values() for run in m.runs for p in run.values())
+        return next((point for point in points if point["kl"] < KL_FLOOR), None)
+
+    def equal_learning(self, reference: Method) -> dict[str, EqualLearning]:
+        """Return what each method forgets at the accuracy of `reference`."""
+        if reference.name not in self._equal:
+            self._equal[reference.name] = frontier(
+                {name: method.curve for name, method in self.methods.items()},
+                self.tokens,
+                reference=reference.name,
+                reference_dial=reference.own,
+            )
+        return self._equal[reference.name]
+
+    def accuracy_gain(self, method: Method, other: Method) -> Interval:
+        """Return the difference in accuracy, each at its own setting, over the same pairs."""
+        votes = (m.curve.learning[:, m.own] for m in (method, other))
+        return paired_bootstrap(next(votes), next(votes))
+
+    def tasks(self) -> list[str]:
+        """Return the tasks that any method was measured on, in order of appearance."""
+        points = (point for method in self.methods.values() for point in method.own_points)
+        return list(dict.fromkeys(task for point in points for task in point["tasks"]))
+
+    def drop(self, method: Method, task: str) -> Interval | None:
+        """Return the base's figure less the method's, over the same items; None without both."""
+        if (method.name, task) not in self._drops:
+            self._drops[method.name, task] = self._drop(method, task)
+        return self._drops[method.name, task]
+
+    def _drop(self, method: Method, task: str) -> Interval | None:
+        points = method.own_points
+        if self.base is None or any(task not in p["tasks"] for p in (self.base, *points)):
+            return None
+        kept = [point["tasks"][task]["items"] for point in points]
+        before = self.base["tasks"][task]["items"]
+        if not before or any(len(items) != len(before) for items in kept):
+            return None
+        return paired_bootstrap([before], kept)

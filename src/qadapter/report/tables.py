@@ -1,0 +1,264 @@
+"""The report's tables: every figure with its interval, as text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from qadapter.report.results import Method, Results
+from qadapter.report.wording import VERDICTS, number, outcome, percent, ranged
+from qadapter.stats import Interval
+
+NONE = "–"
+"""Stands where nothing was measured."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under column heads."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def headline(results: Results) -> Table:
+    """Return learning and forgetting of each method, and its forgetting at equal learning."""
+    reference = results.reference
+    name = reference.label if reference else results.comparison["reference"]
+    rows = []
+    for method in results.methods.values():
+        row = [method.label, ranged(method.accuracy, percent), ranged(method.kl)]
+        if reference is None or not method.moves:
+            row += [NONE] * 4
+        else:
+            found = results.equal_learning(reference)[method.name]
+            verdict = "the reference" if method is reference else VERDICTS[outcome(found)]
+            row += [ranged(found.kl), ranged(found.ratio), percent(found.not_reached), verdict]
+        rows.append(row)
+    columns = (
+        "Method",
+        "Accuracy, own setting",
+        "KL, own setting",
+        f"KL at {name}’s accuracy",
+        f"Ratio to {name}’s KL",
+        "Resamples that never reach it",
+        "Verdict",
+    )
+    return Table(columns, rows)
+
+
+def points(results: Results) -> Table:
+    """Return every point of every curve in the first picture."""
+    rows = [
+        [method.label, f"{dial:g}", ranged(accuracy, percent), ranged(kl)]
+        for method in results.methods.values()
+        for dial, (accuracy, kl) in zip(method.dials, method.points, strict=True)
+    ]
+    return Table(("Method", "Dial", "Accuracy", "KL"), rows)
+
+
+def learning(results: Results) -> Table:
+    """Return accuracy, margins and win rates at each method's own setting."""
+    points = [point for m in results.methods.values() for point in m.own_points]
+    judges = list(dict.fromkeys(rate["judge"] for p in points for rate in p["win_rates"]))
+    rows = [
+        [
+            method.label,
+            str(len(method.runs)),
+            ranged(method.accuracy, percent),
+            _figure(method.mean("margin")),
+            _figure(method.mean("margin_per_token")),
+            *(_win_rate(method, judge) for judge in judges),
+        ]
+        for method in results.methods.values()
+    ]
+    longer = [percent(results.comparison["length_baseline"]), *[NONE] * (2 + len(judges))]
+    rows.append(["The longer response, whatever it says", NONE, *longer])
+    columns = ("Method", "Seeds", "Accuracy", "Margin, nats", "Margin a token, nats")
+    return Table((*columns, *(f"Wins, says {judge}" for judge in judges)), rows)
+
+
+def _win_rate(method: Method, judge: str) -> str:
+    """Return the mean win rate over seeds; its interval reaches from the lowest to the highest."""
+    rates = [r for p in method.own_points for r in p["win_rates"] if r["judge"] == judge]
+    if not rates:
+        return NONE
+    interval = Interval(
+        fmean(rate["value"] for rate in rates),
+        min(rate["low"] for rate in rates),
+        max(rate["high"] for rate in rates),
+    )
+    right = rates[0]["judge_accuracy"]
+    known = "a judge not validated" if right is None else f"a judge right in {percent(right)}"
+    n, ties = (sum(rate[key] for rate in rates) for key in ("n", "ties"))
+    longer = fmean(rate["length_delta"] for rate in rates)
+    return f"{ranged(interval, percent)}; {known}; {ties} ties of {n}; {longer:+.1f} words"
+
+
+def forgetting(results: Results) -> Table:
+    """Return drift from the base at each method's own setting."""
+    rows = []
+    for method in results.methods.values():
+        changed = method.mean("greedy_changed")
+        rows.append(
+            [
+                method.label,
+                ranged(method.kl),
+                _figure(method.mean("kl_generations")),
+                NONE if changed is None else percent(changed),
+                _figure(method.mean("perplexity")),
+                _figure(method.mean("base_perplexity")),
+            ]
+        )
+    columns = (
+        "Method",
+        "KL on general text",
+        "KL on the base’s answers",
+        "Greedy answers changed",
+        "Perplexity",
+        "The base’s perplexity",
+    )
+    return Table(columns, rows)
+
+
+def tasks(results: Results) -> Table:
+    """Return each task's figure and its drop below the base's, at each method's own setting."""
+    names = results.tasks()
+    rows = [
+        [method.label, *(_task(results, method, task) for task in names)]
+        for method in results.methods.values()
+    ]
+    points = [point for method in results.methods.values() for point in method.own_points]
+    heads = []
+    for task in names:
+        found = next(point["tasks"][task] for point in points if task in point["tasks"])
+        heads.append(f"{task}: {found['metric']}, n = {found['n']}")
+    return Table(("Method", *heads), rows)
+
+
+def _task(results: Results, method: Method, task: str) -> str:
+    found = [p["tasks"][task]["value"] for p in method.own_points if task in p["tasks"]]
+    if not found:
+        return NONE
+    drop = results.drop(method, task)
+    if drop is None or method.name == "base":
+        return number(fmean(found))
+    return f"{number(fmean(found))}; drop {ranged(drop)}"
+
+
+def tuning(results: Results) -> Table:
+    """Return how each method's settings were found."""
+    rows = []
+    for fields in results.comparison["methods"].values():
+        search = fields["search"]
+        row = [fields["label"], fields["library"], fields["about"], fields["dial"]]
+        if search is None:
+            row += ["not searched", NONE, NONE, NONE]
+        else:
+            trials = search["trials"]
+            failed = sum(trial["state"] == "failed" for trial in trials)
+            row += [
+                f"{search['sampler']}: {_settings(search['space'])}",
+                f"{len(trials)}" + (f", {failed} failed" if failed else ""),
+                _settings(search["best"]),
+                f"{sum(trial['seconds'] for trial in trials):,.0f} s",
+            ]
+        rows.append(row)
+    columns = ("Method", "Library", "What it is", "Its dial", "Search", "Trials", "Best", "Took")
+    return Table(columns, rows)
+
+
+def trials(results: Results) -> Table:
+    """Return every trial of every search."""
+    rows = []
+    for fields in results.comparison["methods"].values():
+        for trial in (fields["search"] or {}).get("trials", ()):
+            good = trial["state"] == "complete"
+            rows.append(
+                [
+                    fields["label"],
+                    _settings(trial["params"]),
+                    percent(trial["accuracy"]) if good else NONE,
+                    number(trial["kl"]) if good else NONE,
+                    trial["state"],
+                    f"{trial['seconds']:,.0f} s",
+                ]
+            )
+    return Table(("Method", "Settings", "Accuracy", "KL", "State", "Took"), rows)
+
+
+def runs(results: Results) -> Table:
+    """Return every run of the comparison: what it took, and its settings."""
+    rows = [
+        [
+            fields["label"],
+            str(run["seed"]),
+            f"{run['seconds']:,.0f} s",
+            f"{run['peak_gib']:.1f} GiB",
+            _settings(run["params"]),
+        ]
+        for fields in results.comparison["methods"].values()
+        for run in fields["runs"]
+    ]
+    return Table(("Method", "Seed", "Took", "Peak memory", "Settings"), rows)
+
+
+def failures(results: Results) -> Table:
+    """Return the cells that failed, and why."""
+    rows = [[failure["cell"], failure["error"]] for failure in results.comparison["failures"]]
+    return Table(("Cell", "Error"), rows)
+
+
+def robustness(results: Results) -> Table:
+    """Return accuracy and KL under each variation, the means over seeds."""
+    cases: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in results.comparison["robustness"]:
+        cases.setdefault((row["variation"], row["method"]), []).append(row)
+    names = results.comparison["methods"]
+    rows = [
+        [
+            variation,
+            names[method]["label"] if method in names else method,
+            str(len(found)),
+            percent(fmean(row["accuracy"] for row in found)),
+            number(fmean(row["kl"] for row in found)),
+        ]
+        for (variation, method), found in cases.items()
+    ]
+    return Table(("Variation", "Method", "Seeds", "Accuracy", "KL"), rows)
+
+
+def made(results: Results) -> Table:
+    """Return where the figures come from: data, machine, versions."""
+    found = results.comparison
+    seeds = sorted({run["seed"] for fields in found["methods"].values() for run in fields["runs"]})
+    rows = [
+        ["Command", found["command"]],
+        ["Begun", found["created"]],
+        ["Seeds", ", ".join(map(str, seeds)) or NONE],
+        *([f"Data: {name}", _settings(fields)] for name, fields in found["data"].items()),
+        *([f"Machine: {name}", str(value)] for name, value in found["machine"].items()),
+        *([f"Version: {name}", str(value)] for name, value in found["versions"].items()),
+    ]
+    return Table(("What", "Value"), rows)
+
+
+def _figure(value: float | None) -> str:
+    return NONE if value is None else number(value)
+
+
+def _settings(fields: Mapping[str, Any]) -> str:
+    def told(value: object) -> str:
+        if isinstance(value, str):
+            return value
+        return f"{value:.4g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+
+    return ", ".join(f"{name} {told(value)}" for name, value in fields.items()) or "none"
+
+
+def pretty(config: Mapping[str, Any]) -> str:
+    """Return a configuration as indented JSON."""
+    return json.dumps(config, indent=2, ensure_ascii=False)

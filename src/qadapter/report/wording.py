@@ -1,0 +1,209 @@
+"""What the figures say, in words: decided by confidence intervals, never by point estimates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+from qadapter.report.results import Method, Results
+from qadapter.stats import EqualLearning, Interval
+
+Outcome = Literal["less", "more", "open", "missed"]
+
+VERDICTS: dict[Outcome, str] = {
+    "less": "forgets less",
+    "more": "forgets more",
+    "open": "no difference shown",
+    "missed": "does not reach that accuracy",
+}
+
+
+def outcome(found: EqualLearning) -> Outcome:
+    """Return what the interval of the ratio allows to say.
+
+    `missed` if at least 97.5% of resamples never reach the accuracy; `open` if 1 is inside, give or
+    take rounding.
+    """
+    if math.isinf(found.ratio.low):
+        return "missed"
+    if found.ratio.high < 1 - 1e-9:
+        return "less"
+    return "more" if found.ratio.low > 1 + 1e-9 else "open"
+
+
+def number(value: float) -> str:
+    """Return three digits; inf is an accuracy that is not reached."""
+    if math.isinf(value):
+        return "not reached"
+    return f"{value:#.3g}".rstrip(".").replace("-", "−") if value else "0"
+
+
+def percent(value: float) -> str:
+    """Return a share as a percentage."""
+    return f"{100 * value:.1f}%".replace("-", "−")
+
+
+def ranged(interval: Interval, told: Callable[[float], str] = number) -> str:
+    """Return a figure with its interval, as `told` writes numbers; no line ends inside it."""
+    if math.isinf(interval.value) and math.isinf(interval.low):
+        return told(interval.value)
+    return f"{told(interval.value)} ({_between(interval, told)})"
+
+
+def _between(interval: Interval, told: Callable[[float], str] = number) -> str:
+    return f"{told(interval.low)} to {told(interval.high)}".replace(" ", "\u00a0")
+
+
+def _brief(interval: Interval) -> str:
+    return f"{number(interval.value)}, {_between(interval)}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Return names in quotation marks: they may have commas of their own."""
+    return ", ".join(f"“{name}”" for name in names)
+
+
+def lead(results: Results) -> str:
+    """Return the answer to the report's question in one sentence."""
+    if not results.methods:
+        return "No method finished, so nothing can be said."
+    if not results.ours:
+        return "No Q-Adapter finished, so nothing is said of it."
+    if results.reference is None:
+        name = results.comparison["reference"]
+        return f"The reference, {name}, did not finish: nobody's forgetting can be put beside its."
+    method, reference = results.ours[0], results.reference
+    return _against(method, reference, results.equal_learning(reference)[method.name])
+
+
+def _against(method: Method, reference: Method, found: EqualLearning) -> str:
+    ours, other = method.label, reference.label
+    reached = f"{other}’s accuracy on held-out pairs ({percent(reference.accuracy.value)})"
+    ratio = f"{number(found.ratio.value)} (95% CI {_between(found.ratio)})"
+    drift = "drift from the base on general text"
+    told = {
+        "less": f"{ours} forgets less than {other}: at {reached} its {drift} is {ratio} times "
+        f"{other}’s.",
+        "more": f"{ours} does not win against {other}: at {reached} it forgets more, its {drift} "
+        f"being {ratio} times {other}’s.",
+        "open": f"{ours} does not win against {other}, nor lose: at {reached} its {drift} is "
+        f"{ratio} times {other}’s, which leaves both open.",
+        "missed": f"{ours} does not win against {other}: nowhere on its dial does it reach "
+        f"{reached}.",
+    }
+    return told[outcome(found)]
+
+
+def paragraph(results: Results) -> list[str]:
+    """Return the sentences that follow from the figures, the losses as plainly as the wins."""
+    if not (results.ours and results.reference):
+        return _caveats(results)
+    method, reference = results.ours[0], results.reference
+    told = [lead(results)]
+    found = results.equal_learning(reference)[method.name]
+    if 0 < found.not_reached < 1:
+        told.append(
+            f"In {percent(found.not_reached)} of the resamples it does not reach that accuracy."
+        )
+    told += _beside_others(results, method)
+    told += _learned(results, method, reference)
+    told += _kept(results, method)
+    told += _variants(results, reference)
+    return told + _caveats(results)
+
+
+def _grouped(cases: Sequence[tuple[str, EqualLearning]]) -> str:
+    """Return `it forgets less than “A” (0.3, 0.2 to 0.4), “B” (…); …`, one part an outcome."""
+    parts = []
+    for key, verb in (
+        ("less", "it forgets less than"),
+        ("open", "no difference is shown from"),
+        ("more", "it forgets more than"),
+        ("missed", "it does not reach the accuracy of"),
+    ):
+        names = [
+            _listed([label]) if key == "missed" else f"{_listed([label])} ({_brief(found.ratio)})"
+            for label, found in cases
+            if outcome(found) == key
+        ]
+        if names:
+            parts.append(f"{verb} {', '.join(names)}")
+    return "; ".join(parts)
+
+
+def _beside_others(results: Results, method: Method) -> list[str]:
+    cases = [
+        (other.label, results.equal_learning(other)[method.name])
+        for other in results.others
+        if other.moves
+    ]
+    if not cases:
+        return []
+    return [
+        "Beside each other method, at that method’s own accuracy (ratio of drifts, 95% CI), "
+        f"{_grouped(cases)}."
+    ]
+
+
+def _learned(results: Results, method: Method, reference: Method) -> list[str]:
+    gain = results.accuracy_gain(method, reference)
+    if gain.low > 0:
+        verdict = "it learns more"
+    elif gain.high < 0:
+        verdict = "it learns less"
+    else:
+        verdict = "no difference in learning is shown"
+    return [
+        f"Each at its own setting, {verdict}: {percent(method.accuracy.value)} of held-out pairs "
+        f"against {percent(reference.accuracy.value)}, a difference of {ranged(gain, percent)}."
+    ]
+
+
+def _kept(results: Results, method: Method) -> list[str]:
+    drops = {task: results.drop(method, task) for task in results.tasks()}
+    known = {task: drop for task, drop in drops.items() if drop is not None}
+    if not known:
+        return ["No task was measured on it and on the base."]
+    lost = [f"{task} ({_brief(d)})" for task, d in known.items() if d.low > 0]
+    gained = [f"{task} ({_brief(d)})" for task, d in known.items() if d.high < 0]
+    same = [f"{task} ({_brief(d)})" for task, d in known.items() if d.low <= 0 <= d.high]
+    parts = [
+        f"a drop on {', '.join(lost)}" if lost else "",
+        f"a gain on {', '.join(gained)}" if gained else "",
+        f"no drop shown on {', '.join(same)}" if same else "",
+    ]
+    told = "; ".join(part for part in parts if part)
+    return [f"On the tasks, at its own setting (base less method, 95% CI): {told}."]
+
+
+def _variants(results: Results, reference: Method) -> list[str]:
+    found = results.equal_learning(reference)
+    parts = []
+    for key, verdict in VERDICTS.items():
+        names = [m.label for m in results.ours[1:] if outcome(found[m.name]) == key]
+        if names:
+            parts.append(f"{verdict}: {_listed(names)}")
+    return [f"Its variants against {reference.label}: {'; '.join(parts)}."] if parts else []
+
+
+def _caveats(results: Results) -> list[str]:
+    told = []
+    seeds = {len(m.runs) for m in results.methods.values() if m.name != "base"}
+    if seeds and min(seeds) < 3:
+        told.append(
+            "Some methods have fewer than three seeds, so their intervals know little or nothing "
+            "of how runs differ."
+        )
+    searches = [m["search"] for m in results.comparison["methods"].values() if m["search"]]
+    budgets = {len(search["trials"]) for search in searches}
+    if len(budgets) > 1:
+        told.append(
+            f"The tuning budgets differ, from {min(budgets)} to {max(budgets)} trials: a method "
+            "tuned less than another is at a disadvantage here."
+        )
+    if results.unlike:
+        told.append(f"Left out, since scored on other pairs or text: {', '.join(results.unlike)}.")
+    if n := len(results.comparison["failures"]):
+        told.append(f"{n} {'cell' if n == 1 else 'cells'} failed; they are listed below.")
+    return told

@@ -1,0 +1,546 @@
+"""The report of a made-up comparison: it shows what the JSON holds, and says who wins."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qadapter.errors import UserError
+from qadapter.report import write_report
+from qadapter.report.results import Results
+from qadapter.report.wording import lead, number, paragraph, percent
+from qadapter.stats import Curve, frontier, wilson_interval
+
+pytest.importorskip("matplotlib")
+
+ITEMS, WINDOWS, TOKENS = 200, 40, 255
+DIALS = (0.5, 1.0, 1.5)
+DIFFICULTY = np.random.default_rng(0).permutation(ITEMS) / ITEMS
+"""A method of strength x judges the pairs rightly that are easier than x."""
+ROUGHNESS = np.random.default_rng(1).gamma(8.0, 1 / 8, WINDOWS)
+"""How much a window of text shows of a drift."""
+
+
+def point(dial: float, accuracy: float, kl: float, seed: int, task_drop: float) -> dict[str, Any]:
+    rng = np.random.default_rng([seed, int(1000 * dial), int(1000 * accuracy)])
+    luck = rng.normal(0, 0.02, ITEMS)
+    correct = [int(x) for x in DIFFICULTY + luck < accuracy]
+    windows = [float(x) for x in kl * TOKENS * ROUGHNESS]
+    solved = [int(x) for x in np.random.default_rng(2).uniform(size=300) < 0.6 - task_drop]
+    share = fmean(correct)
+    return {
+        "dial": dial,
+        "accuracy": share,
+        "accuracy_ci": list(wilson_interval(sum(correct), ITEMS)),
+        "margin": 12.5 * share,
+        "margin_per_token": 0.125 * share,
+        "kl": sum(windows) / (WINDOWS * TOKENS),
+        "perplexity": 20 + 10 * kl,
+        "base_perplexity": 20.0,
+        "correct": correct,
+        "window_kl": windows,
+        "window_tokens": [TOKENS] * WINDOWS,
+        "kl_generations": 2 * kl,
+        "greedy_changed": min(1.0, 5 * kl),
+        "tasks": {
+            "piqa": {"metric": "acc", "value": fmean(solved), "n": 300, "items": solved},
+            "lambada": {"metric": "acc", "value": 0.6, "n": 300, "items": [1, 1, 1, 0, 0] * 60},
+        },
+        "win_rates": [
+            {
+                "judge": "Bradley–Terry",
+                "value": 0.55,
+                "low": 0.51 - 0.001 * seed,
+                "high": 0.59,
+                "n": 100,
+                "ties": 4,
+                "judge_accuracy": 0.823,
+                "length_delta": 3.25,
+            }
+        ],
+    }
+
+
+def method(
+    label: str,
+    library: str,
+    accuracies: Sequence[float],
+    kls: Sequence[float],
+    *,
+    seeds: int = 3,
+    task_drop: float = 0.0,
+    trials: int = 4,
+) -> dict[str, Any]:
+    space = {"learning_rate": "1e-5 to 1e-3, logarithmic"}
+    found = [
+        {
+            "params": {"learning_rate": 1e-5 * 10**t},
+            "accuracy": 0.6 + 0.01 * t,
+            "kl": 0.01 * (t + 1),
+            "state": "complete",
+            "seconds": 61.0,
+        }
+        for t in range(trials - 1)
+    ]
+    failed = {"params": {"learning_rate": 1.0}, "accuracy": None, "kl": None, "state": "failed"}
+    return {
+        "label": label,
+        "library": library,
+        "about": f"About {label}.",
+        "dial": "strength",
+        "search": {
+            "sampler": "TPE",
+            "space": space,
+            "trials": [*found, {**failed, "seconds": 3.0}],
+            "best": {"learning_rate": 1e-3},
+        },
+        "runs": [
+            {
+                "seed": seed,
+                "params": {"learning_rate": 1e-3, "layers": [22, 23]},
+                "seconds": 125.0,
+                "peak_gib": 1.75,
+                "points": [
+                    point(d, a, k, seed, task_drop)
+                    for d, a, k in zip(DIALS, accuracies, kls, strict=True)
+                ],
+            }
+            for seed in range(seeds)
+        ],
+    }
+
+
+def base() -> dict[str, Any]:
+    made = method("Base", "transformers", [0.5] * 3, [0.0] * 3, seeds=1)
+    made["runs"][0]["points"] = made["runs"][0]["points"][:1]
+    return {**made, "search": None, "about": "The model itself.", "dial": "none"}
+
+
+DPO = method("DPO", "trl.DPOTrainer", [0.6, 0.7, 0.75], [0.03, 0.09, 0.2])
+BETTER = method("Q-Adapter", "qadapter.QAdapterTrainer", [0.6, 0.71, 0.76], [0.01, 0.03, 0.06])
+ALIKE = method("Q-Adapter", "qadapter.QAdapterTrainer", [0.6, 0.7, 0.75], [0.03, 0.09, 0.2])
+WORSE = method("Q-Adapter", "qadapter.QAdapterTrainer", [0.6, 0.7, 0.75], [0.1, 0.3, 0.7])
+WEAKER = method("Q-Adapter", "qadapter.QAdapterTrainer", [0.51, 0.52, 0.53], [0.001, 0.002, 0.004])
+
+
+def comparison(**methods: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "command": "qadapter compare run.yaml",
+        "created": "2025-11-25T12:00:00+00:00",
+        "machine": {"processor": "two cores", "memory": "8 GiB"},
+        "versions": {"torch": "2.13.0", "trl": "1.16.0"},
+        "config": {"reference": "dpo", "seeds": [0, 1, 2]},
+        "data": {
+            "train": {"path": "train.jsonl", "pairs": 480},
+            "test": {"path": "test.jsonl", "pairs": ITEMS},
+            "general_text": {"path": "text.txt", "tokens": WINDOWS * TOKENS},
+        },
+        "length_baseline": 0.541,
+        "reference": "dpo",
+        "methods": methods,
+        "failures": [],
+        "robustness": [],
+    }
+
+
+class Page(HTMLParser):
+    """The tables as rows of cells, the tags with their attributes, the text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tables: list[list[list[str]]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._cell: list[str] | None = None
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self._cell = []
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th") and self._cell is not None:
+            self.tables[-1][-1].append("".join(self._cell))
+            self._cell = None
+
+    def handle_data(self, data: str) -> None:
+        data = data.replace("\u00a0", " ")
+        self.text += data
+        if self._cell is not None:
+            self._cell.append(data)
+
+    def table(self, first: str, column: str) -> list[dict[str, str]]:
+        """Return the rows of the table whose heads are `first` and, somewhere, `column`."""
+        (found,) = [t for t in self.tables if t[0][0] == first and column in t[0]]
+        return [dict(zip(found[0], row, strict=True)) for row in found[1:]]
+
+
+def written(made: dict[str, Any], directory: Path) -> Page:
+    # As the runner does: through JSON.
+    path = write_report(json.loads(json.dumps(made)), directory)
+    assert path == directory / "report.html"
+    return Page(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def full() -> dict[str, Any]:
+    sft = method("SFT", "trl.SFTTrainer", [0.55, 0.6, 0.62], [0.1, 0.3, 0.6], task_drop=0.2)
+    variant = method("Q-Adapter, raw", "qadapter.QAdapterTrainer", [0.6] * 3, [0.02] * 3)
+    made = comparison(base=base(), dpo=DPO, sft=sft, qadapter=BETTER, raw=variant)
+    made["failures"] = [{"cell": "ppo/seed 1", "error": "out of memory"}]
+    made["robustness"] = [
+        {"variation": "10% flipped", "method": m, "accuracy": a, "kl": 0.05, "seed": s}
+        for s in (0, 1)
+        for m, a in (("dpo", 0.6 + 0.02 * s), ("qadapter", 0.7))
+    ]
+    return made
+
+
+@pytest.fixture(scope="module")
+def directory(full: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("report")
+    written(full, place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def page(directory: Path) -> Page:
+    return Page((directory / "report.html").read_text(encoding="utf-8"))
+
+
+def test_the_page_holds_its_pictures(page: Page, directory: Path) -> None:
+    sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
+    names = ["frontier", "equal_learning", "tasks"]
+    assert {path.name for path in directory.iterdir()} == {
+        "report.html",
+        *(f"{name}.png" for name in names),
+    }
+    for source, name in zip(sources, names, strict=True):
+        assert source is not None
+        head, _, content = source.partition(",")
+        assert head == "data:image/png;base64"
+        png = (directory / f"{name}.png").read_bytes()
+        assert base64.b64decode(content) == png
+        assert png.startswith(b"\x89PNG")
+
+
+def test_the_page_loads_nothing(page: Page) -> None:
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "iframe", "object", "embed", "base")
+        for name, value in attributes.items():
+            assert name not in ("href", "srcset", "action", "style")
+            assert not name.startswith("on")
+            assert name != "src" or str(value).startswith("data:")
+    assert "url(" not in page.text
+    assert "@import" not in page.text
+    policy = [a["content"] for tag, a in page.tags if a.get("http-equiv")]
+    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+
+
+def test_the_frontier_is_the_first_picture(page: Page) -> None:
+    order = [(tag, a.get("alt")) for tag, a in page.tags if tag in ("h1", "img", "table")]
+    assert order[0][0] == "h1"
+    assert order[1][0] == "img"
+    assert "Accuracy on held-out pairs against KL" in str(order[1][1])
+
+
+def own(made: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """Return the points at dial 1, else the last, one a seed."""
+    points = [run["points"] for run in made["methods"][name]["runs"]]
+    return [next((p for p in run if p["dial"] == 1.0), run[-1]) for run in points]
+
+
+def test_headline_figures_are_those_of_the_json(full: dict[str, Any], page: Page) -> None:
+    rows = {row["Method"]: row for row in page.table("Method", "Verdict")}
+    for name, fields in full["methods"].items():
+        row, points = rows[fields["label"]], own(full, name)
+        accuracy, kl = (fmean(p[key] for p in points) for key in ("accuracy", "kl"))
+        assert row["Accuracy, own setting"].startswith(f"{percent(accuracy)} (")
+        assert row["KL, own setting"].startswith(f"{number(kl)} (")
+    assert {name: row["Verdict"] for name, row in rows.items()} == {
+        "Base": "–",
+        "DPO": "the reference",
+        "SFT": "does not reach that accuracy",
+        "Q-Adapter": "forgets less",
+        "Q-Adapter, raw": "does not reach that accuracy",
+    }
+    assert rows["DPO"]["Ratio to DPO’s KL"] == "1.00 (1.00 to 1.00)"
+    sft = rows["SFT"]
+    assert sft["Ratio to DPO’s KL"] == "not reached"
+    assert sft["Resamples that never reach it"] == "100.0%"
+
+
+def test_the_ratio_is_that_of_the_votes_and_windows(full: dict[str, Any], page: Page) -> None:
+    curves = {
+        name: Curve(
+            np.array([[p["correct"] for p in run["points"]] for run in fields["runs"]], float),
+            np.array([[p["window_kl"] for p in run["points"]] for run in fields["runs"]], float),
+        )
+        for name, fields in full["methods"].items()
+    }
+    found = frontier(curves, [TOKENS] * WINDOWS, reference="dpo", reference_dial=1)["qadapter"]
+    row = next(r for r in page.table("Method", "Verdict") if r["Method"] == "Q-Adapter")
+    for column, interval in (
+        ("Ratio to DPO’s KL", found.ratio),
+        ("KL at DPO’s accuracy", found.kl),
+    ):
+        low, high = number(interval.low), number(interval.high)
+        assert row[column] == f"{number(interval.value)} ({low} to {high})"
+
+
+def test_learning_figures_are_those_of_the_json(full: dict[str, Any], page: Page) -> None:
+    *rows, longer = page.table("Method", "Margin, nats")
+    assert [row["Method"] for row in rows] == [m["label"] for m in full["methods"].values()]
+    for row, name in zip(rows, full["methods"], strict=True):
+        points = own(full, name)
+        assert row["Seeds"] == str(len(points))
+        assert row["Margin, nats"] == number(fmean(p["margin"] for p in points))
+        assert row["Margin a token, nats"] == number(fmean(p["margin_per_token"] for p in points))
+    wins = "55.0% (50.8% to 59.0%); a judge right in 82.3%; 12 ties of 300; +3.2 words"
+    assert rows[1]["Wins, says Bradley–Terry"] == wins
+    assert longer["Accuracy"] == "54.1%"
+
+
+def test_forgetting_figures_are_those_of_the_json(full: dict[str, Any], page: Page) -> None:
+    rows = {row["Method"]: row for row in page.table("Method", "Perplexity")}
+    for name, fields in full["methods"].items():
+        row, points = rows[fields["label"]], own(full, name)
+        for column, key in (
+            ("KL on the base’s answers", "kl_generations"),
+            ("Perplexity", "perplexity"),
+            ("The base’s perplexity", "base_perplexity"),
+        ):
+            assert row[column] == number(fmean(p[key] for p in points))
+        assert row["Greedy answers changed"] == percent(fmean(p["greedy_changed"] for p in points))
+
+
+def test_task_figures_are_those_of_the_json(full: dict[str, Any], page: Page) -> None:
+    piqa, lambada = "piqa: acc, n = 300", "lambada: acc, n = 300"
+    rows = {row["Method"]: row for row in page.table("Method", piqa)}
+    assert list(rows) == [fields["label"] for fields in full["methods"].values()]
+    value, before = (own(full, m)[0]["tasks"]["piqa"]["value"] for m in ("sft", "base"))
+    assert rows["SFT"][piqa].startswith(f"{number(value)}; drop {number(before - value)} (")
+    assert rows["SFT"][lambada] == "0.600; drop 0 (0 to 0)"
+    assert rows["Base"][piqa] == number(before)
+
+
+def test_every_point_of_the_curves_is_shown(full: dict[str, Any], page: Page) -> None:
+    rows = page.table("Method", "Dial")
+    assert len(rows) == sum(len(m["runs"][0]["points"]) for m in full["methods"].values())
+    found = {(row["Method"], row["Dial"]): row for row in rows}
+    for i, dial in enumerate(("0.5", "1", "1.5")):
+        row, points = found["DPO", dial], [run["points"][i] for run in DPO["runs"]]
+        assert row["Accuracy"].startswith(f"{percent(fmean(p['accuracy'] for p in points))} (")
+        assert row["KL"].startswith(f"{number(fmean(p['kl'] for p in points))} (")
+
+
+def test_tuning_failures_robustness_and_origin_are_shown(page: Page) -> None:
+    tuning = {row["Method"]: row for row in page.table("Method", "Search")}
+    assert tuning["Base"]["Search"] == "not searched"
+    assert tuning["DPO"]["Library"] == "trl.DPOTrainer"
+    assert tuning["DPO"]["What it is"] == "About DPO."
+    assert tuning["DPO"]["Search"] == "TPE: learning_rate 1e-5 to 1e-3, logarithmic"
+    assert tuning["DPO"]["Trials"] == "4, 1 failed"
+    assert tuning["DPO"]["Best"] == "learning_rate 0.001"
+    assert tuning["DPO"]["Took"] == "186 s"
+    trials = [row for row in page.table("Method", "State") if row["Method"] == "SFT"]
+    assert [row["State"] for row in trials] == ["complete"] * 3 + ["failed"]
+    assert trials[1]["Settings"] == "learning_rate 0.0001"
+    assert (trials[1]["Accuracy"], trials[1]["KL"]) == ("61.0%", "0.0200")
+    assert (trials[3]["Accuracy"], trials[3]["KL"]) == ("–", "–")
+    assert page.table("Cell", "Error") == [{"Cell": "ppo/seed 1", "Error": "out of memory"}]
+    first, second = page.table("Variation", "Seeds")
+    assert list(first.values()) == ["10% flipped", "DPO", "2", "61.0%", "0.0500"]
+    assert second["Method"] == "Q-Adapter"
+    runs = page.table("Method", "Peak memory")
+    assert len(runs) == 13
+    assert runs[1]["Settings"] == "learning_rate 0.001, layers [22, 23]"
+    origin = {row["What"]: row["Value"] for row in page.table("What", "Value")}
+    assert origin["Command"] == "qadapter compare run.yaml"
+    assert origin["Seeds"] == "0, 1, 2"
+    assert origin["Data: train"] == "path train.jsonl, pairs 480"
+    assert origin["Version: torch"] == "2.13.0"
+    assert origin["Machine: processor"] == "two cores"
+
+
+# --- Words ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ours", "told"),
+    [
+        (BETTER, "Q-Adapter forgets less than DPO: at DPO’s accuracy on held-out pairs ("),
+        (
+            ALIKE,
+            "Q-Adapter does not win against DPO, nor lose: at DPO’s accuracy on held-out pairs (",
+        ),
+        (WORSE, "Q-Adapter does not win against DPO: at DPO’s accuracy on held-out pairs ("),
+        (WEAKER, "Q-Adapter does not win against DPO: nowhere on its dial does it reach"),
+    ],
+)
+def test_the_lead_says_who_wins(ours: dict[str, Any], told: str) -> None:
+    results = Results(comparison(dpo=DPO, qadapter=ours))
+    assert lead(results).startswith(told)
+    assert paragraph(results)[0] == lead(results)
+
+
+def test_a_point_estimate_below_one_is_no_win() -> None:
+    """The estimate is at two thirds, but the intervals of few, rough windows hold 1."""
+    ours = json.loads(json.dumps(ALIKE))
+    rng = np.random.default_rng(4)
+    for run in ours["runs"]:
+        for p in run["points"]:
+            factors = rng.choice([0.0, 4.0], p=[0.8, 0.2], size=WINDOWS)
+            factors *= 0.67 * sum(p["window_kl"]) / (factors @ p["window_kl"])
+            p["window_kl"] = [float(x) for x in factors * p["window_kl"]]
+    for run in ours["runs"][1:]:  # seeds alike, so that only the windows differ
+        for p, first in zip(run["points"], ours["runs"][0]["points"], strict=True):
+            p["window_kl"] = first["window_kl"]
+    results = Results(comparison(dpo=DPO, qadapter=ours))
+    assert results.reference is not None
+    ratio = results.equal_learning(results.reference)["qadapter"].ratio
+    assert ratio.value < 0.9
+    assert ratio.high > 1
+    assert "nor lose" in lead(results)
+
+
+def test_a_copy_of_the_reference_neither_wins_nor_loses_by_rounding() -> None:
+    one = method("DPO", "trl.DPOTrainer", [0.6, 0.7, 0.75], [0.03, 0.09, 0.2], seeds=1)
+    copy = json.loads(json.dumps({**one, "library": "qadapter.QAdapterTrainer"}))
+    for run in copy["runs"]:  # a third and three times that, for the last digits
+        for p in run["points"]:
+            p["window_kl"] = [3 * (x / 3) for x in p["window_kl"]]
+    results = Results(comparison(dpo=one, qadapter=copy))
+    assert "nor lose" in lead(results)
+
+
+def test_the_paragraph_tells_losses_beside_wins(full: dict[str, Any]) -> None:
+    told = " ".join(paragraph(Results(full)))
+    assert (
+        "at that method’s own accuracy (ratio of drifts, 95% CI), it forgets less than “SFT” ("
+        in told
+    )
+    assert "no drop shown on piqa (0, 0 to 0), lambada (0, 0 to 0)" in told.replace("\u00a0", " ")
+    assert "no difference in learning is shown" in told
+    assert "Its variants against DPO: does not reach that accuracy: “Q-Adapter, raw”." in told
+    assert "1 cell failed" in told
+    forgetful = method("Q-Adapter", "qadapter.QAdapterTrainer", [0.4] * 3, [0.1] * 3, task_drop=0.2)
+    told = " ".join(paragraph(Results(comparison(base=base(), dpo=DPO, qadapter=forgetful))))
+    assert "a drop on piqa (0." in told
+    assert "it learns less: " in told
+    better = method("Q-Adapter", "qadapter.QAdapterTrainer", [0.9] * 3, [0.1] * 3, task_drop=-0.2)
+    told = " ".join(paragraph(Results(comparison(base=base(), dpo=DPO, qadapter=better))))
+    assert "a gain on piqa (−0." in told
+    assert "it learns more: " in told
+
+
+def test_caveats_are_told() -> None:
+    one = method("Q-Adapter", "qadapter.QAdapterTrainer", [0.6] * 3, [0.1] * 3, seeds=1, trials=9)
+    told = " ".join(paragraph(Results(comparison(dpo=DPO, qadapter=one))))
+    assert "fewer than three seeds" in told
+    assert "The tuning budgets differ, from 4 to 9 trials" in told
+    assert "fewer than three" not in " ".join(paragraph(Results(comparison(dpo=DPO, q=BETTER))))
+
+
+# --- What may be missing, and what may be hostile -------------------------------------------------
+
+
+def test_text_is_escaped(tmp_path: Path) -> None:
+    hostile = "<script>alert('1')</script> $x_{$ & \"quoted\""
+    made = comparison(base=base(), dpo={**DPO, "label": hostile}, qadapter=BETTER)
+    made["command"] = made["machine"]["memory"] = made["config"]["note"] = hostile
+    made["failures"] = [{"cell": hostile, "error": "</td></table><img src=x onerror=alert(1)>"}]
+    made["methods"]["qadapter"] = json.loads(json.dumps(BETTER))
+    for run in made["methods"]["qadapter"]["runs"]:
+        for p in run["points"]:
+            p["tasks"][hostile] = p["tasks"].pop("piqa")
+            p["win_rates"][0]["judge"] = hostile
+    page = written(made, tmp_path)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert not any("onerror" in attributes for _, attributes in page.tags)
+    assert page.table("Method", "Verdict")[1]["Method"] == hostile
+    assert page.table("Cell", "Error")[0]["Cell"] == hostile
+    assert f"Wins, says {hostile}" in page.table("Method", "Margin, nats")[0]
+    assert page.text.count("alert('1')") > 5
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_without_any_method_the_page_says_so(tmp_path: Path, failed: bool) -> None:
+    made = comparison(dpo={**DPO, "runs": [], "search": None}) if failed else comparison()
+    made["failures"] = [{"cell": "dpo/seed 0", "error": "boom"}] * failed
+    page = written(made, tmp_path)
+    assert "No method finished, so nothing can be said." in page.text
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert ("boom" in page.text) == failed
+    assert ("None." in page.text) != failed
+
+
+def test_without_the_reference_nothing_is_put_beside_it(tmp_path: Path) -> None:
+    page = written(comparison(dpo={**DPO, "runs": []}, qadapter=BETTER), tmp_path)
+    assert "The reference, dpo, did not finish" in page.text
+    assert page.table("Method", "Verdict")[0]["Verdict"] == "–"
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "frontier.png"}
+
+
+def test_without_a_q_adapter_nothing_is_claimed(tmp_path: Path) -> None:
+    page = written(comparison(base=base(), dpo=DPO), tmp_path)
+    assert "No Q-Adapter finished, so nothing is said of it." in page.text
+    assert page.table("Method", "Verdict")[1]["Verdict"] == "the reference"
+
+
+def test_the_base_alone(tmp_path: Path) -> None:
+    page = written(comparison(base=base()), tmp_path)
+    assert [row["Method"] for row in page.table("Method", "Verdict")] == ["Base"]
+
+
+def test_only_dials_of_all_seeds_count() -> None:
+    partly = json.loads(json.dumps(BETTER))
+    del partly["runs"][1]["points"][0]
+    made = Results(comparison(dpo=DPO, qadapter=partly)).methods["qadapter"]
+    assert made.dials == (1.0, 1.5)
+    assert made.dials[made.own] == 1.0
+    del partly["runs"][0]["points"][1:]
+    results = Results(comparison(dpo=DPO, qadapter=partly))
+    assert list(results.methods) == ["dpo"]
+
+
+def test_scores_on_other_pairs_are_not_compared(tmp_path: Path) -> None:
+    other = json.loads(json.dumps(BETTER))
+    for run in other["runs"]:
+        for p in run["points"]:
+            p["correct"] = p["correct"][1:]
+    page = written(comparison(dpo=DPO, q=ALIKE, other={**other, "label": "Odd one"}), tmp_path)
+    assert "Left out, since scored on other pairs or text: Odd one." in page.text
+    assert "Odd one" not in [row["Method"] for row in page.table("Method", "Verdict")]
+
+
+def test_a_figure_that_was_not_measured_is_a_dash(tmp_path: Path) -> None:
+    made = comparison(dpo=DPO, qadapter=json.loads(json.dumps(BETTER)))
+    for run in made["methods"]["qadapter"]["runs"]:
+        for p in run["points"]:
+            p |= {"kl_generations": None, "greedy_changed": None, "tasks": {}, "win_rates": []}
+    page = written(made, tmp_path)
+    row = page.table("Method", "Perplexity")[1]
+    assert (row["KL on the base’s answers"], row["Greedy answers changed"]) == ("–", "–")
+    assert page.table("Method", "Margin, nats")[1]["Wins, says Bradley–Terry"] == "–"
+    assert "No task was measured on it and on the base." in page.text
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_report(comparison(), tmp_path / "file")
