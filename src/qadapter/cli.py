@@ -28,6 +28,7 @@ Teach an aligned language model a new preference without losing what it knows.
   qadapter train --data prefs.jsonl --output DIR     learn a Q-adapter from them
   qadapter chat DIR --strength 0.7                   talk to it
   qadapter score DIR held_out.jsonl --json           how well it learned, how far it drifted
+  qadapter tune DIR --max-kl 0.05 --text F           the largest strength that drifts no further
   qadapter generate DIR --prompts F --output F2      answer a file of prompts
   qadapter explain DIR pairs.jsonl --output F.html   which tokens the preference rewards
 
@@ -60,10 +61,11 @@ def _level(text: str) -> float:
     return number
 
 
-def _add_policy(parser: argparse.ArgumentParser) -> None:
+def _add_policy(parser: argparse.ArgumentParser, *, strength: bool = True) -> None:
     parser.add_argument("adapter", help="directory that `qadapter train` wrote")
     parser.add_argument("--base", help="where the base is, if not where the artefact says")
-    parser.add_argument("--strength", type=_level, default=1.0, help="0 the base, 1 the policy")
+    if strength:
+        parser.add_argument("--strength", type=_level, default=1.0, help="0 the base, 1 the policy")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", help="cuda, mps, cpu; default the first there is")
     parser.add_argument(
@@ -129,6 +131,8 @@ def _train(argv: Sequence[str]) -> None:
         print(f"dropped {len(sources)} pairs: {reason} (the first is {sources[0]})")
     for name, value in sorted(result.metrics.items()):
         print(f"{name:28} {value:.4g}")
+    if result.budget:
+        print(f"budget  {result.budget}")
     print(f"trained {result.trainable:,} parameters on {result.pairs} pairs; the base is unchanged")
     print(f"saved   {result.directory}\nnext    qadapter chat {result.directory}")
 
@@ -264,6 +268,31 @@ def _score(args: argparse.Namespace) -> None:
         return
     for name, value in figures.items():
         print(f"{name:22} {value:.4f}" if isinstance(value, float) else f"{name:22} {value}")
+
+
+def _tune(args: argparse.Namespace) -> None:
+    from qadapter.budget import tune
+    from qadapter.data import read_texts
+
+    texts = read_texts(args.text)
+    found = tune(
+        _load_policy(args),
+        texts,
+        max_kl=args.max_kl,
+        max_strength=args.max_strength,
+        max_tokens=args.text_tokens,
+    )
+    following = f"qadapter chat {args.adapter} --strength {found.strength:g}"
+    if args.json:
+        print(json.dumps({**dataclasses.asdict(found), "next": following}, allow_nan=False))
+        return
+    spread = "of one window, so without an interval"
+    if found.kl_ci is not None:
+        spread = f"95% {found.kl_ci[0]:.4g}–{found.kl_ci[1]:.4g}"
+    print(f"strength {found.strength:g}, the largest up to {found.max_strength:g} that keeps to it")
+    print(f"KL       {found.kl:.4g} nats a token ({spread}) of at most {found.max_kl:g}")
+    print(f"         {found.kl_at_max:.4g} at strength {found.max_strength:g}")
+    print(f"read on  {found.tokens:,} tokens of {args.text}\nnext     {following}")
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -430,6 +459,17 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--text-tokens", type=_count, default=50_000, help="at most so many of it")
     score.add_argument("--max-length", type=_count, default=1024)
     score.set_defaults(run=_score)
+
+    tune = commands.add_parser("tune", help="the largest strength inside a forgetting budget")
+    _add_policy(tune, strength=False)
+    tune.add_argument(
+        "--max-kl", type=_level, required=True, help="KL(base || policy), nats a token"
+    )
+    tune.add_argument("--text", required=True, metavar="F", help="general text to read it on")
+    tune.add_argument("--max-strength", type=_level, default=1.0, help="look no further")
+    tune.add_argument("--text-tokens", type=_count, default=10_000, help="at most so many of it")
+    tune.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    tune.set_defaults(run=_tune)
 
     explain = commands.add_parser("explain", help="colour tokens by their reward, in a page")
     _add_policy(explain)
