@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from models import FAMILIES, VOCAB, tiny_adapter
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
-from qadapter import budget
-from qadapter.budget import Budget, KLMeter, Reading, hold_out, thinned, tune
+from qadapter import hub
+from qadapter.budget import Budget, Reading, hold_out, thinned, tune
 from qadapter.cli import main
 from qadapter.config import QAdapterConfig
 from qadapter.data import read_texts
@@ -28,7 +30,7 @@ from qadapter.policy import KLCurve, Policy
 from qadapter.stats import bootstrap_mean_interval
 from qadapter.train import QAdapterTrainer, prepare
 
-WORDS = "the ferry leaves twice a day in summer and once in winter, when few people cross".split()
+SAID = "the ferry leaves twice a day in summer and once in winter, when few people cross"
 LIMIT = 0.05
 """Nats a token; a run without a budget goes far past it."""
 
@@ -37,7 +39,7 @@ LIMIT = 0.05
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     """General text of some 1,700 tokens: less than one reading takes, so all of it is read."""
     path = tmp_path_factory.mktemp("text") / "general.txt"
-    lines = [" ".join(WORDS[i % 7 :] + WORDS[: i % 5]) + f" {i}" for i in range(20)]
+    lines = [SAID[3 * i :] + f", {i} of them, " + SAID[: 2 * i] for i in range(20)]
     path.write_text("\n".join(lines))
     return str(path)
 
@@ -288,15 +290,8 @@ def scripted(base: str, data: str, out: Path, *values: float) -> tuple[QAdapterT
         num_train_epochs=4,
     )
     run = prepare(config)
-    policy = Policy(run.model, Policy.from_pretrained.__self__ and _tokenizer(base))
-    found = Budget(policy, [Scripted(*values)])
+    found = Budget(Policy(run.model, hub.load_tokenizer(base)), [Scripted(*values)])
     return run.trainer(config, budget=found), found
-
-
-def _tokenizer(base: str) -> Any:
-    from qadapter import hub
-
-    return hub.load_tokenizer(base)
 
 
 def test_nothing_inside_but_the_untrained_adapter_is_an_error(
@@ -323,7 +318,7 @@ def test_nothing_nearer_than_the_last_weights_inside_keeps_those(
     assert found.figures() == {"budget_drop": 0.5, "budget_step": 4}
 
 
-class Photograph(__import__("transformers").TrainerCallback):  # type: ignore[misc]
+class Photograph(TrainerCallback):  # type: ignore[misc]
     """Keeps the adapter as it was at a step."""
 
     def __init__(self, kept: list[dict[str, torch.Tensor]], step: int) -> None:
@@ -392,11 +387,9 @@ def test_anchors_that_are_held_out_are_not_trained_on(
     )
     run = prepare(config)
     texts = read_texts(text)
-    tokenizer = _tokenizer(base)
+    tokenizer = hub.load_tokenizer(base)
     anchors = [tokenizer(t)["input_ids"][:128] for i, t in enumerate(texts) if i % 5]
     assert run.anchors == anchors
-    config.budget_text = "another.txt"
-    assert config.budget_text != text
 
 
 @given(n=st.integers(1, 300), width=st.integers(2, 9), tokens=st.integers(1, 999))
@@ -405,7 +398,7 @@ def test_rows_are_thinned_evenly(n: int, width: int, tokens: int) -> None:
     found = [row[0] for row in thinned(rows, tokens)]
     assert found == sorted(set(found))
     assert len(found) == max(1, min(n, tokens // width))
-    gaps = [b - a for a, b in zip(found, found[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(found)]
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
@@ -454,7 +447,7 @@ def test_tune_finds_what_a_fine_grid_search_finds(adapter: str, text: str) -> No
     texts = read_texts(text)
     curve = policy.kl_curve(policy.text_rows(texts))
     grid = [curve(k / 1000) for k in range(1001)]
-    assert all(b >= a - 1e-6 for a, b in zip(grid, grid[1:], strict=False))
+    assert all(b >= a - 1e-6 for a, b in pairwise(grid))
     for limit in (grid[3], grid[250] * 1.0001, grid[777], 0.9 * grid[1000]):
         found = tune(policy, texts, max_kl=limit)
         assert found.strength == max(k for k, kl in enumerate(grid) if kl <= limit) / 1000
@@ -548,9 +541,8 @@ def curve_of(family: str, seed: int, **fields: Any) -> KLCurve:
     ids = torch.randint(3, VOCAB, (3, 11), generator=generator)
     with torch.no_grad():
         streams = model.streams(ids, torch.ones_like(ids))
-    return KLCurve(
-        model, streams.at((slice(None), slice(-1))).at(torch.ones(3, 10).bool()), (10,) * 3
-    )
+    predicting = streams.at((slice(None), slice(-1))).at(torch.ones(3, 10).bool())
+    return KLCurve(model, predicting, (10, 10, 10))
 
 
 @pytest.mark.parametrize("parameterization", ["residual", "raw"])
