@@ -45,8 +45,10 @@ class Reading:
     """The setting, such as `max_kl`."""
     limit: float
     value: float
-    told: str
-    """The value with its unit, its spread and what it was read on."""
+    short: str
+    """The value with its unit, for people."""
+    basis: str
+    """Its spread and what it was read on."""
     figures: dict[str, float]
     """The same for logs."""
 
@@ -54,6 +56,9 @@ class Reading:
     def inside(self) -> bool:
         """Whether the value is at most the limit; one that is not a number is outside."""
         return self.value <= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.short}, {self.basis}"
 
 
 class Meter(Protocol):
@@ -82,9 +87,10 @@ class KLMeter:
         value = _agreed(curve.mean(by_row))
         spread = ""
         if found := interval(curve, by_row):
-            spread = f", 95% {found[0]:.4g}–{found[1]:.4g}"
-        told = f"KL {value:.4g} nats a token{spread}, on {curve.tokens:,} tokens of {self._source}"
-        return Reading("max_kl", self._limit, value, told, {"budget_kl": value})
+            spread = f"95% {found[0]:.4g}–{found[1]:.4g}, "
+        short = f"KL {value:.4g} nats a token"
+        basis = f"{spread}on {curve.tokens:,} tokens of {self._source}"
+        return Reading("max_kl", self._limit, value, short, basis, {"budget_kl": value})
 
 
 class DropMeter:
@@ -118,12 +124,13 @@ class DropMeter:
         base, now = self._base, self._score(policy, 1.0)
         lost = [100 * (b - p) for b, p in zip(base.items, now.items, strict=True)]
         value, error = _agreed(fmean(lost)), _agreed(stdev(lost) / math.sqrt(len(lost)))
-        told = (
-            f"drop {value:.2f} ± {error:.2f} points (paired standard error), {now.metric} "
-            f"{base.value:.1%} to {now.value:.1%} on {len(lost):,} items of {now.task}"
+        short = f"drop {value:.2f} ± {error:.2f} points"
+        basis = (
+            f"paired standard error, {now.metric} {base.value:.1%} to {now.value:.1%} on "
+            f"{len(lost):,} items of {now.task}"
         )
         figures = {"budget_drop": value, "budget_drop_se": error}
-        return Reading("max_drop", self._limit, value, told, figures)
+        return Reading("max_drop", self._limit, value, short, basis, figures)
 
 
 def _agreed(value: float) -> float:
@@ -228,11 +235,11 @@ class Budget(TrainerCallback):  # type: ignore[misc,unused-ignore]
     def summary(self) -> str:
         """Return in a sentence whether a budget was passed, when, and what the adapter has now."""
         steps, of = self._steps
-        now = " and ".join(reading.told for reading in self._inside.readings)
+        now = " and ".join(map(str, self._inside.readings))
         if self._passed is None:
             names = " and ".join(f"{r.budget} {r.limit:g}" for r in self._inside.readings)
             return f"{names} not reached in {steps} of {of} steps: {now}"
-        over = " and ".join(f"{r.budget} {r.limit:g} ({r.told})" for r in self._passed.over)
+        over = " and ".join(f"{r.budget} {r.limit:g} ({r.short})" for r in self._passed.over)
         return f"step {self._passed.step} of {of} passed {over}; stopped and went back to {now}"
 
     def figures(self) -> dict[str, float]:
@@ -294,7 +301,7 @@ class Budget(TrainerCallback):  # type: ignore[misc,unused-ignore]
             reading = outside.over[0]
             raise TrainingError(
                 f"{reading.budget} {reading.limit:g}: step {outside.step} is far over it "
-                f"({reading.told}), and so is 1/{_PARTS} of the way there from the untrained "
+                f"({reading.short}), and so is 1/{_PARTS} of the way there from the untrained "
                 f"adapter; lower learning_rate or raise {reading.budget}."
             )
         put(part)
@@ -304,11 +311,11 @@ class Budget(TrainerCallback):  # type: ignore[misc,unused-ignore]
 def _refusal(found: _Check, reading: Reading) -> str:
     if found.step:
         return (
-            f"the checkpoint of step {found.step} is over it already ({reading.told}); resume from "
-            f"an earlier one or raise {reading.budget}."
+            f"the checkpoint of step {found.step} is over it already ({reading.short}); resume "
+            f"from an earlier one or raise {reading.budget}."
         )
     return (
-        f"the untrained policy is over it already ({reading.told}), because with this "
+        f"the untrained policy is over it already ({reading.short}), because with this "
         "parameterization and these alphas it is not the base; use parameterization=residual and "
         "alpha_0 = alpha_tilde."
     )

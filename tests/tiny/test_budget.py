@@ -31,7 +31,7 @@ from qadapter.stats import bootstrap_mean_interval
 from qadapter.train import QAdapterTrainer, prepare
 
 SAID = "the ferry leaves twice a day in summer and once in winter, when few people cross"
-LIMIT = 0.05
+LIMIT = 0.004
 """Nats a token; a run without a budget goes far past it."""
 
 
@@ -122,11 +122,11 @@ def test_a_run_stops_at_its_budget_and_keeps_weights_inside_and_near_it(
     printed = capsys.readouterr().out
     (line,) = [s for s in printed.splitlines() if s.startswith("budget  ")]
     assert f"of 18 passed max_kl {LIMIT:g} (KL " in line
-    assert "stopped and went back to KL 0.04" in line
+    assert "stopped and went back to KL 0.003" in line
     assert f"tokens of {text}" in line
     card = (out / "README.md").read_text()
     assert "Forgetting budget: " + line.removeprefix("budget  ") + "." in card
-    assert "| budget_kl | 0.04" in card
+    assert "| budget_kl | 0.003" in card
     step = int(line.split("step ")[1].split()[0])
     assert 0 < step < 18
     assert f"| budget_step | {step} |" in card
@@ -159,7 +159,8 @@ def test_no_checkpoint_is_outside_and_readings_are_logged_where_they_were_made(
 ) -> None:
     out = tmp_path / "out"
     options = f"--num_train_epochs 6 --max_kl {LIMIT} --budget_text {text} --logging_steps 1"
-    assert train(base, data, out, options, "--save_strategy steps --save_steps 3") == 0
+    slow = "--learning_rate 0.003 --save_strategy steps --save_steps 3"
+    assert train(base, data, out, options, slow) == 0
     checkpoints = sorted(out.glob("checkpoint-*"))
     assert len(checkpoints) > 1
     assert all(drift(path, text) <= LIMIT * (1 + 1e-4) for path in checkpoints)
@@ -198,7 +199,7 @@ def test_a_checkpoint_that_is_outside_is_not_gone_on_from(
     last = free / "checkpoint-18"
     resume = f"--resume_from_checkpoint {last}"
     assert train(base, data, tmp_path / "out", options, resume) == 2
-    assert "max_kl 0.05: the checkpoint of step 18 is over it already (KL " in told(capsys)
+    assert f"max_kl {LIMIT}: the checkpoint of step 18 is over it already (KL " in told(capsys)
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
@@ -237,6 +238,7 @@ def test_a_best_checkpoint_from_before_there_was_a_budget_is_taken_back(
     """The run that is resumed had no budget, and the best of its checkpoints is far outside."""
     watch = f"--eval_data {data} --eval_strategy steps --eval_steps 3 --save_strategy steps"
     watch += " --save_steps 3 --load_best_model_at_end true --metric_for_best_model loss"
+    watch += " --learning_rate 0.003"
     out = tmp_path / "out"
     assert train(base, data, out, "--num_train_epochs 6", watch) == 0
     outside = drift(out, text)
@@ -275,7 +277,7 @@ class Scripted:
     def read(self, policy: Policy) -> Reading:
         value = self.values[min(self.calls, len(self.values) - 1)]
         self.calls += 1
-        return Reading("max_drop", 1.0, value, f"drop {value}", {"budget_drop": value})
+        return Reading("max_drop", 1.0, value, f"drop {value}", "a script", {"budget_drop": value})
 
 
 def scripted(base: str, data: str, out: Path, *values: float) -> tuple[QAdapterTrainer, Budget]:
@@ -313,7 +315,7 @@ def test_nothing_nearer_than_the_last_weights_inside_keeps_those(
     now = run.model.adapter_parameters()
     assert all(torch.equal(now[name], p) for name, p in kept[0].items())
     assert found.summary() == (
-        "step 4 of 12 passed max_drop 1 (drop 2.0); stopped and went back to drop 0.5"
+        "step 4 of 12 passed max_drop 1 (drop 2.0); stopped and went back to drop 0.5, a script"
     )
     assert found.figures() == {"budget_drop": 0.5, "budget_step": 4}
 
@@ -566,17 +568,12 @@ def test_kl_is_convex_and_does_not_fall_along_the_strength(
 
 def test_unequal_alphas_move_the_least_kl_away_from_zero() -> None:
     """Why such artefacts are refused: more strength can be nearer to the base."""
-    curve = curve_of("llama", 0, alpha_0=0.25)
-    assert curve(0.0) > 0.01
-    aligned = tiny_adapter("llama", alpha_0=0.25)
-    # An adapter that restores what α0 took away: h_θ = h_1.
-    for parameter in aligned.adapter_parameters().values():
-        parameter.data.zero_()
-    same_states = Streams(curve.streams.base, curve.streams.base)
-    restored = KLCurve(aligned, same_states, curve.lengths)
-    assert restored(1.0) == pytest.approx(0.0, abs=1e-5)
-    raw = KLCurve(tiny_adapter("llama", alpha_0=0.25, parameterization="raw"), same_states, (30,))
-    assert raw(0.25) == pytest.approx(0.0, abs=1e-5) < raw(0.0)
+    base = curve_of("llama", 0).streams.base
+    model = tiny_adapter("llama", alpha_0=0.25, parameterization="raw")
+    # Q̂ = z_1 here, so strength 0.25 gives back what α0 took away: (0.25 + 0.25) / 0.5 = 1.
+    curve = KLCurve(model, Streams(base, base), (30,))
+    assert curve(0.25) == pytest.approx(0.0, abs=1e-5)
+    assert curve(0.0) > 1e-3
 
 
 # ── statistics ──────────────────────────────────────────────────────────────────────────────────
