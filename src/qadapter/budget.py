@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from qadapter.errors import ArtefactError, ConfigError, TrainingError
+from qadapter.model import QAdapterModel
 from qadapter.policy import KLCurve, Policy
 from qadapter.stats import bootstrap_mean_interval
 
@@ -227,7 +228,7 @@ class Budget(TrainerCallback):  # type: ignore[misc,unused-ignore]
         # Early stopping ends between two checks, and may have put back an older checkpoint.
         self._check(args, state, control, again=args.load_best_model_at_end)
         self._steps = state.global_step, state.max_steps
-        if self._passed is not None:
+        if self._passed is not None and state.is_world_process_zero:
             _log.warning("%s", self.summary())
 
     # ── what it comes to ────────────────────────────────────────────────────────────────────────
@@ -250,7 +251,7 @@ class Budget(TrainerCallback):  # type: ignore[misc,unused-ignore]
     # ── readings and weights ────────────────────────────────────────────────────────────────────
 
     def _read(self, step: int) -> _Check:
-        with _undisturbed(self._policy):
+        with _evaluating(self._policy.model):
             return _Check(step, tuple(meter.read(self._policy) for meter in self._meters))
 
     def _note(self, control: Any, check: _Check) -> None:
@@ -322,17 +323,14 @@ def _refusal(found: _Check, reading: Reading) -> str:
 
 
 @contextmanager
-def _undisturbed(policy: Policy) -> Iterator[None]:
-    """Put the model into eval mode, and leave it and the random numbers as they were."""
-    model = policy.model
+def _evaluating(model: QAdapterModel) -> Iterator[None]:
+    """Put the model into eval mode for the block, without dropout."""
     training = model.training
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        model.eval()
-        try:
-            yield
-        finally:
-            model.train(training)
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 @dataclass(frozen=True)

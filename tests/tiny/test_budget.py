@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -336,6 +338,18 @@ def test_going_back_takes_eight_readings_at_most(base: str, data: str, tmp_path:
     run.train()
     (meter,) = found._meters
     assert meter.calls == 3 + 8
+
+
+def test_two_processes_decide_alike(base: str, data: str, text: str, tmp_path: Path) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    program = str(Path(__file__).with_name("two_processes.py"))
+    words = [base, data, text, str(tmp_path), str(LIMIT)]
+    done = subprocess.run(
+        [sys.executable, *torchrun, program, *words], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 processes, equal: True | step 4 of 18 passed max_kl 0.004 (KL " in done.stdout
+    assert "went back to KL 0.003" in done.stdout
 
 
 def test_a_trainer_without_its_budget_is_refused(
