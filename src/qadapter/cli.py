@@ -31,6 +31,7 @@ Teach an aligned language model a new preference without losing what it knows.
   qadapter tune DIR --max-kl 0.05 --text F           the largest strength that drifts no further
   qadapter generate DIR --prompts F --output F2      answer a file of prompts
   qadapter explain DIR pairs.jsonl --output F.html   which tokens the preference rewards
+  qadapter evaluate DIR --tasks arc_easy,ifeval      what it still knows, by any task of lm-eval
 
 Every command answers --help. Bad input is told in one sentence with exit code 2; --debug, before
 the command, shows the traceback.
@@ -62,19 +63,23 @@ def _level(text: str) -> float:
 
 
 def _add_policy(parser: argparse.ArgumentParser, *, strength: bool = True) -> None:
+    _add_adapter(parser, strength=strength)
+    parser.add_argument("--device", help="cuda, mps, cpu; default the first there is")
+
+
+def _add_adapter(parser: argparse._ActionsContainer, *, strength: bool = True) -> None:
     parser.add_argument("adapter", help="directory that `qadapter train` wrote")
     parser.add_argument("--base", help="where the base is, if not where the artefact says")
     if strength:
         parser.add_argument("--strength", type=_level, default=1.0, help="0 the base, 1 the policy")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--device", help="cuda, mps, cpu; default the first there is")
     parser.add_argument(
         "--no-check-base", action="store_true", help="accept another base, tokenizer or template"
     )
     _add_trust(parser)
 
 
-def _add_trust(parser: argparse.ArgumentParser) -> None:
+def _add_trust(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="let the base run code that comes with it"
     )
@@ -82,22 +87,15 @@ def _add_trust(parser: argparse.ArgumentParser) -> None:
 
 def _load_policy(args: argparse.Namespace) -> Policy:
     import torch
-    from accelerate import PartialState
 
+    from qadapter import hub
     from qadapter.policy import Policy
 
-    device = args.device or PartialState().device
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:
-        raise ConfigError(
-            f"--device: {device} is not to be had ({error}); leave it out."
-        ) from error
     return Policy.from_pretrained(
         args.adapter,
         args.base,
         dtype=getattr(torch, args.dtype),
-        device=device,
+        device=hub.pick_device(args.device),
         check_base=not args.no_check_base,
         trust_remote_code=args.trust_remote_code,
     )
@@ -331,6 +329,35 @@ def _explain(args: argparse.Namespace) -> None:
     print(f"{html.count('<section>')} pairs explained in {args.output}")
 
 
+def _evaluate(argv: Sequence[str]) -> None:
+    from qadapter import evaluate
+
+    parser = evaluate.harness_parser()
+    parser.prog = "qadapter evaluate"
+    parser.usage = "%(prog)s adapter [options below, and any of lm-eval's]"
+    parser.description = (
+        "Run lm-eval's tasks on the composed policy. All of lm-eval's options work; the model is "
+        "the adapter. --suite-data D adds tasks on local files: local_piqa, local_arc_easy, "
+        "local_lambada, local_perplexity and local_ifeval, all of them unless --tasks names some."
+    )
+    parser.epilog = None
+    ours = parser.add_argument_group("qadapter")
+    _add_adapter(ours)
+    ours.add_argument("--suite", choices=["local", "paper"], help="a set of tasks")
+    ours.add_argument("--suite-data", metavar="D", help="directory of the local suite's files")
+    options = parser.parse_args(list(argv))
+    taken = vars(options)
+    model = {
+        "pretrained": taken.pop("adapter"),
+        "strength": taken.pop("strength"),
+        "base": taken.pop("base"),
+        "dtype": taken.pop("dtype"),
+        "check_base": not taken.pop("no_check_base"),
+    }
+    suite, data = taken.pop("suite"), taken.pop("suite_data")
+    evaluate.run_harness(options, model, suite=suite, suite_data=data)
+
+
 def _demo(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -423,8 +450,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", default="runs/demo", help="directory for the adapter")
     demo.set_defaults(run=_demo)
 
-    # Its flags are QAdapterConfig's fields; `main` hands them over before this parser runs.
+    # `main` hands these over before this parser runs: the flags of one are QAdapterConfig's fields,
+    # those of the other lm-eval's.
     commands.add_parser("train", help="learn a Q-adapter from preference pairs", add_help=False)
+    commands.add_parser("evaluate", help="run lm-eval's tasks on a policy", add_help=False)
 
     check = commands.add_parser("check", help="audit preference data")
     check.add_argument("data", help="file, directory or Hub name")
@@ -487,8 +516,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not debug:  # what other packages tell each other through the user
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
-        if words[int(debug) : int(debug) + 1] == ["train"]:
-            _train(words[int(debug) + 1 :])
+        command, *rest = words[int(debug) :] or [""]
+        if command == "train":
+            _train(rest)
+        elif command == "evaluate":
+            _evaluate(rest)
         else:
             args = _parser().parse_args(words)
             args.run(args)
