@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
@@ -19,12 +20,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from qadapter.errors import ArtefactError, ConfigError, TrainingError
+from qadapter.evaluate import TaskScore, evaluate_tasks
 from qadapter.model import QAdapterModel
 from qadapter.policy import KLCurve, Policy
 from qadapter.stats import bootstrap_mean_interval
-
-if TYPE_CHECKING:
-    from qadapter.evaluate import TaskScore
+from qadapter.suite import file_task
 
 _log = logging.getLogger(__name__)
 
@@ -74,15 +74,17 @@ class KLMeter:
 
     Args:
         limit: the budget.
-        rows: the text's tokens, as `Policy.text_rows` makes them.
+        texts: joined, of which 4,096 tokens are read, in rows evenly spread.
         source: what the text is, for people.
     """
 
-    def __init__(self, limit: float, rows: Sequence[Sequence[int]], source: str) -> None:
-        self._limit, self._rows, self._source = limit, thinned(rows, _TOKENS), source
+    def __init__(self, limit: float, texts: Sequence[str], source: str) -> None:
+        self._limit, self._texts, self._source = limit, texts, source
+        self._rows: list[Sequence[int]] = []
 
     def read(self, policy: Policy) -> Reading:
         """Return the reading; its 95% interval is over rows, since tokens of one text are alike."""
+        self._rows = self._rows or thinned(policy.text_rows(self._texts), _TOKENS)
         curve = policy.kl_curve(self._rows)
         by_row = curve.by_row(1.0)
         value = _agreed(curve.mean(by_row))
@@ -99,22 +101,24 @@ class DropMeter:
 
     Args:
         limit: the budget.
-        task: the name of an lm-eval task, or the configuration of one.
+        task: a file as `suite.file_task` takes it (.jsonl, .txt), or lm-eval's name of a task.
         items: the task's first so many items are scored, the same for both.
+
+    Raises:
+        DataError: the file cannot be read or has other rows.
     """
 
-    def __init__(self, limit: float, task: str | dict[str, Any], items: int) -> None:
-        self._limit, self._task, self._items = limit, task, items
+    def __init__(self, limit: float, task: str, items: int) -> None:
+        self._limit, self._source, self._items = limit, task, items
+        self._task = file_task(task) if Path(task).suffix in (".jsonl", ".txt") else task
         self._base: TaskScore | None = None
 
     def _score(self, policy: Policy, strength: float) -> TaskScore:
-        from qadapter.evaluate import evaluate_tasks
-
         score = evaluate_tasks(policy, [self._task], strength=strength, limit=self._items)[0]
-        if not score.higher_is_better or not all(0 <= item <= 1 for item in score.items):
+        if not (score.higher_is_better and score.items and all(0 <= i <= 1 for i in score.items)):
             raise ConfigError(
-                f"drop_task: {score.task} is scored by {score.metric}, which is no share of right "
-                "answers; name a multiple-choice or last-word task."
+                f"drop_task: {self._source} is scored by {score.metric}, which is no share of "
+                "right answers; name a multiple-choice or last-word task."
             )
         return score
 
@@ -128,7 +132,7 @@ class DropMeter:
         short = f"drop {value:.2f} ± {error:.2f} points"
         basis = (
             f"paired standard error, {now.metric} {base.value:.1%} to {now.value:.1%} on "
-            f"{len(lost):,} items of {now.task}"
+            f"{len(lost):,} items of {self._source}"
         )
         figures = {"budget_drop": value, "budget_drop_se": error}
         return Reading("max_drop", self._limit, value, short, basis, figures)

@@ -199,12 +199,35 @@ def local_suite(directory: str | Path, tasks: Sequence[str] = LOCAL_SUITE) -> li
     """
     if unknown := [name for name in tasks if name not in _TASKS]:
         raise ConfigError(f"{unknown[0]}: is not one of {', '.join(LOCAL_SUITE)}.")
-    return [_local_task(name, Path(directory)) for name in tasks]
+    return [_task_on(name, _the_file(Path(directory), _TASKS[name][0], name)) for name in tasks]
 
 
-def _local_task(name: str, directory: Path) -> dict[str, Any]:
-    patterns, config, wrong = _TASKS[name]
-    path = _the_file(directory, patterns, name)
+def file_task(path: str | Path) -> dict[str, Any]:
+    """Return the lm-eval task configuration of one file, all of it read and checked.
+
+    A file that is named as one of `local_suite` is that task; another has the rows of
+    `arc_easy.jsonl` or of `lambada*.jsonl`, and is scored as they are.
+
+    Raises:
+        DataError: the file cannot be read or has other rows.
+        ConfigError: what IFEval needs is not installed.
+    """
+    path = Path(path)
+    for name, (patterns, _, _) in _TASKS.items():
+        if any(path.match(pattern) for pattern in patterns):
+            return _task_on(name, path)
+    _, first = next(read_jsonl(path), (0, None))
+    for field, name in (("choices", "local_arc_easy"), ("continuation", "local_lambada")):
+        if isinstance(first, dict) and field in first:
+            return _task_on(name, path)
+    raise DataError(
+        f"{path}: has neither 'choices' nor 'continuation'; give query, choices and gold, or "
+        "context and continuation."
+    )
+
+
+def _task_on(name: str, path: Path) -> dict[str, Any]:
+    _, config, wrong = _TASKS[name]
     made = config()  # first: the checks of IFEval are its own
     _check_file(path, wrong)
     return {

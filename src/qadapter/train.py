@@ -456,7 +456,7 @@ def prepare(config: QAdapterConfig) -> Prepared:
     pairs = read_pairs(config.data)
     train_pairs = list(pairs if config.max_pairs is None else islice(pairs, config.max_pairs))
     eval_pairs = list(read_pairs(config.eval_data)) if config.eval_data else []
-    anchor_texts, general = _texts(config)
+    anchor_texts, meters = _budgeted(config)
     # The base comes after the data: a bad row is told in a second, not in a minute.
     base = hub.load_base(
         config.model,
@@ -493,27 +493,26 @@ def prepare(config: QAdapterConfig) -> Prepared:
         trunk=config.trunk,
     )
     pad_id = cast(int, tokenizer.pad_token_id)
-    budget = _budget(config, Policy(model, tokenizer), general)
+    # Made in any case: it ends training mode, in which trying the model out would draw dropout.
+    policy = Policy(model, tokenizer)
+    budget = Budget(policy, meters) if meters else None
     return Prepared(model, train_set, eval_set, anchors, pad_id, dropped, budget)
 
 
-def _texts(config: QAdapterConfig) -> tuple[list[str], list[str]]:
-    """Return the texts to anchor on and those to measure `max_kl` on; none is both."""
+def _budgeted(config: QAdapterConfig) -> tuple[list[str], list[Meter]]:
+    """Return the texts to anchor on, and what reads the budgets, on none of those texts."""
     anchors = read_texts(config.anchor_data) if config.anchor_data else []
-    if config.max_kl is None:
-        return anchors, []
-    return (anchors, read_texts(config.budget_text)) if config.budget_text else hold_out(anchors)
-
-
-def _budget(config: QAdapterConfig, policy: Policy, general: list[str]) -> Budget | None:
     meters: list[Meter] = []
     if config.max_kl is not None:
-        held_out = f"{len(general)} texts held out of {config.anchor_data}"
-        source = config.budget_text or held_out
-        meters.append(KLMeter(config.max_kl, policy.text_rows(general), source))
+        if config.budget_text:
+            general, source = read_texts(config.budget_text), config.budget_text
+        else:
+            anchors, general = hold_out(anchors)
+            source = f"{len(general)} texts held out of {config.anchor_data}"
+        meters.append(KLMeter(config.max_kl, general, source))
     if config.max_drop is not None and config.drop_task is not None:
         meters.append(DropMeter(config.max_drop, config.drop_task, config.drop_limit))
-    return Budget(policy, meters) if meters else None
+    return anchors, meters
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from qadapter.errors import ArtefactError, ConfigError, TrainingError
 from qadapter.model import Streams
 from qadapter.policy import KLCurve, Policy
 from qadapter.stats import bootstrap_mean_interval
+from qadapter.suite import file_task
 from qadapter.train import QAdapterTrainer, prepare
 
 SAID = "the ferry leaves twice a day in summer and once in winter, when few people cross"
@@ -373,6 +375,114 @@ def test_a_dry_run_takes_no_notice(
     assert not (tmp_path / "out").exists()
 
 
+# ── points on a task ────────────────────────────────────────────────────────────────────────────
+
+
+def right(adapter: Path, items: list[dict[str, Any]], strength: float) -> list[bool]:
+    """Answer multiple choices the plain way: the sum of log-probabilities of each choice."""
+    policy = Policy.from_pretrained(adapter)
+    found = []
+    for item in items:
+        sums = []
+        for choice in item["choices"]:
+            prompt = policy.tokenizer(item["query"] + "\nAnswer:")["input_ids"]
+            ids = torch.tensor([[*prompt, *policy.tokenizer(" " + choice)["input_ids"]]])
+            with torch.no_grad():
+                logits = policy.model(input_ids=ids, strength=strength).logits[0, :-1]
+            taken = logits.double().log_softmax(-1).gather(-1, ids[0, 1:, None])
+            sums.append(float(taken[len(prompt) - 1 :].sum()))
+        found.append(max(range(2), key=sums.__getitem__) == item["gold"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory: pytest.TempPathFactory, free: Path) -> str:
+    """Forty choices that the base makes rightly, so that every change of mind is a loss."""
+    draw = random.Random(0)
+
+    def word() -> str:
+        return "".join(draw.choices("abcdefgh", k=4))
+
+    rows = [{"query": f"Which, {i}?", "choices": [word(), word()], "gold": 0} for i in range(40)]
+    for row, well in zip(rows, right(free, rows, 0.0), strict=True):
+        row["gold"] = 0 if well else 1
+    path = tmp_path_factory.mktemp("items") / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def lost(adapter: Path, items: str) -> float:
+    """Measure the points lost on the first thirty items."""
+    rows = [json.loads(line) for line in Path(items).read_text().splitlines()][:30]
+    base, policy = (sum(right(adapter, rows, strength)) for strength in (0.0, 1.0))
+    assert base == 30
+    return 100 * (base - policy) / 30
+
+
+def test_a_run_stops_before_it_loses_more_points_than_it_may(
+    base: str,
+    data: str,
+    items: str,
+    free: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert lost(free, items) > 12
+    options = f"--num_train_epochs 6 --save_strategy no --max-drop 10 --drop-task {items}"
+    assert train(base, data, tmp_path / "out", options, "--drop-limit 30") == 0
+    kept = lost(tmp_path / "out", items)
+    assert 0 < kept <= 10
+    printed = capsys.readouterr().out
+    (line,) = [s for s in printed.splitlines() if s.startswith("budget  ")]
+    # Of thirty items all of which the base had right, so their spread follows from their share.
+    error = 100 * math.sqrt(kept / 100 * (1 - kept / 100) / 29)
+    assert (
+        f"went back to drop {kept:.2f} ± {error:.2f} points, paired standard error, acc 100" in line
+    )
+    assert line.endswith(f"on 30 items of {items}")
+
+
+def test_two_budgets_are_both_kept(
+    base: str, data: str, text: str, items: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = f"--num_train_epochs 6 --save_strategy no --max_kl {LIMIT} --budget_text {text}"
+    more = f"--max_drop 10 --drop_task {items} --drop_limit 30"
+    assert train(base, data, tmp_path / "out", options, more) == 0
+    assert drift(tmp_path / "out", text) <= LIMIT * (1 + 1e-4)
+    assert lost(tmp_path / "out", items) <= 10
+    printed = capsys.readouterr().out
+    assert " nats a token, 95% " in printed
+    assert " and drop " in printed
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(f"| {name} |" in card for name in ("budget_kl", "budget_drop", "budget_drop_se"))
+
+
+def test_scoring_a_task_leaves_training_as_it_is(
+    base: str, data: str, items: str, tmp_path: Path
+) -> None:
+    options = "--num_train_epochs 2 --save_strategy no --lora_dropout 0.2"
+    assert train(base, data, tmp_path / "free", options) == 0
+    limited = f"--max_drop 100 --drop_task {items} --drop_limit 4"
+    assert train(base, data, tmp_path / "limited", options, limited) == 0
+    assert same(tmp_path / "free", tmp_path / "limited")
+
+
+def test_a_file_is_known_by_its_name_or_its_rows(tmp_path: Path) -> None:
+    choice = '{"query": "q", "choices": ["a", "b"], "gold": 0}\n'
+    words = '{"context": "a b", "continuation": "c"}\n'
+    cases = {
+        "piqa.jsonl": (choice, "local_piqa"),
+        "own.jsonl": (choice, "local_arc_easy"),
+        "last.jsonl": (words, "local_lambada"),
+        "lambada.dev.jsonl": (words, "local_lambada"),
+    }
+    for name, (row, task) in cases.items():
+        (tmp_path / name).write_text(row)
+        found = file_task(tmp_path / name)
+        assert found["task"] == task
+        assert found["dataset_kwargs"] == {"data_files": {"test": str(tmp_path / name)}}
+
+
 # ── text ────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -435,6 +545,10 @@ def test_rows_are_thinned_evenly(n: int, width: int, tokens: int) -> None:
         ("--drop_task piqa", "max_drop and drop_task belong together"),
         ("--max_drop -1 --drop_task piqa", "max_drop: -1.0 must be from 0"),
         ("--max_drop 1 --drop_task piqa --drop_limit 1", "drop_limit: 1 must be at least 2"),
+        ("--max_drop 1 --drop_task missing.jsonl", "missing.jsonl: cannot be read"),
+        ("--max_drop 1 --drop_task odd.jsonl", "odd.jsonl: has neither 'choices' nor"),
+        ("--max_drop 1 --drop_task F.txt", "F.txt is scored by word_perplexity, which is no share"),
+        ("--max_drop 1 --drop_task no_such_task", "no_such_task"),
         ("--max_drop 1 --drop_task piqa --alpha_0 0.1", "alpha_0 0.1 is not alpha_tilde 0.5"),
     ],
 )
@@ -449,7 +563,9 @@ def test_settings_that_cannot_be_kept_are_told_in_a_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("F").write_text("some text\nand more\n")
+    Path("F.txt").write_text("some text\nand more\n")
     Path("short.txt").write_text("some text\n")
+    Path("odd.jsonl").write_text('{"text": "some"}\n')
     assert train(base, data, tmp_path / "out", words) == 2
     assert message in told(capsys)
     assert not (tmp_path / "out").exists()

@@ -34,7 +34,7 @@ def main(base: str, data: str, text: str, out: str, limit: str) -> None:
     assert run.budget is not None
     if dist.get_rank() > 0:  # it reads another KL, by which it must not decide
         (meter,) = run.budget._meters
-        meter._rows = meter._rows[:1]  # type: ignore[attr-defined]
+        meter._texts = meter._texts[:4]  # type: ignore[attr-defined]
     run.trainer(config).train()
     adapter = torch.cat([p.detach().flatten() for p in run.model.adapter_parameters().values()])
     all_of_them = [torch.empty_like(adapter) for _ in range(dist.get_world_size())]
