@@ -28,9 +28,11 @@ Teach an aligned language model a new preference without losing what it knows.
   qadapter train --data prefs.jsonl --output DIR     learn a Q-adapter from them
   qadapter chat DIR --strength 0.7                   talk to it
   qadapter score DIR held_out.jsonl --json           how well it learned, how far it drifted
+  qadapter tune DIR --max-kl 0.05 --text F           the largest strength that drifts no further
   qadapter generate DIR --prompts F --output F2      answer a file of prompts
   qadapter explain DIR pairs.jsonl --output F.html   which tokens the preference rewards
   qadapter compare run.yaml                          what each method learns and forgets
+  qadapter evaluate DIR --tasks arc_easy,ifeval      what it still knows, by any task of lm-eval
 
 Every command answers --help. Bad input is told in one sentence with exit code 2; --debug, before
 the command, shows the traceback.
@@ -61,19 +63,24 @@ def _level(text: str) -> float:
     return number
 
 
-def _add_policy(parser: argparse.ArgumentParser) -> None:
+def _add_policy(parser: argparse.ArgumentParser, *, strength: bool = True) -> None:
+    _add_adapter(parser, strength=strength)
+    parser.add_argument("--device", help="cuda, mps, cpu; default the first there is")
+
+
+def _add_adapter(parser: argparse._ActionsContainer, *, strength: bool = True) -> None:
     parser.add_argument("adapter", help="directory that `qadapter train` wrote")
     parser.add_argument("--base", help="where the base is, if not where the artefact says")
-    parser.add_argument("--strength", type=_level, default=1.0, help="0 the base, 1 the policy")
+    if strength:
+        parser.add_argument("--strength", type=_level, default=1.0, help="0 the base, 1 the policy")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--device", help="cuda, mps, cpu; default the first there is")
     parser.add_argument(
         "--no-check-base", action="store_true", help="accept another base, tokenizer or template"
     )
     _add_trust(parser)
 
 
-def _add_trust(parser: argparse.ArgumentParser) -> None:
+def _add_trust(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="let the base run code that comes with it"
     )
@@ -81,22 +88,15 @@ def _add_trust(parser: argparse.ArgumentParser) -> None:
 
 def _load_policy(args: argparse.Namespace) -> Policy:
     import torch
-    from accelerate import PartialState
 
+    from qadapter import hub
     from qadapter.policy import Policy
 
-    device = args.device or PartialState().device
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:
-        raise ConfigError(
-            f"--device: {device} is not to be had ({error}); leave it out."
-        ) from error
     return Policy.from_pretrained(
         args.adapter,
         args.base,
         dtype=getattr(torch, args.dtype),
-        device=device,
+        device=hub.pick_device(args.device),
         check_base=not args.no_check_base,
         trust_remote_code=args.trust_remote_code,
     )
@@ -130,6 +130,8 @@ def _train(argv: Sequence[str]) -> None:
         print(f"dropped {len(sources)} pairs: {reason} (the first is {sources[0]})")
     for name, value in sorted(result.metrics.items()):
         print(f"{name:28} {value:.4g}")
+    if result.budget:
+        print(f"budget  {result.budget}")
     print(f"trained {result.trainable:,} parameters on {result.pairs} pairs; the base is unchanged")
     print(f"saved   {result.directory}\nnext    qadapter chat {result.directory}")
 
@@ -267,6 +269,31 @@ def _score(args: argparse.Namespace) -> None:
         print(f"{name:22} {value:.4f}" if isinstance(value, float) else f"{name:22} {value}")
 
 
+def _tune(args: argparse.Namespace) -> None:
+    from qadapter.budget import tune
+    from qadapter.data import read_texts
+
+    texts = read_texts(args.text)
+    found = tune(
+        _load_policy(args),
+        texts,
+        max_kl=args.max_kl,
+        max_strength=args.max_strength,
+        max_tokens=args.text_tokens,
+    )
+    following = f"qadapter chat {args.adapter} --strength {found.strength:g}"
+    if args.json:
+        print(json.dumps({**dataclasses.asdict(found), "next": following}, allow_nan=False))
+        return
+    spread = "of one window, so without an interval"
+    if found.kl_ci is not None:
+        spread = f"95% {found.kl_ci[0]:.4g}–{found.kl_ci[1]:.4g}"
+    print(f"strength {found.strength:g}, the largest up to {found.max_strength:g} that keeps to it")
+    print(f"KL       {found.kl:.4g} nats a token ({spread}) of at most {found.max_kl:g}")
+    print(f"         {found.kl_at_max:.4g} at strength {found.max_strength:g}")
+    print(f"read on  {found.tokens:,} tokens of {args.text}\nnext     {following}")
+
+
 def _generate(args: argparse.Namespace) -> None:
     from qadapter.data import read_prompts
     from qadapter.files import write_text
@@ -326,6 +353,35 @@ def _compare(args: argparse.Namespace) -> None:
             f"{len(found['failures'])} cells failed, as told above; run the command again to try "
             "them anew."
         )
+
+
+def _evaluate(argv: Sequence[str]) -> None:
+    from qadapter import evaluate
+
+    parser = evaluate.harness_parser()
+    parser.prog = "qadapter evaluate"
+    parser.usage = "%(prog)s adapter [options below, and any of lm-eval's]"
+    parser.description = (
+        "Run lm-eval's tasks on the composed policy. All of lm-eval's options work; the model is "
+        "the adapter. --suite-data D adds tasks on local files: local_piqa, local_arc_easy, "
+        "local_lambada, local_perplexity and local_ifeval, all of them unless --tasks names some."
+    )
+    parser.epilog = None
+    ours = parser.add_argument_group("qadapter")
+    _add_adapter(ours)
+    ours.add_argument("--suite", choices=["local", "paper"], help="a set of tasks")
+    ours.add_argument("--suite-data", metavar="D", help="directory of the local suite's files")
+    options = parser.parse_args(list(argv))
+    taken = vars(options)
+    model = {
+        "pretrained": taken.pop("adapter"),
+        "strength": taken.pop("strength"),
+        "base": taken.pop("base"),
+        "dtype": taken.pop("dtype"),
+        "check_base": not taken.pop("no_check_base"),
+    }
+    suite, data = taken.pop("suite"), taken.pop("suite_data")
+    evaluate.run_harness(options, model, suite=suite, suite_data=data)
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -420,8 +476,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", default="runs/demo", help="directory for the adapter")
     demo.set_defaults(run=_demo)
 
-    # Its flags are QAdapterConfig's fields; `main` hands them over before this parser runs.
+    # `main` hands these over before this parser runs: the flags of one are QAdapterConfig's fields,
+    # those of the other lm-eval's.
     commands.add_parser("train", help="learn a Q-adapter from preference pairs", add_help=False)
+    commands.add_parser("evaluate", help="run lm-eval's tasks on a policy", add_help=False)
 
     check = commands.add_parser("check", help="audit preference data")
     check.add_argument("data", help="file, directory or Hub name")
@@ -457,6 +515,17 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--max-length", type=_count, default=1024)
     score.set_defaults(run=_score)
 
+    tune = commands.add_parser("tune", help="the largest strength inside a forgetting budget")
+    _add_policy(tune, strength=False)
+    tune.add_argument(
+        "--max-kl", type=_level, required=True, help="KL(base || policy), nats a token"
+    )
+    tune.add_argument("--text", required=True, metavar="F", help="general text to read it on")
+    tune.add_argument("--max-strength", type=_level, default=1.0, help="look no further")
+    tune.add_argument("--text-tokens", type=_count, default=10_000, help="at most so many of it")
+    tune.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    tune.set_defaults(run=_tune)
+
     explain = commands.add_parser("explain", help="colour tokens by their reward, in a page")
     _add_policy(explain)
     explain.add_argument("data", help="preference pairs")
@@ -488,8 +557,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not debug:  # what other packages tell each other through the user
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
-        if words[int(debug) : int(debug) + 1] == ["train"]:
-            _train(words[int(debug) + 1 :])
+        command, *rest = words[int(debug) :] or [""]
+        if command == "train":
+            _train(rest)
+        elif command == "evaluate":
+            _evaluate(rest)
         else:
             args = _parser().parse_args(words)
             args.run(args)

@@ -118,6 +118,10 @@ def _bf16_supported() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+def _same(one: str, other: str) -> bool:
+    return Path(one).resolve() == Path(other).resolve()
+
+
 _POSITIVE = (
     "gradient_accumulation_steps",
     "per_device_eval_batch_size",
@@ -196,6 +200,25 @@ class QAdapterConfig(TrainingArguments):
         default=None, metadata={"help": "Texts on which the residual is pulled to zero."}
     )
     anchor_weight: float = field(default=1.0, metadata={"help": "Weight of the anchors' KL."})
+    max_kl: float | None = field(
+        default=None,
+        metadata={"help": "Stop inside this KL of base and policy, nats a token of general text."},
+    )
+    budget_text: str | None = field(
+        default=None,
+        metadata={
+            "help": "General text that max_kl is measured on; default a part of anchor_data that "
+            "is then not trained on."
+        },
+    )
+    max_drop: float | None = field(
+        default=None, metadata={"help": "Stop inside this loss on drop_task, percentage points."}
+    )
+    drop_task: str | None = field(
+        default=None,
+        metadata={"help": "What max_drop is measured on: a file of items, or an lm-eval task."},
+    )
+    drop_limit: int = field(default=500, metadata={"help": "Items of drop_task, from the first."})
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better one."}
     )
@@ -244,6 +267,7 @@ class QAdapterConfig(TrainingArguments):
         if not self.eval_data and (str(self.eval_strategy) != "no" or self.eval_on_start):
             raise ConfigError("eval_strategy: there is nothing to evaluate on; add --eval_data F.")
         self._check_trackers()
+        self._check_budget()
         if self.early_stopping_patience is not None:
             self._check_early_stopping(self.early_stopping_patience)
         if self.bf16 is None:
@@ -265,6 +289,35 @@ class QAdapterConfig(TrainingArguments):
                 raise ConfigError(f"report_to: {name!r} is no tracker; use one of {known}.")
             if name not in integrations.get_available_reporting_integrations():
                 raise ConfigError(f"report_to: {name} is not installed; run `pip install {name}`.")
+
+    def _check_budget(self) -> None:
+        if self.max_kl is not None and not 0 < self.max_kl < math.inf:
+            raise ConfigError(f"max_kl: {self.max_kl} must be above 0 and finite.")
+        if self.max_drop is not None and not 0 <= self.max_drop < math.inf:
+            raise ConfigError(f"max_drop: {self.max_drop} must be from 0 and finite.")
+        if self.max_kl is not None and not (self.budget_text or self.anchor_data):
+            raise ConfigError(
+                "max_kl: there is no general text to measure it on; add --budget_text F, or "
+                "--anchor_data F, a part of which is then held out."
+            )
+        if self.budget_text and self.max_kl is None:
+            raise ConfigError("budget_text: nothing is measured on it; add --max_kl 0.05.")
+        if self.budget_text and self.anchor_data and _same(self.budget_text, self.anchor_data):
+            raise ConfigError(
+                "budget_text: is anchor_data too, on which the policy is held to its base; leave "
+                "budget_text out, and a part of anchor_data is kept for it."
+            )
+        if (self.max_drop is None) != (self.drop_task is None):
+            raise ConfigError(
+                "max_drop and drop_task belong together; add --max_drop 1.0 or --drop_task F."
+            )
+        if self.drop_limit < 2:
+            raise ConfigError(f"drop_limit: {self.drop_limit} must be at least 2.")
+        if self.max_drop is not None and self.alpha_0 != self.alpha_tilde:
+            raise ConfigError(
+                f"max_drop: alpha_0 {self.alpha_0} is not alpha_tilde {self.alpha_tilde}, so "
+                "strength 0 is not the base to compare with; make them equal or use max_kl."
+            )
 
     def _check_early_stopping(self, patience: int) -> None:
         if patience < 1:

@@ -58,7 +58,7 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Time of the whole training, without loading and evaluation."""
+        """Time of the whole training, without loading, evaluation and readings of budgets."""
         return self.first.seconds + (self.epochs - 1) * (self.later or self.first).seconds
 
 
@@ -133,7 +133,8 @@ def estimate(config: QAdapterConfig) -> Estimate:
     run's largest micro-batch.
 
     Raises:
-        UserError: as `run_training` would before its first step.
+        UserError: as `run_training` would before its first step, but for a budget that the
+            untrained policy is over.
     """
     run = prepare(config)
     with tempfile.TemporaryDirectory() as directory:
@@ -161,11 +162,13 @@ def _tried(
         "load_best_model_at_end": False,
         "report_to": [],
         "disable_tqdm": True,
+        "max_kl": None,
+        "max_drop": None,
     }
     for name, value in settings.items():
         setattr(short, name, value)
     clock = Clock()
-    trainer = run.trainer(short, train_dataset=flat(spread), callbacks=[clock])
+    trainer = run.trainer(short, train_dataset=flat(spread), budget=None, callbacks=[clock])
     trainer.rows, trainer.cache_root = spread, directory
     trainer.train()
     peak = peak_memory()

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from qadapter.errors import ModelError, UserError
+from qadapter.errors import ConfigError, ModelError, UserError
 from qadapter.files import cache_dir, sha256, whole_directory
 
 if TYPE_CHECKING:
@@ -116,6 +116,24 @@ def _refusal(name: str, error: Exception) -> ModelError:
         f"{name}: cannot be loaded as a model ({reason}); give the embedded default "
         f"{DEFAULT_BASE!r}, a directory with safetensors weights, or a Hub name you can reach."
     )
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """Return the device of that name; default the first accelerator there is, else the CPU.
+
+    Raises:
+        ConfigError: it is not to be had.
+    """
+    import torch
+    from accelerate import PartialState
+
+    device = name or PartialState().device
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(
+            f"--device: {device} is not to be had ({error}); leave it out."
+        ) from error
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

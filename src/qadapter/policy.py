@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -67,6 +68,45 @@ class Drift:
     """Of the policy."""
     base_perplexity: float
     """Of the base."""
+
+
+@dataclass(frozen=True)
+class KLCurve:
+    """KL(π1 ‖ π_s) on one text as a function of s: the model has run, the head runs at each call.
+
+    In each state log π_s = (α0/α̃)·log π1 + s·Δ − const, where Δ(a) is the adapted logit less the
+    base's (residual), or the adapted logit over α̃ (raw). So KL(π1 ‖ π_s) is, up to a constant,
+    logsumexp_a[(α0/α̃)·log π1 + s·Δ] − s·E_π1[Δ]: convex in s. Where α0 = α̃ it is 0 at s = 0, its
+    least value, so it falls nowhere on s ≥ 0. A mean over states keeps all this.
+    """
+
+    model: QAdapterModel
+    streams: Streams
+    """`[N, D]`, final hidden states where a token is predicted."""
+    lengths: tuple[int, ...]
+    """Predicted tokens of each row; their sum is N."""
+
+    @property
+    def tokens(self) -> int:
+        """N, predicted tokens."""
+        return sum(self.lengths)
+
+    def by_row(self, strength: float) -> list[float]:
+        """Return the mean KL per token of each row, nats."""
+        adapted, base = (t.split(self.lengths) for t in (self.streams.adapted, self.streams.base))
+        with torch.no_grad():
+            return [
+                float(self.model.kl_from_base(Streams(*row), strength).double().mean())
+                for row in zip(adapted, base, strict=True)
+            ]
+
+    def __call__(self, strength: float) -> float:
+        """Return the mean KL per token, nats."""
+        return self.mean(self.by_row(strength))
+
+    def mean(self, by_row: Sequence[float]) -> float:
+        """Return the mean over tokens of what `by_row` returned."""
+        return math.fsum(map(operator.mul, by_row, self.lengths)) / self.tokens
 
 
 class Policy:
@@ -240,31 +280,59 @@ class Policy:
         Raises:
             DataError: the texts hold fewer than two tokens.
         """
+        rows = self.text_rows(texts, window=window)[: -(-max_tokens // min(window, self.context))]
+        kl = policy_nll = base_nll = 0.0
+        tokens = 0
+        for states, targets in self._read(rows, batch_size):
+            with torch.no_grad():
+                kl += float(self.model.kl_from_base(states, strength).double().sum())
+                policy_logits = partial(self.model.policy_logits, strength=strength)
+                policy_nll += _nll(policy_logits, states, targets)
+                with self.model.adapter_off():
+                    base_nll += _nll(lambda s: self.model.head(s.base), states, targets)
+            tokens += len(targets)
+        return Drift(
+            tokens, kl / tokens, math.exp(policy_nll / tokens), math.exp(base_nll / tokens)
+        )
+
+    def text_rows(self, texts: Sequence[str], *, window: int = 256) -> list[list[int]]:
+        """Return the texts' tokens, joined by newlines, in rows of `window`, the last shorter.
+
+        Raises:
+            DataError: the texts hold fewer than two tokens.
+        """
         window = min(window, self.context)
         joined = cast(list[int], self.tokenizer("\n".join(texts), verbose=False)["input_ids"])
-        rows = [joined[i : i + window] for i in range(0, min(len(joined), max_tokens), window)]
+        rows = [joined[i : i + window] for i in range(0, len(joined), window)]
+        # The first token of a row is not predicted.
         rows = [row for row in rows if len(row) > 1]
         if not rows:
             raise DataError("text: fewer than two tokens; give a longer text.")
-        kl = policy_nll = base_nll = 0.0
-        tokens = 0
+        return rows
+
+    def kl_curve(self, rows: Sequence[Sequence[int]], *, batch_size: int = 8) -> KLCurve:
+        """Return KL to the base on rows of tokens as a function of the strength.
+
+        It holds the hidden states, 2·D numbers a token, on the model's device.
+        """
+        streams = [states for states, _ in self._read(rows, batch_size)]
+        kept = Streams(
+            torch.cat([s.adapted for s in streams]), torch.cat([s.base for s in streams])
+        )
+        return KLCurve(self.model, kept, tuple(len(row) - 1 for row in rows))
+
+    def _read(
+        self, rows: Sequence[Sequence[int]], batch_size: int
+    ) -> Iterator[tuple[Streams, torch.Tensor]]:
+        """Yield each batch's states `[M, D]`, row after row, and the tokens `[M]` they predict."""
         for start in range(0, len(rows), batch_size):
             ids, mask = (
                 t.to(self.model.device) for t in pad_rows(rows[start : start + batch_size], 0)
             )
             with torch.no_grad():
                 streams = self.model.streams(ids, mask)
-                at, targets = mask[:, 1:].bool(), ids[:, 1:]
-                states = streams.at((slice(None), slice(-1))).at(at)
-                kl += float(self.model.kl_from_base(states, strength).double().sum())
-                policy_logits = partial(self.model.policy_logits, strength=strength)
-                policy_nll += _nll(policy_logits, states, targets[at])
-                with self.model.adapter_off():
-                    base_nll += _nll(lambda s: self.model.head(s.base), states, targets[at])
-            tokens += int(at.sum())
-        return Drift(
-            tokens, kl / tokens, math.exp(policy_nll / tokens), math.exp(base_nll / tokens)
-        )
+            at = mask[:, 1:].bool()
+            yield streams.at((slice(None), slice(-1))).at(at), ids[:, 1:][at]
 
 
 def _nll(

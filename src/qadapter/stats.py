@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -243,3 +243,22 @@ def _ratio(kl: Array, reference: Array) -> Array:
     """Return KL over the reference's; 1 where both are 0, inf where only the reference's is."""
     ratio = np.where(kl > 0, np.inf, 1.0)
     return np.divide(kl, reference, out=ratio, where=reference > 0)
+
+
+def bootstrap_mean_interval(
+    values: Sequence[float], weights: Sequence[float], *, draws: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Return the 95% percentile interval of a weighted mean, whole items redrawn (Efron 1979).
+
+    Raises:
+        ValueError: there are fewer than two items, of which no spread can be seen.
+    """
+    if len(values) < 2:
+        raise ValueError("an interval needs at least two items")
+    value, weight = np.asarray(values, float), np.asarray(weights, float)
+    # How often each item was drawn: a redrawn mean is then one product.
+    shares = np.full(len(value), 1 / len(value))
+    counts = np.random.default_rng(seed).multinomial(len(value), shares, size=draws)
+    means = counts @ (value * weight) / (counts @ weight)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)

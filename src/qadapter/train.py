@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_
 from transformers.trainer_utils import get_last_checkpoint
 
 from qadapter import files, hub
+from qadapter.budget import Budget, DropMeter, KLMeter, Meter, hold_out
 from qadapter.cache import Kept, Layout, TrunkCache
 from qadapter.config import QAdapterConfig
 from qadapter.data import TokenizedPair, read_pairs, read_texts, tokenize_pairs
@@ -34,6 +35,7 @@ from qadapter.objective import (
     pair_loss,
 )
 from qadapter.packing import PairCollator, collate_rows, fill_rows, pack_pairs, pad_rows
+from qadapter.policy import Policy
 
 _log = logging.getLogger(__name__)
 
@@ -72,8 +74,10 @@ class QAdapterTrainer(Trainer):
         eval_dataset: the same, or None.
         pad_id: token id that fills rows; its value never matters.
         anchors: token ids of general texts on which the residual is pulled to zero (METHOD §6).
+        budget: what ends the run before the policy is too far from its base, on this same model.
 
     Raises:
+        ConfigError: settings contradict each other, or ask for a budget that is not given.
         TrainingError: nothing is trainable; the loss is not finite; after training, the adapter
             did not change or the base did.
     """
@@ -87,6 +91,7 @@ class QAdapterTrainer(Trainer):
         eval_dataset: Sequence[TokenizedPair] | None = None,
         pad_id: int = 0,
         anchors: Sequence[Sequence[int]] = (),
+        budget: Budget | None = None,
         **kwargs: Any,
     ) -> None:
         if not any(p.requires_grad for p in model.adapter_parameters().values()):
@@ -97,6 +102,11 @@ class QAdapterTrainer(Trainer):
             raise ConfigError(
                 "tokens_per_batch: this base or objective cannot pack pairs; "
                 "use per_device_train_batch_size."
+            )
+        if budget is None and not (args.max_kl is None and args.max_drop is None):
+            raise ConfigError(
+                "max_kl, max_drop: the trainer was given nothing to read them on; pass budget=, as "
+                "`qadapter.train.prepare(config).trainer(config)` does."
             )
         collate = pack_pairs if packable(model) else PairCollator(pad_id)
         super().__init__(
@@ -109,6 +119,9 @@ class QAdapterTrainer(Trainer):
         )
         if model.device.type == "cpu":
             self.add_callback(_TrimHeap())
+        if budget is not None:
+            budget.log = self.log
+            self.add_callback(budget)
         # Both say: compute_loss has already divided by the whole accumulation window.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -391,6 +404,8 @@ class TrainResult:
     metrics: dict[str, float]
     trainable: int
     """Number of adapter parameters."""
+    budget: str | None = None
+    """What became of the forgetting budget, in a sentence; None where there was none."""
 
 
 @dataclass(frozen=True)
@@ -404,6 +419,7 @@ class Prepared:
     pad_id: int
     dropped: dict[str, list[str]]
     """Sources of the training pairs that were left out, by reason."""
+    budget: Budget | None = None
 
     def trainer(self, config: QAdapterConfig, **kwargs: Any) -> QAdapterTrainer:
         """Return a trainer of these; `kwargs` are passed on to it."""
@@ -415,6 +431,7 @@ class Prepared:
                 "eval_dataset": self.eval_set,
                 "pad_id": self.pad_id,
                 "anchors": self.anchors,
+                "budget": self.budget,
                 **kwargs,
             },
         )
@@ -439,6 +456,7 @@ def prepare(config: QAdapterConfig) -> Prepared:
     pairs = read_pairs(config.data)
     train_pairs = list(pairs if config.max_pairs is None else islice(pairs, config.max_pairs))
     eval_pairs = list(read_pairs(config.eval_data)) if config.eval_data else []
+    anchor_texts, meters = _budgeted(config)
     # The base comes after the data: a bad row is told in a second, not in a minute.
     base = hub.load_base(
         config.model,
@@ -458,7 +476,7 @@ def prepare(config: QAdapterConfig) -> Prepared:
     }
     train_set, dropped = tokenize_pairs(train_pairs, tokenizer, **limits)
     eval_set = tokenize_pairs(eval_pairs, tokenizer, **limits)[0] if eval_pairs else None
-    anchors = anchor_rows(read_texts(config.anchor_data), tokenizer) if config.anchor_data else []
+    anchors = anchor_rows(anchor_texts, tokenizer) if anchor_texts else []
     q_config = config.q_config(
         base_model=hub.portable_name(config.model),
         base_hash=hub.weights_hash(base),
@@ -475,7 +493,26 @@ def prepare(config: QAdapterConfig) -> Prepared:
         trunk=config.trunk,
     )
     pad_id = cast(int, tokenizer.pad_token_id)
-    return Prepared(model, train_set, eval_set, anchors, pad_id, dropped)
+    # Made in any case: it ends training mode, in which trying the model out would draw dropout.
+    policy = Policy(model, tokenizer)
+    budget = Budget(policy, meters) if meters else None
+    return Prepared(model, train_set, eval_set, anchors, pad_id, dropped, budget)
+
+
+def _budgeted(config: QAdapterConfig) -> tuple[list[str], list[Meter]]:
+    """Return the texts to anchor on, and what reads the budgets, on none of those texts."""
+    anchors = read_texts(config.anchor_data) if config.anchor_data else []
+    meters: list[Meter] = []
+    if config.max_kl is not None:
+        if config.budget_text:
+            general, source = read_texts(config.budget_text), config.budget_text
+        else:
+            anchors, general = hold_out(anchors)
+            source = f"{len(general)} texts held out of {config.anchor_data}"
+        meters.append(KLMeter(config.max_kl, general, source))
+    if config.max_drop is not None and config.drop_task is not None:
+        meters.append(DropMeter(config.max_drop, config.drop_task, config.drop_limit))
+    return anchors, meters
 
 
 @contextmanager
@@ -503,12 +540,15 @@ def run_training(config: QAdapterConfig) -> TrainResult:
             metrics = dict(result.metrics)
             if run.eval_set:
                 metrics.update(trainer.evaluate())
+            if run.budget:
+                metrics.update(run.budget.figures())
     finally:
         if new:
             _remove_if_empty(directory)
     run.model.save_pretrained(directory)
     trainable = sum(p.numel() for p in run.model.adapter_parameters().values())
-    outcome = TrainResult(directory, len(run.train_set), run.dropped, metrics, trainable)
+    told = run.budget.summary() if run.budget else None
+    outcome = TrainResult(directory, len(run.train_set), run.dropped, metrics, trainable, told)
     write_text(directory / "README.md", model_card(config, outcome))
     return outcome
 
@@ -546,6 +586,7 @@ def model_card(config: QAdapterConfig, result: TrainResult) -> str:
     """Return the artefact's README: what it is, how it was made, its figures, how to use it."""
     figures = "\n".join(f"| {k} | {v:.4g} |" for k, v in sorted(result.metrics.items()))
     drops = ", ".join(f"{len(v)} {k}" for k, v in result.dropped.items()) or "none"
+    budget = f"\n\nForgetting budget: {result.budget}." if result.budget else ""
     head = f"---\nlibrary_name: peft\nbase_model: {config.model}\ntags: [qadapter, lora]\n---\n"
     return (
         f"{head}\n# Q-adapter on {config.model}\n\n"
@@ -553,6 +594,6 @@ def model_card(config: QAdapterConfig, result: TrainResult) -> str:
         f"(dropped: {drops}), seed {config.seed}.\n\n"
         f"alpha_0 {config.alpha_0}, alpha_tilde {config.alpha_tilde}, gamma {config.gamma}, "
         f"beta {config.beta}, {config.parameterization}; {result.trainable:,} trained parameters."
-        f"\n\n| figure | value |\n|---|---|\n{figures}\n\n"
+        f"{budget}\n\n| figure | value |\n|---|---|\n{figures}\n\n"
         f"Use it: `qadapter chat {config.output_dir}`.\n"
     )

@@ -22,7 +22,7 @@ TARGETS = re.findall(r"(?:^    |`)make (\w+)", README, flags=re.MULTILINE)
 
 def test_the_commands_are_found() -> None:
     verbs = {shlex.split(command)[1] for command in COMMANDS}
-    assert verbs == {"check", "train", "chat", "generate", "score", "explain"}
+    assert verbs == {"check", "train", "chat", "generate", "score", "explain", "tune"}
     assert set(TARGETS) == {"install", "demo", "check", "test"}
 
 

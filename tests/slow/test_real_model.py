@@ -11,7 +11,8 @@ import torch
 
 from qadapter import hub
 from qadapter.cli import main
-from qadapter.data import read_pairs
+from qadapter.data import read_pairs, read_texts
+from qadapter.demo import shipped
 from qadapter.policy import Policy
 
 pytestmark = [
@@ -68,3 +69,21 @@ def test_train_reload_generate_evaluate(pairs: str, tmp_path: Path) -> None:
     with torch.no_grad():
         ours = policy.model(input_ids=ids, strength=0.0).logits
         assert torch.equal(ours, untouched(input_ids=ids).logits)
+
+
+def test_training_and_tuning_keep_to_a_budget(
+    pairs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, directory = shipped("general.txt"), str(tmp_path / "adapter")
+    words = ["train", "--data", pairs, "--output", directory, "--num_train_epochs", "20"]
+    words += ["--learning_rate", "1e-3", "--save_strategy", "no", "--disable_tqdm", "true"]
+    words += ["--alpha_0", "0.1", "--alpha_tilde", "0.1"]
+    assert main([*words, "--max-kl", "0.008", "--budget-text", text]) == 0
+    assert " of 20 passed max_kl 0.008 (KL 0.0" in capsys.readouterr().out
+    policy = Policy.from_pretrained(directory)
+    # Trained perhaps in bfloat16, whose rounding looks like a little more KL.
+    assert 0.006 < policy.drift(read_texts(text)).kl < 0.0082
+    assert main(["tune", directory, "--max-kl", "0.002", "--text", text, "--json"]) == 0
+    strength = json.loads(capsys.readouterr().out)["strength"]
+    found = [policy.drift(read_texts(text), strength=s).kl for s in (strength, strength + 0.002)]
+    assert found[0] <= 0.002 * (1 + 1e-4) < found[1] * (1 + 2e-4)

@@ -1,0 +1,306 @@
+"""Evaluation by lm-eval: each of its tasks on the composed policy, and its program with our model.
+
+lm-eval is an extra and takes seconds to import; importing this module does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import numbers
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from qadapter import hub
+from qadapter.config import QConfig
+from qadapter.errors import ConfigError, UserError
+from qadapter.policy import Policy
+from qadapter.suite import LOCAL_SUITE, installed, local_suite, supply_sentences
+
+PAPER_SUITE = ("mmlu", "mmlu_pro", "gsm8k", "bbh", "ifeval")
+"""The five benchmarks of arXiv:2407.03856 as lm-eval names them; their data come from the Hub."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What a policy scores on one task, or on one group of tasks."""
+
+    task: str
+    """Its name."""
+    metric: str
+    """lm-eval's name of the first metric that the task lists."""
+    value: float
+    """The metric over all items, as lm-eval aggregates them."""
+    stderr: float | None
+    """Its standard error, where lm-eval has one."""
+    n: int
+    """Documents."""
+    higher_is_better: bool
+    """Direction of the metric."""
+    items: tuple[float, ...]
+    """The metric of each document, in order (a group's tasks one after another), for paired tests.
+
+    For perplexities the log-likelihood of each document, in nats. Empty where the metric has no
+    number for a single document, such as BLEU or F1."""
+
+
+def evaluate_tasks(
+    policy: Policy,
+    tasks: Sequence[str | dict[str, Any]],
+    *,
+    strength: float = 1.0,
+    limit: int | None = None,
+    batch_size: int = 8,
+    apply_chat_template: bool = False,
+    num_fewshot: int | None = None,
+) -> list[TaskScore]:
+    """Return the score of each task at a strength, in order; a group of tasks gives one score.
+
+    Random states are as lm-eval seeds them, and afterwards as they were.
+
+    Args:
+        tasks: lm-eval's names of tasks, groups or tags, paths of its YAML files, or task
+            configurations, such as those of `local_suite`.
+        limit: only the first so many documents of each task.
+        batch_size: requests run at a time.
+        apply_chat_template: make each prompt a conversation, its few-shot examples earlier turns.
+        num_fewshot: examples before each prompt; default what the task says. As in lm-eval, a task
+            that says 0 keeps it.
+
+    Raises:
+        ConfigError: lm-eval is not installed, has no such task, or cannot run it with these
+            settings or data.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit: {limit} must be at least 1.")
+    if not tasks:
+        return []
+    # What lm-eval prints as it goes is not the caller's output.
+    with _told(), _seeded(policy.model.device), redirect_stdout(sys.stderr):
+        with installed():
+            from lm_eval import evaluate
+            from lm_eval.tasks import TaskManager
+
+            from qadapter.lm import QAdapterLM
+
+        lm = QAdapterLM(policy, strength=strength, batch_size=batch_size)
+        # Reading the thousands of tasks that come with lm-eval takes longer than a small task.
+        manager = TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))
+        # A copy: loading changes configurations.
+        parts = [manager.load([copy.deepcopy(task)]) for task in tasks]
+        whole = {k: {n: x for part in parts for n, x in part[k].items()} for k in parts[0]}
+        for task in whole["tasks"].values():
+            _set_fewshot(task, num_fewshot)
+        found = evaluate(
+            lm,
+            whole,
+            limit=limit,
+            bootstrap_iters=1000,
+            apply_chat_template=apply_chat_template,
+            fewshot_as_multiturn=apply_chat_template,
+        )
+    _say_which_sentences()
+    return [score for part in parts for score in _scores(part, found)]
+
+
+def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
+    """Set the number of examples by lm-eval's own rule."""
+    usual = task.get_config("num_fewshot")
+    if usual is None or (num_fewshot is not None and usual != 0):
+        task.set_config(key="num_fewshot", value=num_fewshot or 0)
+    task.set_fewshot_seed(seed=1234)
+
+
+def _scores(part: dict[str, Any], found: dict[str, Any]) -> Iterator[TaskScore]:
+    """Yield the scores of one loaded name: of its group if that has one, else of each task."""
+    group = next(iter(part["groups"]), None)
+    if group is not None and group in found.get("groups", {}):
+        yield _score(group, found["groups"][group], list(part["tasks"].values()), found)
+    else:
+        for name, task in part["tasks"].items():
+            yield _score(name, found["results"][name], [task], found)
+
+
+def _score(
+    name: str, result: dict[str, Any], tasks: Sequence[Any], found: dict[str, Any]
+) -> TaskScore:
+    wanted = next(iter(tasks[0].aggregation()), None)
+    keys = [key for key in result if "," in key and "_stderr," not in key]
+    key = next((key for key in keys if key.split(",")[0] == wanted), keys[0])
+    metric, filtered = key.split(",", 1)
+    stderr = result.get(f"{metric}_stderr,{filtered}")
+    names = [task.task_name for task in tasks]
+    items = [
+        _item(sample[metric])
+        for task in names
+        for sample in found["samples"][task]
+        if sample["filter"] == filtered
+    ]
+    return TaskScore(
+        task=name,
+        metric=metric,
+        value=float(result[key]),
+        stderr=stderr if isinstance(stderr, float) else None,
+        n=sum(found["n-samples"][task]["effective"] for task in names),
+        higher_is_better=bool(found["higher_is_better"][names[0]].get(metric, True)),
+        items=tuple(item for item in items if item is not None) if None not in items else (),
+    )
+
+
+def _item(value: Any) -> float | None:
+    if isinstance(value, tuple) and isinstance(value[0], float):  # log-likelihood and its weight
+        value = value[0]
+    return float(value) if isinstance(value, numbers.Real | np.bool_) else None
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Turn what lm-eval, datasets, jinja2 and each task raise of their own into a ConfigError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:400]
+        raise ConfigError(
+            f"lm-eval cannot run this ({type(error).__name__}: {said}); mend what it names, or see "
+            "where it happened by `qadapter --debug evaluate …`."
+        ) from error
+
+
+@contextmanager
+def _seeded(device: torch.device) -> Iterator[None]:
+    """Seed as lm-eval's program does, and give the caller its random states back."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        random.seed(0)
+        np.random.seed(1234)
+        torch.manual_seed(1234)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+@cache
+def _warn_of_sentences() -> None:
+    _log.warning(
+        "IFEval counted sentences by nltk's untrained tokenizer, which ends one after every full "
+        "stop: punkt_tab is not on this machine; `python -m nltk.downloader punkt_tab` gets it."
+    )
+
+
+def _say_which_sentences() -> None:
+    if supply_sentences() and any("ifeval.instructions_util" in name for name in sys.modules):
+        _warn_of_sentences()
+
+
+# ── lm-eval's program ───────────────────────────────────────────────────────────────────────────
+
+
+def harness_parser() -> argparse.ArgumentParser:
+    """Return lm-eval's own parser of a run, to which a command may add flags.
+
+    Raises:
+        ConfigError: lm-eval is not installed.
+    """
+    with installed():
+        from lm_eval._cli.run import Run
+    commands = argparse.ArgumentParser().add_subparsers()
+    Run.create(commands)
+    parser: argparse.ArgumentParser = commands.choices["run"]
+    return parser
+
+
+def run_harness(
+    options: argparse.Namespace,
+    model: dict[str, Any],
+    *,
+    suite: str | None = None,
+    suite_data: str | None = None,
+) -> None:
+    """Do what lm-eval's program does with parsed options, on the policy that `model` describes.
+
+    Args:
+        options: what `harness_parser` parsed; the model is left to us.
+        model: arguments of `QAdapterLM`.
+        suite: "local" or "paper"; default "local" where its data are given and no task is one of
+            it.
+        suite_data: directory of the local suite's files.
+
+    Raises:
+        UserError: an option, a task, the adapter or its data cannot be used.
+    """
+    with _told():
+        with installed():
+            from lm_eval._cli.run import Run
+            from lm_eval.config.evaluate_config import EvaluatorConfig
+            from lm_eval.utils import setup_logging
+
+            import qadapter.lm  # noqa: F401  # which lm-eval then knows
+        setup_logging()
+        QConfig.load(model["pretrained"])  # before lm-eval reads its thousands of tasks
+        written = EvaluatorConfig.load_yaml_config(options.config) if options.config else {}
+        if options.model or "model" in written:
+            raise ConfigError("--model: the model is the adapter; leave it out.")
+        if options.limit is not None and options.limit <= 0:
+            raise ConfigError(f"--limit: {options.limit:g} must be above 0.")
+        more = {**(written.get("model_args") or {}), **(options.model_args or {})}
+        if taken := sorted(more.keys() & model.keys()):
+            raise ConfigError(f"--model_args: {taken[0]!r} has a flag of its own; use that.")
+        # lm-eval's own default is a GPU, there or not.
+        options.device = str(hub.pick_device(options.device or written.get("device")))
+        options.model = "qadapter"
+        options.model_args = {**more, **{k: v for k, v in model.items() if v is not None}}
+        names = _task_names(options.tasks or written.get("tasks") or [], suite, suite_data)
+        local = local_suite(suite_data or "", [name for name in names if name in LOCAL_SUITE])
+        with TemporaryDirectory() as directory:
+            for config in local:
+                text = yaml.dump(config, Dumper=_TaskDumper)
+                (Path(directory) / f"{config['task']}.yaml").write_text(text, encoding="utf-8")
+            theirs = options.include_path or written.get("include_path")
+            options.include_path = [path for path in (theirs, directory) if path]
+            options.tasks = names
+            Run._execute(options)
+    _say_which_sentences()
+
+
+def _task_names(asked: str | list[str], suite: str | None, suite_data: str | None) -> list[str]:
+    names = asked.split(",") if isinstance(asked, str) else list(asked)
+    if suite is None and suite_data and not set(names) & set(LOCAL_SUITE):
+        suite = "local"
+    names += {"local": LOCAL_SUITE, "paper": PAPER_SUITE, None: ()}[suite]
+    if not names:
+        raise ConfigError("--tasks: none given; name some, or a --suite.")
+    local = next((name for name in names if name in LOCAL_SUITE), None)
+    if local and not suite_data:
+        raise ConfigError(f"{local}: reads a local file; say where by --suite-data D.")
+    if suite_data and not local:
+        raise ConfigError("--suite-data: belongs to --suite local; leave one out.")
+    return list(dict.fromkeys(names))
+
+
+class _TaskDumper(yaml.SafeDumper):
+    """YAML as lm-eval reads it: a function is `!function module.name`."""
+
+
+_TaskDumper.add_representer(
+    FunctionType,
+    lambda dumper, f: dumper.represent_scalar("!function", f"{f.__module__}.{f.__qualname__}"),
+)
