@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from qadapter.errors import UserError
 from qadapter.files import write_text
 
 
@@ -99,14 +100,13 @@ class _Work:
         from accelerate import PartialState
 
         from qadapter import hub
-        from qadapter.config import QAdapterConfig, QConfig
+        from qadapter.config import QConfig
         from qadapter.model import QAdapterModel
         from qadapter.policy import Policy
 
         name, device = self.spec["model"], PartialState().device
-        # As in training: bfloat16 where the device has it.
-        half = QAdapterConfig(output_dir=str(self.directory)).bf16
-        dtype = torch.bfloat16 if half else torch.float32
+        # Also where training is in bfloat16, which blurs log-ratios as small as these.
+        dtype = torch.float32
         if adapter := self.spec.get("adapter"):
             directory = self.directory.parent.parent / adapter
             return Policy.from_pretrained(directory, name, dtype=dtype, device=device)
@@ -185,24 +185,44 @@ def _answered(work: _Work, policy: Any) -> dict[str, Any]:
     made = measure.answers_of(
         policy, prompts, strength=1.0, max_new_tokens=work.spec["answer_tokens"]
     )
-    judge = BradleyTerryJudge.fit(list(read_pairs(work.file("judge"))), seed=0)
+    judge = BradleyTerryJudge()
+    judge.fit(list(read_pairs(work.file("judge"))))
     judge.validate(list(read_pairs(work.file("validation"))))
+    refused: str | None = None
+    try:
+        won = [dataclasses.asdict(judge.win_rate(prompts, made, base))]
+    except UserError as error:  # not shown to be better than chance
+        won, refused = [], str(error)
     changed = sum(a != b for a, b in zip(made, base, strict=True))
     return {
         "answers": made,
         "greedy_changed": changed / len(made),
         "kl_generations": measure.generations_kl(policy, prompts, base),
-        "win_rates": [dataclasses.asdict(judge.win_rate(prompts, made, base))],
+        "win_rates": won,
+        "judge_refused": refused,
     }
 
 
 def _tasks(work: _Work, policy: Any) -> dict[str, Any]:
-    """Return the capability suite's scores at strength 1."""
-    from qadapter.evaluate import evaluate_tasks, local_suite
+    """Return the capability suite's scores at strength 1.
 
-    if not (suite := work.spec["suite"]):
+    Tasks of log-likelihood as lm-eval asks them, without a template; instructions as conversations,
+    as many and twice as long as the answers made for the win rate.
+    """
+    from qadapter.evaluate import evaluate_tasks
+    from qadapter.suite import local_suite
+
+    spec = work.spec
+    if not spec["suite"]:
         return {"tasks": {}}
-    scores = evaluate_tasks(policy, local_suite(suite), limit=work.spec["suite_limit"])
+    scores = []
+    for task in local_suite(spec["suite"]):
+        made = task["output_type"] == "generate_until"
+        if made:
+            limits = {**task["generation_kwargs"], "max_gen_toks": 2 * spec["answer_tokens"]}
+            task = {**task, "generation_kwargs": limits}
+        limit = spec["answers"] if made else spec["suite_limit"]
+        scores += evaluate_tasks(policy, [task], limit=limit, apply_chat_template=made)
     return {"tasks": {score.task: dataclasses.asdict(score) for score in scores}}
 
 

@@ -133,18 +133,19 @@ def compare(config: CompareConfig, tell: Callable[[Progress], None], *, command:
 
 
 def _method(run: _Run, name: str, method: Method) -> dict[str, Any]:
-    told = {
+    runs: list[dict[str, Any]] = []
+    told: dict[str, Any] = {
         "label": method.label,
         "library": method.library,
         "about": method.about,
         "dial": "the adapter's weight when decoding, without retraining",
         "search": None,
-        "runs": [],
+        "runs": runs,
     }
     if method.trainer is None:
         found = _points(run, name, None, strengths=(1.0,), split="test", whole=True)
         if found:
-            told["runs"] = [{"seed": 0, "params": {}, "seconds": 0.0, "peak_gib": 0.0, **found}]
+            runs.append({"seed": 0, "params": {}, "seconds": 0.0, "peak_gib": 0.0, **found})
         return told
     told["search"] = search = _search(run, name, method)
     if search["best"] is None:
@@ -162,7 +163,7 @@ def _method(run: _Run, name: str, method: Method) -> dict[str, Any]:
         if not (trained and found):
             continue
         figures = {k: trained[k] for k in ("seconds", "peak_gib")}
-        told["runs"].append({"seed": seed, "params": search["best"], **figures, **found})
+        runs.append({"seed": seed, "params": search["best"], **figures, **found})
     return told
 
 
@@ -273,7 +274,8 @@ def _points(
     more: dict[str, Any] = {"text_tokens": _SEARCH_TEXT_TOKENS}
     if whole:
         files |= {name: name for name in ("judge", "validation", "answers")}
-        more = {n: getattr(config, n) for n in ("text_tokens", "suite", "suite_limit")}
+        names = ("text_tokens", "suite", "suite_limit", "answers")
+        more = {n: getattr(config, n) for n in names}
     found = run.cell(
         "measure",
         label,

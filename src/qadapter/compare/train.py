@@ -245,7 +245,9 @@ def train_rloo(task: Task) -> None:
     from qadapter.judge import BradleyTerryJudge
 
     base, p = _load(task), task.params
-    judge = BradleyTerryJudge.fit(base.raw, seed=task.seed)
+    # Length counts: a reward model knows nothing of being fair to it.
+    judge = BradleyTerryJudge(length_controlled=False)
+    judge.fit(base.raw, seed=task.seed)
 
     def reward(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
         return judge.rewards(prompts, [_said(c) for c in completions])
@@ -280,7 +282,7 @@ def _anchored(trainer: Any, task: Task, base: _Base) -> Any:
     rows = anchor_rows(anchor_texts(_answers(task), base.tokenizer), base.tokenizer)
     size = QAdapterConfig(output_dir=str(task.output)).per_device_train_batch_size
 
-    class Anchored(trainer):  # type: ignore[misc]
+    class Anchored(trainer):  # type: ignore[misc,unused-ignore]
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
             if not model.training:

@@ -84,14 +84,28 @@ class BradleyTerryJudge(Judge):
         Raises:
             UserError: it was not fitted.
         """
+        scores = self._difference(prompts, answers, others) @ self._voting_weights()
+        # σ(x) without overflow.
+        return [0.5 + 0.5 * math.tanh(score / 2) for score in scores]
+
+    def rewards(self, prompts: Sequence[Text], answers: Sequence[str]) -> list[float]:
+        """Return w·f(answer), the reward that the model was fitted to; length counts as it votes.
+
+        Raises:
+            UserError: it was not fitted.
+        """
+        weights = self._voting_weights()
+        assert self._features is not None
+        scores = self._features([plain(prompt) for prompt in prompts], answers) @ weights
+        return [float(score) for score in scores]
+
+    def _voting_weights(self) -> Any:
         if self._weights is None:
             raise UserError(f"{self.name}: was not fitted; fit it on preference pairs first.")
         weights = self._weights.copy()
         if self.length_controlled:
             weights[-1] = 0.0  # the length is the last feature
-        scores = self._difference(prompts, answers, others) @ weights
-        # σ(x) without overflow.
-        return [0.5 + 0.5 * math.tanh(score / 2) for score in scores]
+        return weights
 
     def validate(self, held_out: Sequence[Pair]) -> Validation:
         """Return, and keep, how well it tells chosen from rejected as it votes.
