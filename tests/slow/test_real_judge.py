@@ -1,4 +1,4 @@
-"""The fitted judge on real pairs, and that it fits in seconds."""
+"""The fitted judge on real pairs."""
 
 from __future__ import annotations
 

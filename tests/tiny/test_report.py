@@ -491,7 +491,7 @@ def test_without_any_method_the_page_says_so(tmp_path: Path, failed: bool) -> No
 
 def test_without_the_reference_nothing_is_put_beside_it(tmp_path: Path) -> None:
     page = written(comparison(dpo={**DPO, "runs": []}, qadapter=BETTER), tmp_path)
-    assert "The reference, dpo, did not finish" in page.text
+    assert "The reference, dpo, has no figures here" in page.text
     assert page.table("Method", "Verdict")[0]["Verdict"] == "–"
     assert {path.name for path in tmp_path.iterdir()} == {"report.html", "frontier.png"}
 
@@ -516,6 +516,16 @@ def test_only_dials_of_all_seeds_count() -> None:
     del partly["runs"][0]["points"][1:]
     results = Results(comparison(dpo=DPO, qadapter=partly))
     assert list(results.methods) == ["dpo"]
+
+
+def test_a_method_may_name_its_own_dial() -> None:
+    made = comparison(dpo=DPO, later={**BETTER, "own_dial": 1.5}, gone={**BETTER, "own_dial": 7.0})
+    found = Results(made).methods
+    assert {name: m.dials[m.own] for name, m in found.items()} == {
+        "dpo": 1.0,
+        "later": 1.5,
+        "gone": 1.5,
+    }
 
 
 def test_scores_on_other_pairs_are_not_compared(tmp_path: Path) -> None:

@@ -22,13 +22,14 @@ def write_report(comparison: Mapping[str, Any], directory: Path) -> Path:
     """Write `report.html` and its pictures into `directory`; return the page's path.
 
     The page holds its pictures and style itself, loads nothing, and works without JavaScript. All
-    intervals in it are computed here, from the votes and windows in `comparison`, as
-    `qadapter.stats` tells.
+    intervals but those of win rates are computed here, from the votes and windows in `comparison`,
+    as `qadapter.stats` tells.
 
     Args:
         comparison: what `comparison.json` holds. The Q-Adapter that the words are about is the
             first method whose library begins with `qadapter`; tasks are compared with the method
-            `base`. A method's own setting is dial 1, or the last if its dial has none.
+            `base`. A method's own setting is its dial at 1, or at `own_dial` if it has that field;
+            where the dial has no such value, at the last.
         directory: made if it is not there.
 
     Raises:

@@ -95,6 +95,7 @@ class Results:
         if any(shape != self._shape for shape in shapes):
             self.unlike.append(fields["label"])
             return
+        own = fields.get("own_dial", 1.0)
         curve = Curve(
             np.array([[run[d]["correct"] for d in dials] for run in runs], np.float64),
             np.array([[run[d]["window_kl"] for d in dials] for run in runs], np.float64),
@@ -104,7 +105,7 @@ class Results:
             label=fields["label"],
             ours=fields["library"].split(".")[0] == "qadapter",
             dials=dials,
-            own=dials.index(1.0) if 1.0 in dials else len(dials) - 1,
+            own=dials.index(own) if own in dials else len(dials) - 1,
             runs=tuple(runs),
             curve=curve,
             points=point_intervals(name, curve, self.tokens),
@@ -137,7 +138,8 @@ class Results:
         if "base" in self.methods:
             return self.methods["base"].own_points[0]
         points = (p for m in self.methods.values() for run in m.runs for p in run.values())
-        return next((point for point in points if point["kl"] < KL_FLOOR), None)
+        still = [point for point in points if point["kl"] < KL_FLOOR]
+        return max(still, key=lambda point: len(point["tasks"]), default=None)
 
     def equal_learning(self, reference: Method) -> dict[str, EqualLearning]:
         """Return what each method forgets at the accuracy of `reference`."""

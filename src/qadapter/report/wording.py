@@ -72,7 +72,7 @@ def lead(results: Results) -> str:
         return "No Q-Adapter finished, so nothing is said of it."
     if results.reference is None:
         name = results.comparison["reference"]
-        return f"The reference, {name}, did not finish: nobody's forgetting can be put beside its."
+        return f"The reference, {name}, has no figures here that others could be put beside."
     method, reference = results.ours[0], results.reference
     return _against(method, reference, results.equal_learning(reference)[method.name])
 
