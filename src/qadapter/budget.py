@@ -240,7 +240,7 @@ class Budget(TrainerCallback):  # type: ignore[misc,unused-ignore]
     def summary(self) -> str:
         """Return in a sentence whether a budget was passed, when, and what the adapter has now."""
         steps, of = self._steps
-        now = " and ".join(map(str, self._inside.readings))
+        now = "; ".join(map(str, self._inside.readings))
         if self._passed is None:
             names = " and ".join(f"{r.budget} {r.limit:g}" for r in self._inside.readings)
             return f"{names} not reached in {steps} of {of} steps: {now}"

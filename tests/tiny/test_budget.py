@@ -452,7 +452,7 @@ def test_two_budgets_are_both_kept(
     assert lost(tmp_path / "out", items) <= 10
     printed = capsys.readouterr().out
     assert " nats a token, 95% " in printed
-    assert " and drop " in printed
+    assert "; drop " in printed
     card = (tmp_path / "out" / "README.md").read_text()
     assert all(f"| {name} |" in card for name in ("budget_kl", "budget_drop", "budget_drop_se"))
 
