@@ -102,7 +102,7 @@ class Curve:
     """
 
     learning: Array
-    """`[seeds, dial, items]`: 1 where a held-out pair is judged rightly, 0.5 for a tie, else 0."""
+    """`[seeds, dial, items]`: a held-out pair's margin, or 1 where it is judged rightly."""
     forgetting: Array
     """`[seeds, dial, windows]`: sum of KL(π1 ‖ π̃) over the tokens of a window of text, nats."""
 

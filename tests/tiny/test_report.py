@@ -46,6 +46,8 @@ def point(dial: float, accuracy: float, kl: float, seed: int, task_drop: float) 
         "perplexity": 20 + 10 * kl,
         "base_perplexity": 20.0,
         "correct": correct,
+        "margins": [12.5 * x for x in correct],
+        "ranking_accuracy": 0.5,
         "window_kl": windows,
         "window_tokens": [TOKENS] * WINDOWS,
         "kl_generations": 2 * kl,
@@ -255,7 +257,7 @@ def test_the_frontier_is_the_first_picture(page: Page) -> None:
     order = [(tag, a.get("alt")) for tag, a in page.tags if tag in ("h1", "img", "table")]
     assert order[0][0] == "h1"
     assert order[1][0] == "img"
-    assert "Accuracy on held-out pairs against KL" in str(order[1][1])
+    assert "Margin on held-out pairs against KL" in str(order[1][1])
 
 
 def own(made: dict[str, Any], name: str) -> list[dict[str, Any]]:
@@ -274,9 +276,9 @@ def test_headline_figures_are_those_of_the_json(full: dict[str, Any], page: Page
     assert {name: row["Verdict"] for name, row in rows.items()} == {
         "Base": "–",
         "DPO": "the reference",
-        "SFT": "does not reach that accuracy",
+        "SFT": "does not reach that margin",
         "Q-Adapter": "forgets less",
-        "Q-Adapter, raw": "does not reach that accuracy",
+        "Q-Adapter, raw": "does not reach that margin",
     }
     assert rows["DPO"]["Ratio to DPO’s KL"] == "1.00 (1.00 to 1.00)"
     sft = rows["SFT"]
@@ -287,7 +289,7 @@ def test_headline_figures_are_those_of_the_json(full: dict[str, Any], page: Page
 def test_the_ratio_is_that_of_the_votes_and_windows(full: dict[str, Any], page: Page) -> None:
     curves = {
         name: Curve(
-            np.array([[p["correct"] for p in run["points"]] for run in fields["runs"]], float),
+            np.array([[p["margins"] for p in run["points"]] for run in fields["runs"]], float),
             np.array([[p["window_kl"] for p in run["points"]] for run in fields["runs"]], float),
         )
         for name, fields in full["methods"].items()
@@ -296,7 +298,7 @@ def test_the_ratio_is_that_of_the_votes_and_windows(full: dict[str, Any], page: 
     row = next(r for r in page.table("Method", "Verdict") if r["Method"] == "Q-Adapter")
     for column, interval in (
         ("Ratio to DPO’s KL", found.ratio),
-        ("KL at DPO’s accuracy", found.kl),
+        ("KL at DPO’s margin", found.kl),
     ):
         low, high = number(interval.low), number(interval.high)
         assert row[column] == f"{number(interval.value)} ({low} to {high})"
@@ -383,12 +385,12 @@ def test_tuning_failures_robustness_and_origin_are_shown(page: Page) -> None:
 @pytest.mark.parametrize(
     ("ours", "told"),
     [
-        (BETTER, "Q-Adapter forgets less than DPO: at DPO’s accuracy on held-out pairs ("),
+        (BETTER, "Q-Adapter forgets less than DPO: at DPO’s margin on held-out pairs ("),
         (
             ALIKE,
-            "Q-Adapter does not win against DPO, nor lose: at DPO’s accuracy on held-out pairs (",
+            "Q-Adapter does not win against DPO, nor lose: at DPO’s margin on held-out pairs (",
         ),
-        (WORSE, "Q-Adapter does not win against DPO: at DPO’s accuracy on held-out pairs ("),
+        (WORSE, "Q-Adapter does not win against DPO: at DPO’s margin on held-out pairs ("),
         (WEAKER, "Q-Adapter does not win against DPO: nowhere on its dial does it reach"),
     ],
 )
@@ -431,12 +433,12 @@ def test_a_copy_of_the_reference_neither_wins_nor_loses_by_rounding() -> None:
 def test_the_paragraph_tells_losses_beside_wins(full: dict[str, Any]) -> None:
     told = " ".join(paragraph(Results(full)))
     assert (
-        "at that method’s own accuracy (ratio of drifts, 95% CI), it forgets less than “SFT” ("
+        "at that method’s own margin (ratio of drifts, 95% CI), it forgets less than “SFT” ("
         in told
     )
     assert "no drop shown on piqa (0, 0 to 0), lambada (0, 0 to 0)" in told.replace("\u00a0", " ")
     assert "no difference in learning is shown" in told
-    assert "Its variants against DPO: does not reach that accuracy: “Q-Adapter, raw”." in told
+    assert "Its variants against DPO: does not reach that margin: “Q-Adapter, raw”." in told
     assert "1 cell failed" in told
     forgetful = method("Q-Adapter", "qadapter.QAdapterTrainer", [0.4] * 3, [0.1] * 3, task_drop=0.2)
     told = " ".join(paragraph(Results(comparison(base=base(), dpo=DPO, qadapter=forgetful))))

@@ -44,7 +44,7 @@ class CompareConfig:
     """Settings tried for each method on the validation pairs; the first are its defaults."""
     seeds: tuple[int, ...] = (0,)
     """Training seeds of the chosen setting."""
-    strengths: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5)
+    strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5)
     """Points of each method's curve: its adapter's weight when decoding; 1 must be among them."""
     vary: tuple[str, ...] = ()
     """Robustness: `flipped=0.1`, `irrelevant=0.3`, `pairs=50`, or a parameter such as `lora_r=4`.
@@ -80,8 +80,8 @@ class CompareConfig:
                 raise ConfigError(f"methods: {name!r} is not one of {', '.join(sorted(METHODS))}.")
         if self.reference not in self.methods:
             raise ConfigError(f"reference: {self.reference!r} must be among the methods; add it.")
-        if 1.0 not in self.strengths or min(self.strengths) <= 0:
-            raise ConfigError("strengths: must be above 0, with 1 among them.")
+        if 1.0 not in self.strengths or min(self.strengths) < 0:
+            raise ConfigError("strengths: must not be negative, with 1 among them.")
         if not self.seeds:
             raise ConfigError("seeds: is empty; give one at least.")
         for name in _COUNTS:

@@ -82,9 +82,7 @@ def _png(figure: Any) -> bytes:
 
 
 def _frontier(results: Results, methods: Sequence[Method]) -> bytes:
-    """Draw accuracy against KL, one curve a method along its dial, bars for the intervals."""
-    from matplotlib.ticker import PercentFormatter
-
+    """Draw margin against KL, one curve a method along its dial, bars for the intervals."""
     figure, (axes,) = _figure(9.0, 5.0)
     styles = _styles(results, methods)
     for method in methods:
@@ -93,7 +91,7 @@ def _frontier(results: Results, methods: Sequence[Method]) -> bytes:
         y, x = ([method.points[i][which] for i in shown] for which in (0, 1))
         axes.errorbar(
             [kl.value for kl in x],
-            [accuracy.value for accuracy in y],
+            [margin.value for margin in y],
             # The interval of a KL may reach 0, which no logarithmic axis shows.
             xerr=_bars([Interval(k.value, max(k.low, k.value / 30), k.high) for k in x]),
             yerr=_bars(y),
@@ -110,14 +108,13 @@ def _frontier(results: Results, methods: Sequence[Method]) -> bytes:
             axes.scatter([x[at].value], [y[at].value], **ring)
     axes.set_xscale("log")
     _plain_numbers(axes)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel("forgetting: KL to the base on general text, nats a token  (less is better)")
-    axes.set_ylabel("learning: held-out pairs judged rightly")
+    axes.set_ylabel("learning: mean margin on held-out pairs, nats")
     if results.reference is not None:
-        label = f"accuracy of {_plain(results.reference.label)}"
-        axes.axhline(results.reference.accuracy.value, color=_GREY, lw=1, label=label)
+        label = f"margin of {_plain(results.reference.label)}"
+        axes.axhline(results.reference.margin.value, color=_GREY, lw=1, label=label)
     if results.base is not None:
-        axes.axhline(results.base["accuracy"], color=_GREY, lw=1, ls=":", label="the base, KL 0")
+        axes.axhline(0.0, color=_GREY, lw=1, ls=":", label="the base, KL 0")
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     return _png(figure)
 
@@ -129,7 +126,7 @@ def _bars(intervals: Sequence[Interval]) -> list[list[float]]:
 
 
 def _equal_learning(results: Results, reference: Method, methods: Sequence[Method]) -> bytes:
-    """Draw each method's KL over the reference's at equal accuracy; an arrow is not reached."""
+    """Draw each method's KL over the reference's at equal margin; an arrow is not reached."""
     styles = _styles(results, methods)
     rows = [method for method in methods if method is not reference]
     found = results.equal_learning(reference)
@@ -154,7 +151,7 @@ def _equal_learning(results: Results, reference: Method, methods: Sequence[Metho
     _plain_numbers(axes)
     axes.set_yticks(range(len(rows)), [_plain(method.label) for method in rows])
     name = _plain(reference.label)
-    axes.set_xlabel(f"KL to the base over {name}’s, at {name}’s accuracy  (below 1 forgets less)")
+    axes.set_xlabel(f"KL to the base over {name}’s, at {name}’s margin  (below 1 forgets less)")
     return _png(figure)
 
 

@@ -37,12 +37,22 @@ class Method:
     runs: tuple[Mapping[float, Point], ...]
     """Points by dial, one mapping a seed."""
     curve: Curve
+    """Margins, nats, and KL: accuracy hardly sees the size of a change, so it is no axis."""
+    right: Curve
+    """Pairs judged rightly, and KL."""
     points: Sequence[tuple[Interval, Interval]]
-    """Accuracy and KL per token on general text, at each value of the dial."""
+    """Mean margin and KL per token on general text, at each value of the dial."""
+    accuracies: Sequence[Interval]
+    """Share of held-out pairs judged rightly, at each value of the dial."""
 
     @property
     def accuracy(self) -> Interval:
         """Share of held-out pairs judged rightly, at its own setting."""
+        return self.accuracies[self.own]
+
+    @property
+    def margin(self) -> Interval:
+        """Mean margin on held-out pairs, nats, at its own setting."""
         return self.points[self.own][0]
 
     @property
@@ -96,10 +106,11 @@ class Results:
             self.unlike.append(fields["label"])
             return
         own = fields.get("own_dial", 1.0)
-        curve = Curve(
-            np.array([[run[d]["correct"] for d in dials] for run in runs], np.float64),
-            np.array([[run[d]["window_kl"] for d in dials] for run in runs], np.float64),
+        margins, correct, far = (
+            np.array([[run[d][field] for d in dials] for run in runs], np.float64)
+            for field in ("margins", "correct", "window_kl")
         )
+        curve, right = Curve(margins, far), Curve(correct, far)
         self.methods[name] = Method(
             name=name,
             label=fields["label"],
@@ -108,7 +119,9 @@ class Results:
             own=dials.index(own) if own in dials else len(dials) - 1,
             runs=tuple(runs),
             curve=curve,
+            right=right,
             points=point_intervals(name, curve, self.tokens),
+            accuracies=[a for a, _ in point_intervals(name, right, self.tokens)],
         )
 
     @property
@@ -118,7 +131,7 @@ class Results:
 
     @property
     def reference(self) -> Method | None:
-        """The method whose accuracy is the target, if it finished."""
+        """The method whose margin is the target, if it finished."""
         return self.methods.get(self.comparison["reference"])
 
     @property
@@ -142,7 +155,7 @@ class Results:
         return max(still, key=lambda point: len(point["tasks"]), default=None)
 
     def equal_learning(self, reference: Method) -> dict[str, EqualLearning]:
-        """Return what each method forgets at the accuracy of `reference`."""
+        """Return what each method forgets at the margin of `reference`."""
         if reference.name not in self._equal:
             self._equal[reference.name] = frontier(
                 {name: method.curve for name, method in self.methods.items()},
@@ -154,8 +167,17 @@ class Results:
 
     def accuracy_gain(self, method: Method, other: Method) -> Interval:
         """Return the difference in accuracy, each at its own setting, over the same pairs."""
-        votes = (m.curve.learning[:, m.own] for m in (method, other))
+        votes = (m.right.learning[:, m.own] for m in (method, other))
         return paired_bootstrap(next(votes), next(votes))
+
+    def own_ratio(self, method: Method, other: Method) -> Interval:
+        """Return the ratio of KL, each at its own setting, over the same text."""
+        curves = {}
+        for name, m in (("method", method), ("other", other)):
+            far = m.curve.forgetting[:, [m.own]]
+            curves[name] = Curve(np.ones((len(far), 1, 1)), far)  # learned alike, by fiat
+        found = frontier(curves, self.tokens, reference="other", reference_dial=0)
+        return found["method"].ratio
 
     def tasks(self) -> list[str]:
         """Return the tasks that any method was measured on, in order of appearance."""

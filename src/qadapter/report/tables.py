@@ -31,6 +31,9 @@ def headline(results: Results) -> Table:
     rows = []
     for method in results.methods.values():
         row = [method.label, ranged(method.accuracy, percent), ranged(method.kl)]
+        own = reference is None or not method.moves
+        row.append(NONE if own else ranged(results.own_ratio(method, reference)))
+        row.append(ranged(method.margin))
         if reference is None or not method.moves:
             row += [NONE] * 4
         else:
@@ -42,7 +45,9 @@ def headline(results: Results) -> Table:
         "Method",
         "Accuracy, own setting",
         "KL, own setting",
-        f"KL at {name}’s accuracy",
+        f"Ratio to {name}’s, own settings",
+        "Margin, own setting",
+        f"KL at {name}’s margin",
         f"Ratio to {name}’s KL",
         "Resamples that never reach it",
         "Verdict",
@@ -53,11 +58,13 @@ def headline(results: Results) -> Table:
 def points(results: Results) -> Table:
     """Return every point of every curve in the first picture."""
     rows = [
-        [method.label, f"{dial:g}", ranged(accuracy, percent), ranged(kl)]
+        [method.label, f"{dial:g}", ranged(accuracy, percent), ranged(margin), ranged(kl)]
         for method in results.methods.values()
-        for dial, (accuracy, kl) in zip(method.dials, method.points, strict=True)
+        for dial, accuracy, (margin, kl) in zip(
+            method.dials, method.accuracies, method.points, strict=True
+        )
     ]
-    return Table(("Method", "Dial", "Accuracy", "KL"), rows)
+    return Table(("Method", "Dial", "Accuracy", "Margin", "KL"), rows)
 
 
 def learning(results: Results) -> Table:
@@ -71,13 +78,15 @@ def learning(results: Results) -> Table:
             ranged(method.accuracy, percent),
             _figure(method.mean("margin")),
             _figure(method.mean("margin_per_token")),
+            percent(method.mean("ranking_accuracy") or 0.0),
             *(_win_rate(method, judge) for judge in judges),
         ]
         for method in results.methods.values()
     ]
-    longer = [percent(results.comparison["length_baseline"]), *[NONE] * (2 + len(judges))]
+    longer = [percent(results.comparison["length_baseline"]), *[NONE] * (3 + len(judges))]
     rows.append(["The longer response, whatever it says", NONE, *longer])
-    columns = ("Method", "Seeds", "Accuracy", "Margin, nats", "Margin a token, nats")
+    margins = ("Margin, nats", "Margin a token, nats", "Ranking accuracy")
+    columns = ("Method", "Seeds", "Accuracy", *margins)
     return Table((*columns, *(f"Wins, says {judge}" for judge in judges)), rows)
 
 
@@ -250,13 +259,13 @@ def _figure(value: float | None) -> str:
     return NONE if value is None else number(value)
 
 
-def _settings(fields: Mapping[str, Any]) -> str:
+def _settings(fields: Mapping[str, Any] | None) -> str:
     def told(value: object) -> str:
         if isinstance(value, str):
             return value
         return f"{value:.4g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
-    return ", ".join(f"{name} {told(value)}" for name, value in fields.items()) or "none"
+    return ", ".join(f"{name} {told(value)}" for name, value in (fields or {}).items()) or "none"
 
 
 def pretty(config: Mapping[str, Any]) -> str:

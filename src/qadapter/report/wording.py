@@ -15,14 +15,14 @@ VERDICTS: dict[Outcome, str] = {
     "less": "forgets less",
     "more": "forgets more",
     "open": "no difference shown",
-    "missed": "does not reach that accuracy",
+    "missed": "does not reach that margin",
 }
 
 
 def outcome(found: EqualLearning) -> Outcome:
     """Return what the interval of the ratio allows to say.
 
-    `missed` if at least 97.5% of resamples never reach the accuracy; `open` if 1 is inside, give or
+    `missed` if at least 97.5% of resamples never reach the margin; `open` if 1 is inside, give or
     take rounding.
     """
     if math.isinf(found.ratio.low):
@@ -33,7 +33,7 @@ def outcome(found: EqualLearning) -> Outcome:
 
 
 def number(value: float) -> str:
-    """Return three digits; inf is an accuracy that is not reached."""
+    """Return three digits; inf is a margin that is not reached."""
     if math.isinf(value):
         return "not reached"
     return f"{value:#.3g}".rstrip(".").replace("-", "−") if value else "0"
@@ -79,7 +79,7 @@ def lead(results: Results) -> str:
 
 def _against(method: Method, reference: Method, found: EqualLearning) -> str:
     ours, other = method.label, reference.label
-    reached = f"{other}’s accuracy on held-out pairs ({percent(reference.accuracy.value)})"
+    reached = f"{other}’s margin on held-out pairs ({number(reference.margin.value)} nats)"
     ratio = f"{number(found.ratio.value)} (95% CI {_between(found.ratio)})"
     drift = "drift from the base on general text"
     told = {
@@ -104,7 +104,7 @@ def paragraph(results: Results) -> list[str]:
     found = results.equal_learning(reference)[method.name]
     if 0 < found.not_reached < 1:
         told.append(
-            f"In {percent(found.not_reached)} of the resamples it does not reach that accuracy."
+            f"In {percent(found.not_reached)} of the resamples it does not reach that margin."
         )
     told += _beside_others(results, method)
     told += _learned(results, method, reference)
@@ -120,7 +120,7 @@ def _grouped(cases: Sequence[tuple[str, EqualLearning]]) -> str:
         ("less", "it forgets less than"),
         ("open", "no difference is shown from"),
         ("more", "it forgets more than"),
-        ("missed", "it does not reach the accuracy of"),
+        ("missed", "it does not reach the margin of"),
     ):
         names = [
             _listed([label]) if key == "missed" else f"{_listed([label])} ({_brief(found.ratio)})"
@@ -141,7 +141,7 @@ def _beside_others(results: Results, method: Method) -> list[str]:
     if not cases:
         return []
     return [
-        "Beside each other method, at that method’s own accuracy (ratio of drifts, 95% CI), "
+        "Beside each other method, at that method’s own margin (ratio of drifts, 95% CI), "
         f"{_grouped(cases)}."
     ]
 
@@ -156,7 +156,8 @@ def _learned(results: Results, method: Method, reference: Method) -> list[str]:
         verdict = "no difference in learning is shown"
     return [
         f"Each at its own setting, {verdict}: {percent(method.accuracy.value)} of held-out pairs "
-        f"against {percent(reference.accuracy.value)}, a difference of {ranged(gain, percent)}."
+        f"against {percent(reference.accuracy.value)}, a difference of {ranged(gain, percent)}; its "
+        f"drift is {ranged(results.own_ratio(method, reference))} times {reference.label}’s."
     ]
 
 
