@@ -113,7 +113,7 @@ class Curve:
 
 
 class _Resampler:
-    """Resampled accuracy and KL of curves; items and windows are drawn for all of them at once.
+    """Resampled learning and KL of curves; items and windows are drawn for all of them at once.
 
     The seeds of a method are drawn from its name, so its figures do not depend on which other
     methods are compared.
@@ -127,16 +127,16 @@ class _Resampler:
         self.windows = _weights(rng, len(self.tokens), n_resamples)
 
     def __call__(self, name: str, curve: Curve) -> tuple[Array, Array]:
-        """Return accuracy and KL per token, each `[1 + n_resamples, dial]`; row 0 is the sample."""
+        """Return learning and KL per token, each `[1 + n_resamples, dial]`; row 0 is the sample."""
         n_items, n_windows = curve.learning.shape[2], curve.forgetting.shape[2]
         if (n_items, n_windows) != (self.items.shape[1], self.windows.shape[1]):
             raise ValueError(f"{name}: has other items or windows than the rest")
         rng = np.random.default_rng([self.seed, *name.encode()])
         seeds = _weights(rng, len(curve.learning), self.n_resamples)
-        accuracy = self._mean(self.items, curve.learning, seeds)
+        learning = self._mean(self.items, curve.learning, seeds)
         kl = self._mean(self.windows, curve.forgetting, seeds)
         kl /= (self.windows @ self.tokens)[:, None]
-        return accuracy, np.where(kl < KL_FLOOR, 0.0, kl)
+        return learning, np.where(kl < KL_FLOOR, 0.0, kl)
 
     @staticmethod
     def _mean(units: Array, values: Array, seeds: Array) -> Array:
@@ -148,10 +148,10 @@ class _Resampler:
 def point_intervals(
     name: str, curve: Curve, tokens: npt.ArrayLike, *, n_resamples: int = 2000, seed: int = 0
 ) -> list[tuple[Interval, Interval]]:
-    """Return accuracy and KL per token at each value of the dial, resampled as `frontier` does."""
+    """Return learning and KL per token at each value of the dial, resampled as `frontier` does."""
     sample = _Resampler(curve.learning.shape[2], tokens, n_resamples=n_resamples, seed=seed)
-    accuracy, kl = sample(name, curve)
-    return [(_interval(a), _interval(k)) for a, k in zip(accuracy.T, kl.T, strict=True)]
+    learning, kl = sample(name, curve)
+    return [(_interval(a), _interval(k)) for a, k in zip(learning.T, kl.T, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -159,11 +159,11 @@ class EqualLearning:
     """What a method forgets where it has learned as much as the reference."""
 
     ratio: Interval
-    """Its KL over the reference's; inf where that accuracy is not reached."""
+    """Its KL over the reference's; inf where that learning is not reached."""
     kl: Interval
-    """Its KL per token, nats; inf where that accuracy is not reached."""
+    """Its KL per token, nats; inf where that learning is not reached."""
     not_reached: float
-    """Share of resamples in which no value of the dial reaches the reference's accuracy."""
+    """Share of resamples in which no value of the dial reaches the reference's learning."""
 
 
 def frontier(
@@ -177,9 +177,9 @@ def frontier(
 ) -> dict[str, EqualLearning]:
     """Return each method's forgetting at equal learning, with percentile bootstrap intervals.
 
-    In each resample the target is the reference's accuracy at its own setting. A method's curve
-    runs straight from one value of the dial to the next, in dial order, through (accuracy, KL);
-    its forgetting is the least KL on it at which the accuracy is the target or more. Why so:
+    In each resample the target is the reference's learning at its own setting. A method's curve
+    runs straight from one value of the dial to the next, in dial order, through (learning, KL);
+    its forgetting is the least KL on it at which the learning is the target or more. Why so:
 
     - Items, windows and seeds are all drawn anew, the first two for all methods at once, since
       they are the same pairs and the same text; the seeds for each method by itself. The target
@@ -199,7 +199,7 @@ def frontier(
         curves: methods by name, on the same items and windows. A dial that starts at the base has
             the base for its first value.
         tokens: `[windows]`, predicted tokens of each window.
-        reference: the method whose accuracy is the target.
+        reference: the method whose learning is the target.
         reference_dial: the index of its own setting on its dial.
 
     Raises:
@@ -207,9 +207,9 @@ def frontier(
     """
     items = curves[reference].learning.shape[2]
     sample = _Resampler(items, tokens, n_resamples=n_resamples, seed=seed)
-    accuracy, kl = sample(reference, curves[reference])
-    target = accuracy[:, reference_dial]
-    own = _least_kl(accuracy, kl, target)
+    learning, kl = sample(reference, curves[reference])
+    target = learning[:, reference_dial]
+    own = _least_kl(learning, kl, target)
     found = {}
     for name, curve in curves.items():
         forgotten = _least_kl(*sample(name, curve), target)
@@ -221,16 +221,16 @@ def frontier(
     return found
 
 
-def _least_kl(accuracy: Array, kl: Array, target: Array) -> Array:
-    """Return the least KL at which a curve's accuracy is the target or more, else inf.
+def _least_kl(learning: Array, kl: Array, target: Array) -> Array:
+    """Return the least KL at which a curve's learning is the target or more, else inf.
 
     Shapes: curves `[R, dial]`, target and result `[R]`. On a straight piece the least is at one
     of its ends, or where it crosses the target.
     """
     # Sums of the same votes in another order may differ in the last digit.
-    reached = accuracy >= target[:, None] - 1e-9
+    reached = learning >= target[:, None] - 1e-9
     at_points = np.where(reached, kl, np.inf).min(axis=1)
-    before, after = accuracy[:, :-1], accuracy[:, 1:]
+    before, after = learning[:, :-1], learning[:, 1:]
     crosses = reached[:, :-1] != reached[:, 1:]
     rise = np.where(crosses, after - before, 1.0)
     share = np.clip((target[:, None] - before) / rise, 0.0, 1.0)

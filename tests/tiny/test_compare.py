@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,13 +81,12 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Run cells here and not in processes of their own; return the kinds of those run."""
     ran: list[str] = []
 
-    def fake(words: list[str], **_: Any) -> SimpleNamespace:
-        assert words[:3] == [sys.executable, "-m", "qadapter.compare.cells"]
-        ran.append(Path(words[3]).name.split("-")[0])
-        cells._main(Path(words[3]))
-        return SimpleNamespace(returncode=0)
+    def here(directory: Path, _: Any) -> int:
+        ran.append(directory.name.split("-")[0])
+        cells._main(directory)
+        return 0
 
-    monkeypatch.setattr(cells.subprocess, "run", fake)
+    monkeypatch.setattr(cells, "_launch", here)
     return ran
 
 
@@ -407,21 +404,21 @@ def test_a_comparison_is_made_and_resumed_and_reported(
 def test_a_failed_cell_is_reported_and_the_rest_go_on(
     settings: dict[str, Any],
     tmp_path: Path,
-    in_process: list[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def broken(_: Any) -> None:
         raise RuntimeError("out of luck")
 
-    def fake(words: list[str], stdout: Any, **_: Any) -> SimpleNamespace:
+    def here(directory: Path, log: Any) -> int:
         try:
-            cells._main(Path(words[3]))
+            cells._main(directory)
         except RuntimeError as error:
-            stdout.write(f"RuntimeError: {error}\n")
-        return SimpleNamespace(returncode=1)
+            log.write(f"RuntimeError: {error}\n")
+            return 1
+        return 0
 
-    monkeypatch.setattr(cells.subprocess, "run", fake)
+    monkeypatch.setattr(cells, "_launch", here)
     monkeypatch.setitem(training.TRAINERS, "train_dpo", broken)
     path = yaml_file(tmp_path / "run.yaml", settings)
     assert main(["compare", path]) == 2

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 from qadapter.errors import UserError
 from qadapter.files import write_text
@@ -65,12 +65,17 @@ class Cell:
         write_text(self.directory / "spec.json", json.dumps(spec, indent=1) + "\n")
         log = self.directory / "log.txt"
         with log.open("w", encoding="utf-8") as out:
-            words = [sys.executable, "-m", "qadapter.compare.cells", str(self.directory)]
-            code = subprocess.run(words, stdout=out, stderr=out, check=False).returncode
+            code = _launch(self.directory, out)
         if (found := self.result) is None:
             said = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
             raise CellFailed(f"exit code {code}: {said[-1] if said else 'no output'} (see {log})")
         return found
+
+
+def _launch(directory: Path, log: TextIO) -> int:
+    """Run a cell in a process of its own; return its exit code."""
+    words = [sys.executable, "-m", "qadapter.compare.cells", str(directory)]
+    return subprocess.run(words, stdout=log, stderr=log, check=False).returncode
 
 
 # ── the work, in the cell's own process ─────────────────────────────────────────────────────────

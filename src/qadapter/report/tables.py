@@ -31,9 +31,8 @@ def headline(results: Results) -> Table:
     rows = []
     for method in results.methods.values():
         row = [method.label, ranged(method.accuracy, percent), ranged(method.kl)]
-        own = reference is None or not method.moves
-        row.append(NONE if own else ranged(results.own_ratio(method, reference)))
-        row.append(ranged(method.margin))
+        own = results.own_ratio(method, reference) if reference and method.moves else None
+        row += [ranged(own) if own else NONE, ranged(method.margin)]
         if reference is None or not method.moves:
             row += [NONE] * 4
         else:

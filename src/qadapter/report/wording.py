@@ -154,10 +154,11 @@ def _learned(results: Results, method: Method, reference: Method) -> list[str]:
         verdict = "it learns less"
     else:
         verdict = "no difference in learning is shown"
+    drift = ranged(results.own_ratio(method, reference))
     return [
         f"Each at its own setting, {verdict}: {percent(method.accuracy.value)} of held-out pairs "
-        f"against {percent(reference.accuracy.value)}, a difference of {ranged(gain, percent)}; its "
-        f"drift is {ranged(results.own_ratio(method, reference))} times {reference.label}’s."
+        f"against {percent(reference.accuracy.value)}, a difference of {ranged(gain, percent)}; "
+        f"its drift is {drift} times {reference.label}’s."
     ]
 
 
