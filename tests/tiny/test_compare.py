@@ -83,7 +83,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def here(directory: Path, _: Any) -> int:
         ran.append(directory.name.split("-")[0])
-        cells._main(directory)
+        cells.work(directory)
         return 0
 
     monkeypatch.setattr(cells, "_launch", here)
@@ -412,7 +412,7 @@ def test_a_failed_cell_is_reported_and_the_rest_go_on(
 
     def here(directory: Path, log: Any) -> int:
         try:
-            cells._main(directory)
+            cells.work(directory)
         except RuntimeError as error:
             log.write(f"RuntimeError: {error}\n")
             return 1

@@ -74,7 +74,7 @@ class Cell:
 
 def _launch(directory: Path, log: TextIO) -> int:
     """Run a cell in a process of its own; return its exit code."""
-    words = [sys.executable, "-m", "qadapter.compare.cells", str(directory)]
+    words = [sys.executable, "-m", "qadapter.compare", str(directory)]
     return subprocess.run(words, stdout=log, stderr=log, check=False).returncode
 
 
@@ -234,11 +234,8 @@ def _tasks(work: _Work, policy: Any) -> dict[str, Any]:
 WORK = {"answers": _answers, "train": _train, "measure": _measure}
 
 
-def _main(directory: Path) -> None:
+def work(directory: Path) -> None:
+    """Do what the `spec.json` of a cell's directory says, and write its result."""
     found = json.loads((directory / "spec.json").read_text(encoding="utf-8"))
     result = WORK[found["kind"]](_Work(found["spec"], directory))
     write_text(directory / "result.json", json.dumps(result, allow_nan=False) + "\n")
-
-
-if __name__ == "__main__":
-    _main(Path(sys.argv[1]).resolve())
