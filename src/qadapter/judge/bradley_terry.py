@@ -84,7 +84,8 @@ class BradleyTerryJudge(Judge):
         Raises:
             UserError: it was not fitted.
         """
-        scores = self._difference(prompts, answers, others) @ self._voting_weights()
+        weights = self._voting_weights()
+        scores = self._difference(prompts, answers, others) @ weights
         # σ(x) without overflow.
         return [0.5 + 0.5 * math.tanh(score / 2) for score in scores]
 
