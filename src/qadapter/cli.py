@@ -334,7 +334,7 @@ def _evaluate(argv: Sequence[str]) -> None:
 
     parser = evaluate.harness_parser()
     parser.prog = "qadapter evaluate"
-    parser.usage = "%(prog)s adapter [options below, and any of lm-eval's]"
+    parser.usage = "%(prog)s adapter [options]"
     parser.description = (
         "Run lm-eval's tasks on the composed policy. All of lm-eval's options work; the model is "
         "the adapter. --suite-data D adds tasks on local files: local_piqa, local_arc_easy, "

@@ -11,6 +11,7 @@ import logging
 import numbers
 import random
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -130,25 +131,25 @@ def _scores(part: dict[str, Any], found: dict[str, Any]) -> Iterator[TaskScore]:
     """Yield the scores of one loaded name: of its group if that has one, else of each task."""
     group = next(iter(part["groups"]), None)
     if group is not None and group in found.get("groups", {}):
-        yield _score(group, found["groups"][group], list(part["tasks"].values()), found)
+        yield _score(group, found["groups"][group], part["tasks"], found)
     else:
         for name, task in part["tasks"].items():
-            yield _score(name, found["results"][name], [task], found)
+            yield _score(name, found["results"][name], {name: task}, found)
 
 
 def _score(
-    name: str, result: dict[str, Any], tasks: Sequence[Any], found: dict[str, Any]
+    name: str, result: dict[str, Any], tasks: dict[str, Any], found: dict[str, Any]
 ) -> TaskScore:
-    wanted = next(iter(tasks[0].aggregation()), None)
+    first, task = next(iter(tasks.items()))
+    wanted = next(iter(task.aggregation()), None)
     keys = [key for key in result if "," in key and "_stderr," not in key]
     key = next((key for key in keys if key.split(",")[0] == wanted), keys[0])
     metric, filtered = key.split(",", 1)
     stderr = result.get(f"{metric}_stderr,{filtered}")
-    names = [task.task_name for task in tasks]
     items = [
         _item(sample[metric])
-        for task in names
-        for sample in found["samples"][task]
+        for one in tasks
+        for sample in found["samples"][one]
         if sample["filter"] == filtered
     ]
     return TaskScore(
@@ -156,8 +157,8 @@ def _score(
         metric=metric,
         value=float(result[key]),
         stderr=stderr if isinstance(stderr, float) else None,
-        n=sum(found["n-samples"][task]["effective"] for task in names),
-        higher_is_better=bool(found["higher_is_better"][names[0]].get(metric, True)),
+        n=sum(found["n-samples"][one]["effective"] for one in tasks),
+        higher_is_better=bool(found["higher_is_better"][first].get(metric, True)),
         items=tuple(item for item in items if item is not None) if None not in items else (),
     )
 
@@ -176,6 +177,7 @@ def _told() -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # ends the line of a progress bar held there
         said = " ".join(str(error).split())[:400]
         raise ConfigError(
             f"lm-eval cannot run this ({type(error).__name__}: {said}); mend what it names, or see "
@@ -257,17 +259,7 @@ def run_harness(
         setup_logging()
         QConfig.load(model["pretrained"])  # before lm-eval reads its thousands of tasks
         written = EvaluatorConfig.load_yaml_config(options.config) if options.config else {}
-        if options.model or "model" in written:
-            raise ConfigError("--model: the model is the adapter; leave it out.")
-        if options.limit is not None and options.limit <= 0:
-            raise ConfigError(f"--limit: {options.limit:g} must be above 0.")
-        more = {**(written.get("model_args") or {}), **(options.model_args or {})}
-        if taken := sorted(more.keys() & model.keys()):
-            raise ConfigError(f"--model_args: {taken[0]!r} has a flag of its own; use that.")
-        # lm-eval's own default is a GPU, there or not.
-        options.device = str(hub.pick_device(options.device or written.get("device")))
-        options.model = "qadapter"
-        options.model_args = {**more, **{k: v for k, v in model.items() if v is not None}}
+        _set_model(options, written, model)
         names = _task_names(options.tasks or written.get("tasks") or [], suite, suite_data)
         local = local_suite(suite_data or "", [name for name in names if name in LOCAL_SUITE])
         with TemporaryDirectory() as directory:
@@ -279,6 +271,24 @@ def run_harness(
             options.tasks = names
             Run._execute(options)
     _say_which_sentences()
+
+
+def _set_model(options: argparse.Namespace, written: dict[str, Any], model: dict[str, Any]) -> None:
+    """Make the adapter the model of lm-eval's options, of which some may stand in its YAML file."""
+    if options.model or "model" in written:
+        raise ConfigError("--model: the model is the adapter; leave it out.")
+    if options.limit is not None and options.limit <= 0:
+        raise ConfigError(f"--limit: {options.limit:g} must be above 0.")
+    more = {**(written.get("model_args") or {}), **(options.model_args or {})}
+    if taken := sorted(more.keys() & model.keys()):
+        raise ConfigError(f"--model_args: {taken[0]!r} has a flag of its own; use that.")
+    options.model = "qadapter"
+    options.model_args = {**more, **{k: v for k, v in model.items() if v is not None}}
+    # lm-eval's own default is a GPU, there or not.
+    options.device = str(hub.pick_device(options.device or written.get("device")))
+    # Its cache of answers would answer for every strength.
+    if use_cache := options.use_cache or written.get("use_cache"):
+        options.use_cache = f"{use_cache}_strength{model['strength']:g}"
 
 
 def _task_names(asked: str | list[str], suite: str | None, suite_data: str | None) -> list[str]:

@@ -5,6 +5,7 @@ Prompts and metrics are those of lm-eval's own tasks of these names; only the da
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -145,7 +146,11 @@ def _wrong_instruction(row: _Row) -> str | None:
         return "'key' must be a whole number"
     if not _is_text(row.get("prompt")):
         return "'prompt' must be a text"
-    if not isinstance(names, list) or not names or not all(n in INSTRUCTION_DICT for n in names):
+    if (
+        not isinstance(names, list)
+        or not names
+        or not set(map(str, names)) <= set(INSTRUCTION_DICT)
+    ):
         return "'instruction_id_list' must be a list of IFEval's instructions"
     if not isinstance(options, list) or len(options) != len(names):
         return "'kwargs' must be a list with one object an instruction"
@@ -229,7 +234,9 @@ def file_task(path: str | Path) -> dict[str, Any]:
 def _task_on(name: str, path: Path) -> dict[str, Any]:
     _, config, wrong = _TASKS[name]
     made = config()  # first: the checks of IFEval are its own
+    state = random.getstate()  # IFEval draws what a row leaves open
     _check_file(path, wrong)
+    random.setstate(state)
     return {
         "task": name,
         "dataset_path": "json",

@@ -22,7 +22,7 @@ TARGETS = re.findall(r"(?:^    |`)make (\w+)", README, flags=re.MULTILINE)
 
 def test_the_commands_are_found() -> None:
     verbs = {shlex.split(command)[1] for command in COMMANDS}
-    assert verbs == {"check", "train", "chat", "generate", "score", "explain", "tune"}
+    assert verbs == {"check", "train", "chat", "generate", "score", "tune", "explain", "evaluate"}
     assert set(TARGETS) == {"install", "demo", "check", "test"}
 
 
@@ -47,6 +47,11 @@ def test_every_command_and_the_python_of_the_readme(
         Path(name).write_text((json.dumps(row) + "\n") * 8)
     Path("general.txt").write_text("The ferry leaves twice a day in summer.\n")
     Path("prompts.txt").write_text("What is a ferry?\n")
+    Path("capability").mkdir()
+    choice = {"query": "Question: What floats?", "choices": ["a ferry", "a stone"], "gold": 0}
+    Path("capability/piqa.jsonl").write_text((json.dumps(choice) + "\n") * 2)
+    said = {"context": "They took the ferry across the", "continuation": "lake"}
+    Path("capability/lambada.jsonl").write_text((json.dumps(said) + "\n") * 2)
     for command in COMMANDS:
         monkeypatch.setattr("sys.stdin", StringIO("Hi\n/strength 0.5\n/base\n"))
         assert main(shlex.split(command)[1:]) == 0, command

