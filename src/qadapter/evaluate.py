@@ -72,7 +72,8 @@ def evaluate_tasks(
 ) -> list[TaskScore]:
     """Return the score of each task at a strength, in order; a group of tasks gives one score.
 
-    Random states are as lm-eval seeds them, and afterwards as they were.
+    Random states are as lm-eval seeds them, and afterwards as they were; the model is left in eval
+    mode. Progress goes to stderr.
 
     Args:
         tasks: lm-eval's names of tasks, groups or tags, paths of its YAML files, or task
