@@ -292,7 +292,9 @@ class Budget(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
         def put(part: int) -> None:
             for name, parameter in self._policy.model.adapter_parameters().items():
-                parameter.data.copy_(torch.lerp(start[name], end[name], part / _PARTS))
+                # At 0 a weight that is infinite at the end must not count.
+                between = torch.lerp(start[name], end[name], part / _PARTS) if part else start[name]
+                parameter.data.copy_(between)
 
         def over(part: int) -> bool:
             put(part)

@@ -314,6 +314,8 @@ def test_nothing_nearer_than_the_last_weights_inside_keeps_those(
     run, found = scripted(base, data, tmp_path, 0.0, 0.5, 2.0)
     kept = []
     run.add_callback(Photograph(kept, step=2))
+    # Even where the way leads to weights that are no numbers.
+    run.callback_handler.callbacks.insert(0, Break(step=4))
     run.train()
     assert run.state.global_step == 4
     now = run.model.adapter_parameters()
@@ -322,6 +324,17 @@ def test_nothing_nearer_than_the_last_weights_inside_keeps_those(
         "step 4 of 12 passed max_drop 1 (drop 2.0); stopped and went back to drop 0.5, a script"
     )
     assert found.figures() == {"budget_drop": 0.5, "budget_step": 4}
+
+
+class Break(TrainerCallback):  # type: ignore[misc]
+    """Makes a weight infinite at a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            next(iter(model.adapter_parameters().values())).data.view(-1)[0] = math.inf
 
 
 class Photograph(TrainerCallback):  # type: ignore[misc]
