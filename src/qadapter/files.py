@@ -61,6 +61,8 @@ def write_text(path: str | Path, text: str) -> None:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
+            # mkstemp makes a private file; the result is an ordinary one.
+            Path(temporary).chmod(0o644)
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)
