@@ -125,17 +125,20 @@ class _LinearKL(torch.autograd.Function):
         grad = torch.empty_like(policy) if needs_grad else None
         rows, columns = _slices(policy, weight)
         for row in rows:
-            hp, hq = base[row], policy[row]
+            # z_q − z_p as the product of a small difference keeps its digits in half precision,
+            # where the difference of two products is mostly their rounding.
+            apart = (policy[row].to(wide) - base[row].to(wide)).to(weight.dtype)
+            hp = base[row].to(weight.dtype)
             p, q = (_Running(len(hp), wide, hp.device) for _ in range(2))
             gap = torch.zeros(len(hp), dtype=wide, device=hp.device)
             mean_p, mean_q = (torch.zeros(hp.shape, dtype=wide, device=hp.device) for _ in range(2))
             for column in columns:
                 w = weight[column]
-                zp, zq = (hp @ w.T).to(wide), (hq @ w.T).to(wide)
-                difference = zp - zq
+                zp, change = (hp @ w.T).to(wide), (apart @ w.T).to(wide)
+                zq = zp + change
                 weights, shrink = p.take(zp)
                 # Σ_a p_a (z_p − z_q)_a, the part of the KL that the two logsumexps leave.
-                gap.mul_(shrink).add_((weights * difference).sum(-1))
+                gap.mul_(shrink).sub_((weights * change).sum(-1))
                 if needs_grad:
                     mean_p.mul_(shrink[:, None]).add_(weights.to(w.dtype) @ w)
                 weights, shrink = q.take(zq)
@@ -163,8 +166,8 @@ def linear_kl(p_hidden: Tensor, q_hidden: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         p_hidden: `[M, D]`, no gradient.
-        q_hidden: `[M, D]`, same dtype.
-        weight: `[V, D]`, the frozen head.
+        q_hidden: `[M, D]`, same dtype, which may be wider than the head's.
+        weight: `[V, D]`, the frozen head, in whose dtype products run.
 
     Returns:
         `[M]`, float32 (float64 for float64 inputs).

@@ -89,8 +89,9 @@ class Heads:
         """Return KL(π1 ‖ π_s) in nats at M states `[M, D]`; gradients flow to the policy."""
         weight = self.head_weight
         if weight is not None:
-            streams = streams.to(weight.dtype)
-            return fused.linear_kl(streams.base, self.mix(streams, strength), weight)
+            # Not in the head's dtype yet: a mix of close states would lose what tells them apart.
+            base, adapted = _wide(streams.base), _wide(streams.adapted)
+            return fused.linear_kl(base, self.mix(Streams(adapted, base), strength), weight)
         with torch.no_grad(), self.adapter_off():
             logp = _wide(self.head(streams.base)).log_softmax(-1)
         logq = _wide(self.policy_logits(streams, strength)).log_softmax(-1)
