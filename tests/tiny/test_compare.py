@@ -127,6 +127,9 @@ def test_a_file_is_read_with_its_full_section_and_the_environment(
         ({"vary": ["flipped=1.5"]}, "no share"),
         ({"pairs": 500}, "holds fewer than the 540 pairs"),
         ({"full": [1]}, "`full` must hold fields"),
+        ({"judges": ["my aunt"]}, "'my aunt' is none"),
+        ({"judges": ["rule:shortest"]}, "'shortest'"),
+        ({"judges": ["openai:gpt@nowhere"]}, "not an address"),
     ],
 )
 def test_bad_settings_are_told_in_one_sentence(
@@ -371,7 +374,8 @@ def test_a_comparison_is_made_and_resumed_and_reported(
     in_process: list[str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = yaml_file(tmp_path / "run.yaml", settings | {"seeds": [0, 1]})
+    judges = ["bradley-terry", "rule:contains:!"]
+    path = yaml_file(tmp_path / "run.yaml", settings | {"seeds": [0, 1], "judges": judges})
     assert main(["compare", path, "--vary", "flipped=0.5", "lora_r=2"]) == 0
     # dpo and qadapter: a search cell, which is also seed 0's, seed 1, and two variations.
     assert Counter(in_process) == {"answers": 1, "train": 8, "measure": 1 + 2 * (1 + 2 + 2)}
@@ -386,6 +390,11 @@ def test_a_comparison_is_made_and_resumed_and_reported(
     assert point["accuracy"] == sum(point["correct"]) / 20
     assert point["kl"] > 0
     assert {r["variation"] for r in found["robustness"]} == {"flipped=0.5", "lora_r=2"}
+    # The rule is the pairs' own, so it tells chosen from rejected every time; what bytes a random
+    # model makes of it is no matter.
+    rates = {rate["judge"]: rate for rate in point["win_rates"]}
+    assert rates["contains:!"]["judge_accuracy"] == 1.0
+    assert len(rates) + len(point["judges_refused"]) == 2
     base = found["methods"]["base"]["runs"][0]["points"][0]
     assert base["kl"] == 0
     assert base["greedy_changed"] == 0
@@ -395,7 +404,7 @@ def test_a_comparison_is_made_and_resumed_and_reported(
     assert main(["compare", path, "--vary", "flipped=0.5", "lora_r=2"]) == 0
     assert in_process == []
     # Another method's cells are all that it adds.
-    settings["methods"] = [*settings["methods"], "sft"]
+    settings |= {"methods": [*settings["methods"], "sft"], "judges": judges}
     path = yaml_file(tmp_path / "run.yaml", settings)
     assert main(["compare", path]) == 0
     assert Counter(in_process) == {"train": 1, "measure": 2}

@@ -20,6 +20,9 @@ from typing import Any, TextIO, cast
 from qadapter.errors import UserError
 from qadapter.files import write_text
 
+_ASKED = 50
+"""Held-out pairs that an endpoint is validated on: each is two calls."""
+
 
 class CellFailed(Exception):
     """A cell that ended without a result; the message is its last word."""
@@ -183,29 +186,40 @@ def _measure(work: _Work) -> dict[str, Any]:
 def _answered(work: _Work, policy: Any) -> dict[str, Any]:
     """Return what the policy's own answers at strength 1 show."""
     from qadapter.compare import measure
-    from qadapter.data import read_pairs
-    from qadapter.judge import BradleyTerryJudge
 
     prompts, base = work.answers("test")
     made = measure.answers_of(
         policy, prompts, strength=1.0, max_new_tokens=work.spec["answer_tokens"]
     )
-    judge = BradleyTerryJudge()
-    judge.fit(list(read_pairs(work.file("judge"))))
-    judge.validate(list(read_pairs(work.file("validation"))))
-    refused: str | None = None
-    try:
-        won = [dataclasses.asdict(judge.win_rate(prompts, made, base))]
-    except UserError as error:  # not shown to be better than chance
-        won, refused = [], str(error)
     changed = sum(a != b for a, b in zip(made, base, strict=True))
     return {
         "answers": made,
         "greedy_changed": changed / len(made),
         "kl_generations": measure.generations_kl(policy, prompts, base),
-        "win_rates": won,
-        "judge_refused": refused,
+        **_judged(work, prompts, made, base),
     }
+
+
+def _judged(
+    work: _Work, prompts: list[Any], made: list[str], base: list[str]
+) -> dict[str, list[Any]]:
+    """Return each judge's win rate, or why it may not vote, after its validation."""
+    from qadapter.data import read_pairs
+    from qadapter.judge import BradleyTerryJudge, OpenAIJudge, named_judge
+
+    rates, refused = [], []
+    for name in work.spec["judges"]:
+        judge, held_out = named_judge(name), list(read_pairs(work.file("validation")))
+        if isinstance(judge, BradleyTerryJudge):
+            judge.fit(list(read_pairs(work.file("judge"))))
+        if isinstance(judge, OpenAIJudge):
+            held_out = held_out[:_ASKED]
+        judge.validate(held_out)
+        try:
+            rates.append(dataclasses.asdict(judge.win_rate(prompts, made, base)))
+        except UserError as error:  # not shown to be better than chance
+            refused.append(str(error))
+    return {"win_rates": rates, "judges_refused": refused}
 
 
 def _tasks(work: _Work, policy: Any) -> dict[str, Any]:

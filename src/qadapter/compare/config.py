@@ -40,6 +40,8 @@ class CompareConfig:
     """Names of `qadapter.compare.METHODS`."""
     reference: str = "dpo"
     """The method whose learning is the mark for the others."""
+    judges: tuple[str, ...] = ("bradley-terry",)
+    """Who gives win rates: `bradley-terry`, `rule:max_words:40`, `openai:MODEL@URL`, …"""
     trials: int = 3
     """Settings tried for each method on the validation pairs; the first are its defaults."""
     seeds: tuple[int, ...] = (0,)
@@ -74,10 +76,13 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         from qadapter.compare.methods import METHODS
+        from qadapter.judge import named_judge
 
         for name in (*self.methods, self.reference):
             if name not in METHODS:
                 raise ConfigError(f"methods: {name!r} is not one of {', '.join(sorted(METHODS))}.")
+        for name in self.judges:
+            named_judge(name)
         if self.reference not in self.methods:
             raise ConfigError(f"reference: {self.reference!r} must be among the methods; add it.")
         if 1.0 not in self.strengths or min(self.strengths) < 0:

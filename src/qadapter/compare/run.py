@@ -274,7 +274,7 @@ def _points(
     more: dict[str, Any] = {"text_tokens": _SEARCH_TEXT_TOKENS}
     if whole:
         files |= {name: name for name in ("judge", "validation", "answers")}
-        names = ("text_tokens", "suite", "suite_limit", "answers")
+        names = ("text_tokens", "suite", "suite_limit", "answers", "judges")
         more = {n: getattr(config, n) for n in names}
     found = run.cell(
         "measure",

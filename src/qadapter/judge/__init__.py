@@ -7,6 +7,7 @@ a judge tells chosen from rejected on held-out pairs stands in each verdict it g
 
 from qadapter.judge.bradley_terry import BradleyTerryJudge
 from qadapter.judge.endpoint import OpenAIJudge
+from qadapter.judge.named import named_judge
 from qadapter.judge.rules import RuleJudge
 from qadapter.judge.verdicts import Judge, Validation, WinRate
 
@@ -17,4 +18,5 @@ __all__ = [
     "RuleJudge",
     "Validation",
     "WinRate",
+    "named_judge",
 ]
