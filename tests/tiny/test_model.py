@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -251,6 +252,20 @@ def test_gradients_equal_those_of_two_whole_passes(family: str) -> None:
     for name, parameter in model.adapter_parameters().items():
         assert parameter.grad is not None
         assert torch.allclose(found[name], parameter.grad, atol=1e-4, rtol=1e-3), name
+
+
+@families
+def test_the_base_drops_nothing_in_training(family: str) -> None:
+    config = copy.deepcopy(tiny_base(family).config)
+    for key in [k for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float)]:
+        setattr(config, key, 0.5)
+    base = AutoModelForCausalLM.from_config(config).float().requires_grad_(False)
+    model = QAdapterModel.create(base, QConfig(alpha_0=1, alpha_tilde=1), lora_r=4, trunk=0.5)
+    ids = tokens()
+    expected = model.eval().streams(ids)
+    found = model.train().streams(ids)
+    assert torch.equal(found.base, expected.base)
+    assert torch.equal(found.adapted, expected.adapted)
 
 
 def test_an_adapted_head_needs_two_heads_and_gets_them() -> None:
