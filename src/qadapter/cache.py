@@ -98,6 +98,15 @@ def _checksum(part: Kept) -> int:
     return zlib.crc32(_bytes(part.base), zlib.crc32(_bytes(part.trunk))) | 1 << 32
 
 
+def check_limit(size: int, limit: int) -> None:
+    """Raise ConfigError if a cache of `size` bytes is more than all may take together."""
+    if size > limit:
+        raise ConfigError(
+            f"cache_trunk: these pairs need {size / 2**30:.1f} GiB on disk and "
+            f"cache_trunk_gib allows {limit / 2**30:.1f}; raise it, or set cache_trunk=false."
+        )
+
+
 class TrunkCache:
     """Trunk activations and the base's part of a set of pairs, on disk.
 
@@ -128,11 +137,7 @@ class TrunkCache:
         self._slots = {name: i for i, name in enumerate(lengths)}
         self._ends = torch.tensor(list(lengths.values())).cumsum(0).tolist()
         size = layout.size(self._ends[-1])
-        if size > limit:
-            raise ConfigError(
-                f"cache_trunk: these pairs need {size / 2**30:.1f} GiB on disk and "
-                f"cache_trunk_gib allows {limit / 2**30:.1f}; raise it, or set cache_trunk=false."
-            )
+        check_limit(size, limit)
         names = hashlib.sha256("".join(lengths).encode()).hexdigest()
         told = {**key, "format": _FORMAT, "layout": repr(layout), "pairs": names}
         text = json.dumps(told, indent=2, sort_keys=True) + "\n"
@@ -214,6 +219,11 @@ class TrunkCache:
     def _part(self, slot: int) -> Kept:
         where = slice(self._ends[slot - 1] if slot else 0, self._ends[slot])
         return Kept(self._trunk[where], self._base[where])
+
+    def forget(self, batch: Mapping[str, Tensor]) -> None:
+        """Let the pairs of a `PackedBatch` be missing."""
+        for name in _batch_names(batch):
+            self._sums[self._slots[name]] = 0
 
     def read(self, batch: Mapping[str, Tensor]) -> Kept | None:
         """Return what is kept of a `PackedBatch`, on the CPU; None if any pair of it is missing."""
