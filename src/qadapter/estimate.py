@@ -61,7 +61,8 @@ class Estimate:
     @property
     def seconds(self) -> float:
         """Time of the whole training, without loading, evaluation and readings of budgets."""
-        return self.first.seconds + (self.epochs - 1) * (self.later or self.first).seconds
+        later = max(self.epochs - 1, 0) * (self.later or self.first).seconds
+        return min(self.epochs, 1) * self.first.seconds + later
 
 
 def peak_memory() -> float:
@@ -224,12 +225,14 @@ def _tried(
         for seconds, count in zip(passes, flops, strict=True)
     )
     pairs = run.train_set
+    # transformers lets max_steps, where it is given, overrule the epochs.
+    steps = config.max_steps * config.gradient_accumulation_steps
     return Estimate(
         pairs=len(pairs),
         dropped=sum(len(v) for v in run.dropped.values()),
         tokens=whole,
         response_tokens=sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs),
-        epochs=config.num_train_epochs,
+        epochs=config.num_train_epochs if steps <= 0 else steps / len(rows),
         batches=len(rows),
         first=first,
         later=later if cached else None,

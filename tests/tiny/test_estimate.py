@@ -85,6 +85,12 @@ def test_more_epochs_take_more_time_by_the_later_ones(found: Estimate) -> None:
     assert found.peak > 0
 
 
+def test_a_limit_of_steps_overrules_the_epochs(base: str, data: str, tmp_path: Path) -> None:
+    found = estimate(config_for(base, data, tmp_path / "out", max_steps=1))
+    assert found.epochs == pytest.approx(1 / found.batches)
+    assert found.seconds == pytest.approx(found.first.seconds / found.batches)
+
+
 def test_one_epoch_has_no_later_ones(base: str, data: str, tmp_path: Path) -> None:
     found = estimate(config_for(base, data, tmp_path / "out", num_train_epochs=1))
     assert (found.later, found.cache) == (None, 0)
