@@ -30,7 +30,7 @@ from torch import Tensor
 
 from qadapter import files
 from qadapter.data import TokenizedPair
-from qadapter.errors import ConfigError
+from qadapter.errors import ConfigError, UserError
 
 _FORMAT = 1
 """Raised when the files change their meaning, so that old ones are no longer found."""
@@ -118,7 +118,7 @@ class TrunkCache:
 
     Raises:
         ConfigError: the pairs need more than `limit`, or more than the disk has.
-        UserError: the directory cannot be written.
+        UserError: the directory cannot be read or written, or is removed by another run.
     """
 
     def __init__(
@@ -144,10 +144,16 @@ class TrunkCache:
         self.directory = Path(root) / hashlib.sha256(text.encode()).hexdigest()[:32]
         self.scalars = layout.scalars
         sizes = self._sizes(layout)
-        if not self._sound(text, sizes):
-            self._make(text, sizes, limit - size)
-        os.utime(self.directory)
-        self._maps = {name: self._mapped(name) for name in sizes}
+        try:
+            if not self._sound(text, sizes):
+                self._make(text, sizes, limit - size)
+            os.utime(self.directory)
+            self._maps = {name: self._mapped(name) for name in sizes}
+        except OSError as error:
+            raise UserError(
+                f"cache_trunk: {self.directory} cannot be used ({error.strerror or error}), or "
+                "another run took its place; start again, or set cache_trunk=false."
+            ) from error
         width, dtype = layout.base
         trunk = torch.frombuffer(self._maps["trunk.bin"], dtype=layout.dtype)
         self._trunk = trunk.view(-1, layout.width)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from test_train import assert_close, random_pairs, trainer, weights
 
 from qadapter.cache import Kept, Layout, TrunkCache
 from qadapter.data import TokenizedPair
-from qadapter.errors import ConfigError
+from qadapter.errors import ConfigError, UserError
 from qadapter.packing import pack_pairs
 from qadapter.train import QAdapterTrainer
 
@@ -218,6 +219,25 @@ def test_a_full_disk_is_told_before_anything_is_written(
     with pytest.raises(ConfigError, match="GiB left"):
         opened(tmp_path, random_pairs(8), 2**30)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_that_another_run_removes_while_it_is_opened_is_told(
+    cache_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    touch = os.utime
+
+    def late(path: Path) -> None:
+        shutil.rmtree(path)
+        touch(path)
+
+    monkeypatch.setattr("os.utime", late)
+    with pytest.raises(UserError, match="cannot be used"):
+        opened(tmp_path / "a", random_pairs(8), 2**30)
+    trainer(tmp_path / "b", random_pairs(8), num_train_epochs=2).train()
+    assert "training without a trunk cache" in caplog.text
 
 
 @given(st.lists(st.integers(0, 11), min_size=1, max_size=12, unique=True), st.data())
