@@ -192,6 +192,16 @@ def test_what_cannot_use_a_cache_says_so(tmp_path: Path) -> None:
         run.train()
 
 
+def test_a_base_that_packs_but_cannot_start_from_a_trunk_is_told(
+    cache_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = trainer(tmp_path, random_pairs(8), num_train_epochs=2)
+    run.model.__dict__["caches_trunk"] = False
+    run.train()
+    assert "this base cannot start from one" in caplog.text
+    assert not cache_root.exists()
+
+
 def opened(root: Path, pairs: list[TokenizedPair], limit: int, **key: Any) -> TrunkCache:
     return TrunkCache(root, key, pairs, LAYOUT, limit=limit)
 

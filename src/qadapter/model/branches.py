@@ -147,6 +147,11 @@ class Branches:
                 layer._disable_adapters = disabled
 
     @property
+    def base_name(self) -> str:
+        """Name of the base's class."""
+        return type(self._base).__name__
+
+    @property
     def base_width(self) -> int:
         """D, numbers of a hidden state."""
         return int(self._base.config.hidden_size)
@@ -333,9 +338,7 @@ class Branches:
                 self.streams(torch.tensor([[*prompt, *part]], device=self.device)).base[0]
                 for part in (chosen, rejected)
             ]
-        expected = torch.cat([alone[0], alone[1][2:]]).float()
-        scale = float(expected.abs().max().clamp(min=1.0))
-        return torch.allclose(row.float(), expected, atol=scale * 0.02, rtol=0.0)
+        return agree(row, torch.cat([alone[0], alone[1][2:]]))
 
     @cached_property
     def caches_trunk(self) -> bool:
