@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _STACKED_TOKENS = 64
 """Most tokens of a decoding step that both branches run as one batch."""
 
+_MATMUL_BACKENDS: tuple[Any, ...] = (torch.backends.cuda, torch.backends.mkldnn)
+
 _Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 """The arguments of each decoder layer in turn."""
 
@@ -372,6 +374,8 @@ class Branches:
             "attention": self._base.config._attn_implementation,
             "first_layer": self._first,
             "dtype": str(self.dtype),
+            # Whether float32 is multiplied as such, or in TF32 or bfloat16.
+            "matmul": [getattr(b.matmul, "fp32_precision", "") for b in _MATMUL_BACKENDS],
             "device": self.device.type,
             "torch": torch.__version__,
             "transformers": version("transformers"),
