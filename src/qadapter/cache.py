@@ -30,7 +30,7 @@ from torch import Tensor
 
 from qadapter import files
 from qadapter.data import TokenizedPair
-from qadapter.errors import ConfigError
+from qadapter.errors import ConfigError, UserError
 
 _FORMAT = 1
 """Raised when the files change their meaning, so that old ones are no longer found."""
@@ -98,6 +98,15 @@ def _checksum(part: Kept) -> int:
     return zlib.crc32(_bytes(part.base), zlib.crc32(_bytes(part.trunk))) | 1 << 32
 
 
+def check_limit(size: int, limit: int) -> None:
+    """Raise ConfigError if a cache of `size` bytes is more than all may take together."""
+    if size > limit:
+        raise ConfigError(
+            f"cache_trunk: these pairs need {size / 2**30:.1f} GiB on disk and "
+            f"cache_trunk_gib allows {limit / 2**30:.1f}; raise it, or set cache_trunk=false."
+        )
+
+
 class TrunkCache:
     """Trunk activations and the base's part of a set of pairs, on disk.
 
@@ -109,7 +118,7 @@ class TrunkCache:
 
     Raises:
         ConfigError: the pairs need more than `limit`, or more than the disk has.
-        UserError: the directory cannot be written.
+        UserError: the directory cannot be read or written, or is removed by another run.
     """
 
     def __init__(
@@ -128,21 +137,23 @@ class TrunkCache:
         self._slots = {name: i for i, name in enumerate(lengths)}
         self._ends = torch.tensor(list(lengths.values())).cumsum(0).tolist()
         size = layout.size(self._ends[-1])
-        if size > limit:
-            raise ConfigError(
-                f"cache_trunk: these pairs need {size / 2**30:.1f} GiB on disk and "
-                f"cache_trunk_gib allows {limit / 2**30:.1f}; raise it, or set cache_trunk=false."
-            )
+        check_limit(size, limit)
         names = hashlib.sha256("".join(lengths).encode()).hexdigest()
         told = {**key, "format": _FORMAT, "layout": repr(layout), "pairs": names}
         text = json.dumps(told, indent=2, sort_keys=True) + "\n"
         self.directory = Path(root) / hashlib.sha256(text.encode()).hexdigest()[:32]
         self.scalars = layout.scalars
         sizes = self._sizes(layout)
-        if not self._sound(text, sizes):
-            self._make(text, sizes, limit - size)
-        os.utime(self.directory)
-        self._maps = {name: self._mapped(name) for name in sizes}
+        try:
+            if not self._sound(text, sizes):
+                self._make(text, sizes, limit - size)
+            os.utime(self.directory)
+            self._maps = {name: self._mapped(name) for name in sizes}
+        except OSError as error:
+            raise UserError(
+                f"cache_trunk: {self.directory} cannot be used ({error.strerror or error}), or "
+                "another run took its place; start again, or set cache_trunk=false."
+            ) from error
         width, dtype = layout.base
         trunk = torch.frombuffer(self._maps["trunk.bin"], dtype=layout.dtype)
         self._trunk = trunk.view(-1, layout.width)
@@ -214,6 +225,11 @@ class TrunkCache:
     def _part(self, slot: int) -> Kept:
         where = slice(self._ends[slot - 1] if slot else 0, self._ends[slot])
         return Kept(self._trunk[where], self._base[where])
+
+    def forget(self, batch: Mapping[str, Tensor]) -> None:
+        """Let the pairs of a `PackedBatch` be missing."""
+        for name in _batch_names(batch):
+            self._sums[self._slots[name]] = 0
 
     def read(self, batch: Mapping[str, Tensor]) -> Kept | None:
         """Return what is kept of a `PackedBatch`, on the CPU; None if any pair of it is missing."""

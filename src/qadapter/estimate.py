@@ -18,9 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import Trainer, TrainerCallback
 
+from qadapter.cache import check_limit
 from qadapter.config import QAdapterConfig
 from qadapter.data import TokenizedPair
-from qadapter.packing import flat
+from qadapter.errors import ConfigError
+from qadapter.packing import flat, pack_pairs
 from qadapter.train import Prepared, QAdapterTrainer, prepare
 
 _TRIED = 6
@@ -59,7 +61,8 @@ class Estimate:
     @property
     def seconds(self) -> float:
         """Time of the whole training, without loading, evaluation and readings of budgets."""
-        return self.first.seconds + (self.epochs - 1) * (self.later or self.first).seconds
+        later = max(self.epochs - 1, 0) * (self.later or self.first).seconds
+        return min(self.epochs, 1) * self.first.seconds + later
 
 
 def peak_memory() -> float:
@@ -102,6 +105,35 @@ class Clock(TrainerCallback):  # type: ignore[misc,unused-ignore]
         self.seconds.append(time.perf_counter() - self._start)
 
 
+class _Afresh(TrainerCallback):  # type: ignore[misc,unused-ignore]
+    """Keeps a pass over `rows` from reading what it wrote itself, where they share pairs."""
+
+    def __init__(self, rows: list[list[TokenizedPair]]) -> None:
+        self.rows = rows
+        self.trainer: QAdapterTrainer | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        cache = self.trainer.cache if self.trainer else None
+        if cache is not None and state.global_step < len(self.rows):
+            cache.forget(cast(Any, pack_pairs(self.rows[state.global_step])))
+
+
+def _fits(trainer: QAdapterTrainer, tokens: int) -> bool:
+    """Return whether the whole run's trunk cache may be written.
+
+    Raises:
+        ConfigError: it is asked for and may not.
+    """
+    args: Any = trainer.args
+    try:
+        check_limit(trainer.layout.size(tokens), int(args.cache_trunk_gib * 2**30))
+    except ConfigError:
+        if args.cache_trunk:
+            raise
+        return False
+    return True
+
+
 def _spread(rows: list[list[TokenizedPair]]) -> list[list[TokenizedPair]]:
     """Return the largest row and some whose lengths are spread as all are."""
     rows = sorted(rows, key=_tokens)
@@ -140,12 +172,18 @@ def estimate(config: QAdapterConfig) -> Estimate:
     with tempfile.TemporaryDirectory() as directory:
         elsewhere = copy.copy(config)
         elsewhere.output_dir = directory  # transformers' Trainer makes it at once
-        rows = _rows(run.trainer(elsewhere), run.train_set)
-        return _tried(config, run, rows, Path(directory))
+        trainer = run.trainer(elsewhere)
+        rows = _rows(trainer, run.train_set)
+        keeps = config.num_train_epochs > 1 and _fits(trainer, sum(_tokens(row) for row in rows))
+        return _tried(config, run, rows, Path(directory), keeps)
 
 
 def _tried(
-    config: QAdapterConfig, run: Prepared, rows: list[list[TokenizedPair]], directory: Path
+    config: QAdapterConfig,
+    run: Prepared,
+    rows: list[list[TokenizedPair]],
+    directory: Path,
+    keeps: bool,
 ) -> Estimate:
     spread = _spread(rows)
     short = copy.copy(config)
@@ -154,7 +192,7 @@ def _tried(
         "num_train_epochs": 2,
         "max_steps": -1,
         "gradient_accumulation_steps": 1,
-        "cache_trunk": config.cache_trunk if config.num_train_epochs > 1 else False,
+        "cache_trunk": config.cache_trunk if keeps else False,
         "train_sampling_strategy": "sequential",
         "logging_strategy": "no",
         "eval_strategy": "no",
@@ -167,9 +205,10 @@ def _tried(
     }
     for name, value in settings.items():
         setattr(short, name, value)
-    clock = Clock()
-    trainer = run.trainer(short, train_dataset=flat(spread), budget=None, callbacks=[clock])
-    trainer.rows, trainer.cache_root = spread, directory
+    clock, afresh = Clock(), _Afresh(spread)
+    hooks = [afresh, clock]
+    trainer = run.trainer(short, train_dataset=flat(spread), budget=None, callbacks=hooks)
+    trainer.rows, trainer.cache_root, afresh.trainer = spread, directory, trainer
     trainer.train()
     peak = peak_memory()
     cached = trainer.cache is not None
@@ -186,12 +225,14 @@ def _tried(
         for seconds, count in zip(passes, flops, strict=True)
     )
     pairs = run.train_set
+    # transformers lets max_steps, where it is given, overrule the epochs.
+    steps = config.max_steps * config.gradient_accumulation_steps
     return Estimate(
         pairs=len(pairs),
         dropped=sum(len(v) for v in run.dropped.values()),
         tokens=whole,
         response_tokens=sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs),
-        epochs=config.num_train_epochs,
+        epochs=config.num_train_epochs if steps <= 0 else steps / len(rows),
         batches=len(rows),
         first=first,
         later=later if cached else None,

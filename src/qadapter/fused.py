@@ -195,11 +195,17 @@ class _LoraLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         a, b = down.to(x.dtype), (up * scaling).to(x.dtype)
         inner = rows @ a.T
-        out = torch.nn.functional.linear(rows, weight, bias)
-        torch.addmm(out, inner, b.T, out=out)
+        # Not a view of anything, so that what comes after may change it in place.
+        out = x.new_empty(*x.shape[:-1], len(weight))
+        flat = out.view(-1, len(weight))
+        if bias is None:
+            torch.mm(rows, weight.T, out=flat)
+        else:
+            torch.addmm(bias, rows, weight.T, out=flat)
+        torch.addmm(flat, inner, b.T, out=flat)
         ctx.save_for_backward(rows, inner, weight, a, b)
         ctx.scaling, ctx.dtypes = scaling, (down.dtype, up.dtype)
-        return out.view(*x.shape[:-1], len(weight))
+        return out
 
     @staticmethod
     @once_differentiable

@@ -21,8 +21,13 @@ def _is_called_plainly(module: nn.Module) -> bool:
 
     Offloading and sharding engines fetch weights in hooks, or in a `forward` of their own.
     """
-    hooked = module._forward_pre_hooks or module._forward_hooks or module._backward_hooks
-    return not hooked and "forward" not in module.__dict__
+    hooks = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    return not any(hooks) and "forward" not in module.__dict__
 
 
 class LoraLinear(Linear):

@@ -108,6 +108,12 @@ class QAdapterTrainer(Trainer):
                 "max_kl, max_drop: the trainer was given nothing to read them on; pass budget=, as "
                 "`qadapter.train.prepare(config).trainer(config)` does."
             )
+        if model.q_config.objective != "authors" and not model.packs:
+            _log.warning(
+                "%s: its attention cannot take packed pairs; rows are padded, every prompt is "
+                "computed twice, and no trunk is kept",
+                model.base_name,
+            )
         collate = pack_pairs if packable(model) else PairCollator(pad_id)
         super().__init__(
             model=model,
@@ -250,6 +256,8 @@ class QAdapterTrainer(Trainer):
                     "cache_trunk: this base or objective cannot start from a kept trunk; "
                     "set cache_trunk=false."
                 )
+            if packable(model):  # what cannot pack has been told when the trainer was made
+                _log.warning("training without a trunk cache: this base cannot start from one")
             return None
         # "no", "bf16" or "fp16": what autocast does to the base's layers.
         key = {"weights": base_hash, "autocast": self.accelerator.mixed_precision}

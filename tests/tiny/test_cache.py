@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from test_train import assert_close, random_pairs, trainer, weights
 
 from qadapter.cache import Kept, Layout, TrunkCache
 from qadapter.data import TokenizedPair
-from qadapter.errors import ConfigError
+from qadapter.errors import ConfigError, UserError
 from qadapter.packing import pack_pairs
 from qadapter.train import QAdapterTrainer
 
@@ -149,15 +150,22 @@ def changed(tmp_path: Path, what: str) -> QAdapterTrainer:
     return run
 
 
-@pytest.mark.parametrize("what", ["a token", "an end", "precision", "a weight", "the seed"])
+@pytest.mark.parametrize(
+    "what", ["a token", "an end", "precision", "a weight", "the products", "the seed"]
+)
 def test_anything_that_matters_has_a_cache_of_its_own(
     what: str, cache_root: Path, tmp_path: Path
 ) -> None:
     trainer(tmp_path / "first", random_pairs(8), cache_trunk=True).train()
     run = changed(tmp_path, what)
+    if what == "the products":  # of float32, as the setting tf32 makes them
+        torch.set_float32_matmul_precision("high")
     if what == "the seed":  # which does not matter
         run.args.seed = 5
-    run.train()
+    try:
+        run.train()
+    finally:
+        torch.set_float32_matmul_precision("highest")
     assert len(list(cache_root.iterdir())) == (1 if what == "the seed" else 2)
 
 
@@ -191,6 +199,16 @@ def test_what_cannot_use_a_cache_says_so(tmp_path: Path) -> None:
         run.train()
 
 
+def test_a_base_that_packs_but_cannot_start_from_a_trunk_is_told(
+    cache_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = trainer(tmp_path, random_pairs(8), num_train_epochs=2)
+    run.model.__dict__["caches_trunk"] = False
+    run.train()
+    assert "this base cannot start from one" in caplog.text
+    assert not cache_root.exists()
+
+
 def opened(root: Path, pairs: list[TokenizedPair], limit: int, **key: Any) -> TrunkCache:
     return TrunkCache(root, key, pairs, LAYOUT, limit=limit)
 
@@ -218,6 +236,25 @@ def test_a_full_disk_is_told_before_anything_is_written(
     with pytest.raises(ConfigError, match="GiB left"):
         opened(tmp_path, random_pairs(8), 2**30)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_that_another_run_removes_while_it_is_opened_is_told(
+    cache_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    touch = os.utime
+
+    def late(path: Path) -> None:
+        shutil.rmtree(path)
+        touch(path)
+
+    monkeypatch.setattr("os.utime", late)
+    with pytest.raises(UserError, match="cannot be used"):
+        opened(tmp_path / "a", random_pairs(8), 2**30)
+    trainer(tmp_path / "b", random_pairs(8), num_train_epochs=2).train()
+    assert "training without a trunk cache" in caplog.text
 
 
 @given(st.lists(st.integers(0, 11), min_size=1, max_size=12, unique=True), st.data())

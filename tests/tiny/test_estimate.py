@@ -9,8 +9,10 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from qadapter.cache import TrunkCache
 from qadapter.cli import main
 from qadapter.config import QAdapterConfig
+from qadapter.errors import ConfigError
 from qadapter.estimate import Clock, Estimate, estimate
 from qadapter.train import QAdapterTrainer, prepare
 
@@ -83,10 +85,47 @@ def test_more_epochs_take_more_time_by_the_later_ones(found: Estimate) -> None:
     assert found.peak > 0
 
 
+def test_a_limit_of_steps_overrules_the_epochs(base: str, data: str, tmp_path: Path) -> None:
+    found = estimate(config_for(base, data, tmp_path / "out", max_steps=1))
+    assert found.epochs == pytest.approx(1 / found.batches)
+    assert found.seconds == pytest.approx(found.first.seconds / found.batches)
+
+
 def test_one_epoch_has_no_later_ones(base: str, data: str, tmp_path: Path) -> None:
     found = estimate(config_for(base, data, tmp_path / "out", num_train_epochs=1))
     assert (found.later, found.cache) == (None, 0)
     assert found.seconds == found.first.seconds
+
+
+def test_the_first_pass_reads_nothing_that_it_wrote_itself(
+    base: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of few micro-batches some are tried twice; read from the cache, they would look cheap."""
+    found: list[bool] = []
+    read = TrunkCache.read
+
+    def noted(self: TrunkCache, batch: Any) -> Any:
+        kept = read(self, batch)
+        found.append(kept is not None)
+        return kept
+
+    monkeypatch.setattr(TrunkCache, "read", noted)
+    assert estimate(config_for(base, data, tmp_path / "out")).batches == 3
+    first, later = found[:7], found[7:14]
+    assert (any(first), all(later)) == (False, True)
+
+
+def test_a_cache_that_the_run_may_not_write_is_not_counted_on(
+    base: str, data: str, tmp_path: Path
+) -> None:
+    fields: dict[str, Any] = {"per_device_train_batch_size": 1}
+    whole = estimate(config_for(base, data, tmp_path / "out", **fields))
+    # Enough for what is tried, and not for all.
+    fields["cache_trunk_gib"] = 0.9 * whole.cache / 2**30
+    found = estimate(config_for(base, data, tmp_path / "out", **fields))
+    assert (found.later, found.cache) == (None, 0)
+    with pytest.raises(ConfigError, match="cache_trunk_gib"):
+        estimate(config_for(base, data, tmp_path / "out", cache_trunk=True, **fields))
 
 
 def test_nothing_is_written(

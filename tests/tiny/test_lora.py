@@ -100,6 +100,11 @@ def hook_the_base(model: Any) -> None:
         layer.base_layer.register_forward_hook(lambda *_: None)
 
 
+def watch_gradients(model: Any) -> None:
+    for layer in layers(model):
+        layer.lora_A["default"].register_full_backward_pre_hook(lambda *_: None)
+
+
 def offload(model: Any) -> None:
     from accelerate.hooks import ModelHook, add_hook_to_module
 
@@ -130,7 +135,8 @@ def unfreeze(model: Any) -> None:
     [
         ({"lora_dropout": 0.5}, touch_nothing),
         ({"use_dora": True}, touch_nothing),
-        *[({}, c) for c in (hook_the_base, offload, add_a_second, turn_off, merge, unfreeze)],
+        *[({}, c) for c in (hook_the_base, watch_gradients, offload, add_a_second)],
+        *[({}, c) for c in (turn_off, merge, unfreeze)],
     ],
     ids=lambda value: getattr(value, "__name__", None) or "-".join(value) or "plain",
 )
@@ -160,6 +166,22 @@ def test_dropout_takes_the_fast_way_once_training_is_over(calls: list[int]) -> N
         torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
     # peft keeps a Dropout module, which in eval mode changes nothing.
     assert calls
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 7), (5, 7), (7,)])
+def test_what_comes_after_may_change_the_result_in_place(shape: tuple[int, ...]) -> None:
+    gradients = []
+    for fast in (False, True):
+        config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        torch.manual_seed(0)
+        model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(7, 5)), config)  # type: ignore[arg-type]
+        if fast:
+            speed_up(model)
+        model(torch.ones(shape)).mul_(2).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == 2
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_files_and_merging_stay_pefts(tmp_path: Any) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import FAMILIES, VOCAB, tiny_adapter, tiny_base
-from transformers import DynamicCache
+from models import FAMILIES, VOCAB, disturbed, tiny_adapter, tiny_base
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from qadapter import functional
+from qadapter.config import QConfig
 from qadapter.errors import ArtefactError, ConfigError
 from qadapter.model import QAdapterModel, Streams
 
@@ -160,6 +162,55 @@ def test_an_adapter_that_is_more_than_low_rank_maps_is_not_stacked() -> None:
     assert not model.stacks
 
 
+def test_an_adapter_switched_on_beside_the_first_is_not_left_out() -> None:
+    model, ids = tiny_adapter(), tokens()
+    assert model.stacks
+    model.peft_model.add_adapter("other", model.peft_model.peft_config["default"])
+    disturbed(model).peft_model.base_model.set_adapter(["default", "other"])
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        cached = model(input_ids=ids, past_key_values=DynamicCache(config=model.config)).logits
+    assert torch.allclose(cached, expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("share", [3e-3, 0.0])
+def test_a_base_whose_packed_rows_are_only_nearly_right_does_not_pack(share: float) -> None:
+    """A bias that packing misses may be small; in full precision nothing but rounding is."""
+    model = tiny_adapter()
+    streams = model.streams
+
+    def nearly(*args: Any, **kwargs: Any) -> Streams:
+        found = streams(*args, **kwargs)
+        off = share * float(found.base.abs().max()) if "spans" in kwargs else 0.0
+        return found._replace(base_states=found.base + off)
+
+    model.streams = nearly  # type: ignore[method-assign]
+    assert model.packs == (share == 0.0)
+
+
+def test_an_argument_without_rows_is_not_taken_for_one_with_them() -> None:
+    """MPT hands its layers a bias of one row a head, which four rows of text look like."""
+    config = AutoConfig.for_model("mpt", d_model=32, n_heads=4, n_layers=4, vocab_size=VOCAB)
+    base = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
+    model = disturbed(QAdapterModel.create(base, QConfig(alpha_0=1, alpha_tilde=1), lora_r=4))
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    ids = tokens(rows=4)
+    cached, uncached = (model.generate(ids, use_cache=use, **options) for use in (True, False))
+    assert torch.equal(cached, uncached)
+
+
+@pytest.mark.parametrize("effect", [0.3, 0.0])
+def test_a_layer_that_flattens_its_tokens_is_not_stacked(effect: float) -> None:
+    """An untrained adapter, on which nothing shows, is asked too: the answer is kept."""
+    base = tiny_base("llama")
+    for layer in base.model.layers:
+        inner = layer.mlp.forward
+        # As blocks of experts do.
+        layer.mlp.forward = lambda x, inner=inner: inner(x.flatten(0, 1)).view(x.shape)
+    model = QAdapterModel.create(base, QConfig(alpha_0=1, alpha_tilde=1), lora_r=4, trunk=0.5)
+    assert not disturbed(model, effect).stacks
+
+
 def test_beams_sampling_and_streaming_run_on_the_composition() -> None:
     model, ids = tiny_adapter(), tokens()
     options: dict[str, Any] = {"max_new_tokens": 6, "eos_token_id": None}
@@ -218,6 +269,20 @@ def test_gradients_equal_those_of_two_whole_passes(family: str) -> None:
         assert torch.allclose(found[name], parameter.grad, atol=1e-4, rtol=1e-3), name
 
 
+@families
+def test_the_base_drops_nothing_in_training(family: str) -> None:
+    config = copy.deepcopy(tiny_base(family).config)
+    for key in [k for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float)]:
+        setattr(config, key, 0.5)
+    base = AutoModelForCausalLM.from_config(config).float().requires_grad_(False)
+    model = QAdapterModel.create(base, QConfig(alpha_0=1, alpha_tilde=1), lora_r=4, trunk=0.5)
+    ids = tokens()
+    expected = model.eval().streams(ids)
+    found = model.train().streams(ids)
+    assert torch.equal(found.base, expected.base)
+    assert torch.equal(found.adapted, expected.adapted)
+
+
 def test_an_adapted_head_needs_two_heads_and_gets_them() -> None:
     model, ids = tiny_adapter(target_modules=["q_proj", "lm_head"], alpha_0=0.2), tokens()
     assert model.head_weight is None
@@ -262,8 +327,6 @@ def test_another_base_is_refused_unless_told(tmp_path: Any) -> None:
 
 
 def test_layers_that_do_not_exist_are_refused() -> None:
-    from qadapter.config import QConfig
-
     with pytest.raises(ConfigError, match="layers_to_transform"):
         QAdapterModel.create(
             tiny_base("llama"), QConfig(alpha_0=1, alpha_tilde=1), layers_to_transform=[9]

@@ -295,13 +295,16 @@ def test_packing_is_exact_for_every_shape(
     assert_packing_is_exact(family, pairs)
 
 
-def test_a_base_that_cannot_pack_is_noticed_and_padded(tmp_path: Path) -> None:
+def test_a_base_that_cannot_pack_is_told_and_padded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = untrained()
     decoder = model._decoder
     forward = decoder.forward
     decoder.forward = lambda *a, packed_pairs=None, **k: forward(*a, **k)
     assert not packable(model)
     run = QAdapterTrainer(model, settings(tmp_path), train_dataset=random_pairs(8))
+    assert "LlamaForCausalLM: its attention cannot take packed pairs" in caplog.text
     assert "completion_mask" in next(iter(run.get_train_dataloader()))
 
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _STACKED_TOKENS = 64
 """Most tokens of a decoding step that both branches run as one batch."""
 
+_MATMUL_BACKENDS: tuple[Any, ...] = (torch.backends.cuda, torch.backends.mkldnn)
+
 _Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 """The arguments of each decoder layer in turn."""
 
@@ -100,12 +102,19 @@ def agree(found: Tensor, expected: Tensor) -> bool:
 
 
 def _twice(value: Any, rows: int) -> Any:
-    """Return a layer's argument for twice the rows, if it has them."""
+    """Return a layer's argument for twice the rows, if it has them.
+
+    Raises:
+        ValueError: it has neither these rows nor one for all, so what its first dimension is
+            cannot be told from its length.
+    """
     if isinstance(value, tuple):
         return tuple(_twice(part, rows) for part in value)
-    if isinstance(value, Tensor) and value.dim() > 1 and len(value) == rows:
-        return torch.cat([value, value])
-    return value
+    if not isinstance(value, Tensor) or value.dim() < 2:
+        return value
+    if len(value) not in (1, rows):
+        raise ValueError(f"{len(value)} rows in an argument of a layer that is called with {rows}")
+    return torch.cat([value, value]) if len(value) == rows else value
 
 
 class Branches:
@@ -138,6 +147,11 @@ class Branches:
         finally:
             for layer, disabled in zip(self._tuned, was, strict=True):
                 layer._disable_adapters = disabled
+
+    @property
+    def base_name(self) -> str:
+        """Name of the base's class."""
+        return type(self._base).__name__
 
     @property
     def base_width(self) -> int:
@@ -198,7 +212,9 @@ class Branches:
     def _pays_to_stack(self, input_ids: Tensor | None) -> bool:
         few = input_ids is not None and input_ids.numel() <= _STACKED_TOKENS
         adapted = bool(self._inside) and not self._inside[0].disable_adapters
-        return few and adapted and not (torch.is_grad_enabled() or self.training)
+        # More adapters than one may have been switched on since `stacks` was tried.
+        one = len(self.peft_model.active_adapters) == 1
+        return few and adapted and one and not (torch.is_grad_enabled() or self.training)
 
     @cached_property
     def stacks(self) -> bool:
@@ -212,16 +228,18 @@ class Branches:
             name[0] not in m.lora_A or getattr(m, "lora_variant", None) for m in self._inside
         ):
             return False
-        ids = torch.arange(1, 9, device=self.device).view(2, 4)
+        ids = torch.arange(1, 15, device=self.device).view(2, 7)
         mask = torch.ones_like(ids)
         mask[0, 0] = 0
         positions = mask.cumsum(1) - 1
-        found = []
+        found: tuple[list[Tensor], list[Tensor]] = ([], [])
         with torch.no_grad():
-            for step in (self._two_passes, self._stacked):
+            for step, states in zip((self._two_passes, self._stacked), found, strict=True):
                 cache = DynamicCache(config=self.config)
                 given = {"past_key_values": cache, "use_cache": True}
-                for columns, run in ((slice(3), self._two_passes), (slice(3, 4), step)):
+                # Several tokens and one: in the latter, rows are not told from flattened tokens.
+                steps = (slice(3), self._two_passes), (slice(3, 6), step), (slice(6, 7), step)
+                for columns, run in steps:
                     part = {
                         "input_ids": ids[:, columns],
                         "attention_mask": mask[:, : columns.stop],
@@ -231,8 +249,8 @@ class Branches:
                         streams = run({**given, **part}, cache)
                     except (AttributeError, TypeError, ValueError, RuntimeError):
                         return False
-                found.append(torch.cat([streams.adapted, streams.base]))
-        two, one = found
+                    states += [streams.adapted, streams.base]
+        two, one = (torch.cat(states, dim=1) for states in found)
         return agree(one, two)
 
     def _stacked(self, inputs: dict[str, Any], cache: Any) -> Streams:
@@ -255,10 +273,15 @@ class Branches:
         def stack(
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            # After the first of these layers the hidden states come with all their rows.
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if len(hidden) == 2 * rows:
+                # After the first of these layers the hidden states come with all their rows.
+                known[id(hidden)] = hidden, hidden
             return tuple(map(twice, args)), {k: twice(v) for k, v in kwargs.items()}
 
         def adapt(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            if len(args[0]) != 2 * rows:
+                raise ValueError(f"{len(args[0])} rows reach a linear map of a layer of {2 * rows}")
             low, high = module.lora_A[name], module.lora_B[name]
             change = high(low(args[0][rows:].to(low.weight.dtype)))
             output[rows:] += change.mul_(module.scaling[name])
@@ -317,9 +340,7 @@ class Branches:
                 self.streams(torch.tensor([[*prompt, *part]], device=self.device)).base[0]
                 for part in (chosen, rejected)
             ]
-        expected = torch.cat([alone[0], alone[1][2:]]).float()
-        scale = float(expected.abs().max().clamp(min=1.0))
-        return torch.allclose(row.float(), expected, atol=scale * 0.02, rtol=0.0)
+        return agree(row, torch.cat([alone[0], alone[1][2:]]))
 
     @cached_property
     def caches_trunk(self) -> bool:
@@ -353,6 +374,8 @@ class Branches:
             "attention": self._base.config._attn_implementation,
             "first_layer": self._first,
             "dtype": str(self.dtype),
+            # Whether float32 is multiplied as such, or in TF32 or bfloat16.
+            "matmul": [getattr(b.matmul, "fp32_precision", "") for b in _MATMUL_BACKENDS],
             "device": self.device.type,
             "torch": torch.__version__,
             "transformers": version("transformers"),

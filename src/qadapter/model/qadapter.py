@@ -55,6 +55,20 @@ def _checked_strength(strength: Any, rows: int | None = None) -> float | Tensor:
     return cast("float | Tensor", strength)
 
 
+def _end_base_dropout(peft_model: nn.Module) -> None:
+    """Let the base compute in training what it does in use: π1 is one policy, and is kept on disk.
+
+    Attention's dropout is no module of its own in most families, but a rate beside its maps.
+    """
+    for name, module in peft_model.named_modules():
+        if "lora_" in name:
+            continue
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for rate in [n for n, v in vars(module).items() if "drop" in n and isinstance(v, float)]:
+            setattr(module, rate, 0.0)
+
+
 class QAdapterModel(Branches, Heads, PreTrainedModel, GenerationMixin):
     """A frozen base, a LoRA adapter and the policy they make together (METHOD M2).
 
@@ -110,9 +124,7 @@ class QAdapterModel(Branches, Heads, PreTrainedModel, GenerationMixin):
         self.__dict__["_layers"] = layers
         self.__dict__["_norm"] = final_norm(decoder, layers)
         self._softcap = getattr(base.config, "final_logit_softcapping", None)
-        for name, module in peft_model.named_modules():
-            if isinstance(module, nn.Dropout) and "lora_" not in name:
-                module.p = 0.0
+        _end_base_dropout(peft_model)
         self._check_streams()
 
     # ── construction ────────────────────────────────────────────────────────────────────────────
