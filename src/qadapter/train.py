@@ -98,6 +98,11 @@ class QAdapterTrainer(Trainer):
             raise TrainingError(
                 "nothing to train: every adapter weight is frozen; load it with is_trainable=True."
             )
+        if args.n_gpu > 1:  # transformers would scatter one packed row over them
+            raise ConfigError(
+                f"{args.n_gpu} GPUs are seen by one process; start one for each by `accelerate "
+                "launch` or torchrun, or show it one by CUDA_VISIBLE_DEVICES."
+            )
         if args.tokens_per_batch and not packable(model):
             raise ConfigError(
                 "tokens_per_batch: this base or objective cannot pack pairs; "

@@ -64,6 +64,19 @@ def test_early_stopping_goes_back_to_the_best_checkpoint(
     assert any(not torch.equal(last[name], kept[name]) for name in kept)
 
 
+def test_several_gpus_in_one_process_are_refused(
+    base: str,
+    data: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(QAdapterConfig, "n_gpu", property(lambda _: 2))
+    assert train(base, data, tmp_path / "out") == 2
+    assert "2 GPUs are seen by one process" in told(capsys)
+    assert not (tmp_path / "out").exists()
+
+
 def test_early_stopping_without_evaluation_is_refused(
     base: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
