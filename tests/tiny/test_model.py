@@ -156,6 +156,24 @@ def test_one_stacked_pass_is_two_passes(
         assert not torch.allclose(one.base[seen], one.adapted[seen], atol=0.01) or not seen.any()
 
 
+def test_a_stacked_pass_rounds_as_two_passes_do_in_bfloat16() -> None:
+    """Else 30 layers carried them so far apart that a trained adapter was taken for another one,
+    and decoding fell back to two passes: twice the time a token."""
+    base = tiny_base("llama").bfloat16()
+    q_config = QConfig(alpha_0=0.5, alpha_tilde=0.5)
+    model = disturbed(QAdapterModel.create(base, q_config, lora_r=4, trunk=0.0).eval())
+    assert {p.dtype for p in model.adapter_parameters().values()} == {torch.float32}
+    assert model.stacks
+    ids, caches = tokens(), [DynamicCache(config=model.config) for _ in range(2)]
+    inputs = {"input_ids": ids, "use_cache": True}
+    with torch.no_grad():
+        one = model._stacked({**inputs, "past_key_values": caches[0]}, caches[0])
+        two = model._two_passes({**inputs, "past_key_values": caches[1]}, caches[1])
+    assert torch.equal(one.adapted, two.adapted)
+    assert torch.equal(one.base, two.base)
+    assert not torch.allclose(one.base, one.adapted, atol=0.1)
+
+
 def test_an_adapter_that_is_more_than_low_rank_maps_is_not_stacked() -> None:
     model = tiny_adapter()
     model._inside[0].lora_variant["default"] = object()

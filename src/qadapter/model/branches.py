@@ -282,9 +282,12 @@ class Branches:
         def adapt(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
             if len(args[0]) != 2 * rows:
                 raise ValueError(f"{len(args[0])} rows reach a linear map of a layer of {2 * rows}")
-            low, high = module.lora_A[name], module.lora_B[name]
-            change = high(low(args[0][rows:].to(low.weight.dtype)))
-            output[rows:] += change.mul_(module.scaling[name])
+            low, high = module.lora_A[name].weight, module.lora_B[name].weight
+            # Rounded as `fused.lora_linear` rounds, or the two ways drift apart layer by layer.
+            x, out = args[0][rows:].flatten(0, -2), output[rows:]
+            inner = x @ low.to(x.dtype).T
+            up = (high * module.scaling[name]).to(x.dtype)
+            output[rows:] = torch.addmm(out.flatten(0, -2), inner, up.T).view(out.shape)
             return output
 
         hooks = [
