@@ -174,6 +174,29 @@ def test_a_stacked_pass_rounds_as_two_passes_do_in_bfloat16() -> None:
     assert not torch.allclose(one.base, one.adapted, atol=0.1)
 
 
+def test_what_a_stacked_pass_keeps_of_the_adapter_is_made_anew_when_it_changes() -> None:
+    model, ids, seen = tiny_adapter(), tokens(), []
+    parameters = list(model.adapter_parameters().values())
+
+    def replace() -> None:
+        for parameter in parameters:
+            parameter.data = 2 * parameter.data
+
+    def change_in_place() -> None:
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.mul_(0.7)
+
+    for change in (lambda: None, replace, change_in_place):
+        change()
+        with torch.no_grad():
+            whole = model(input_ids=ids).logits
+            cached = model(input_ids=ids, past_key_values=DynamicCache(config=model.config)).logits
+        torch.testing.assert_close(cached, whole, atol=TOLERANCE, rtol=0)
+        assert not any(torch.allclose(whole, before, atol=0.01) for before in seen)
+        seen.append(whole)
+
+
 def test_an_adapter_that_is_more_than_low_rank_maps_is_not_stacked() -> None:
     model = tiny_adapter()
     model._inside[0].lora_variant["default"] = object()

@@ -134,6 +134,7 @@ class Branches:
         _first: int
         _tuned: list[Any]
         _inside: list[Any]
+        _rounded: dict[int, tuple[tuple[Any, ...], Tensor, Tensor]]
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
@@ -282,12 +283,9 @@ class Branches:
         def adapt(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
             if len(args[0]) != 2 * rows:
                 raise ValueError(f"{len(args[0])} rows reach a linear map of a layer of {2 * rows}")
-            low, high = module.lora_A[name].weight, module.lora_B[name].weight
-            # Rounded as `fused.lora_linear` rounds, or the two ways drift apart layer by layer.
             x, out = args[0][rows:].flatten(0, -2), output[rows:]
-            inner = x @ low.to(x.dtype).T
-            up = (high * module.scaling[name]).to(x.dtype)
-            output[rows:] = torch.addmm(out.flatten(0, -2), inner, up.T).view(out.shape)
+            down, up = self._low_rank(module, name, x.dtype)
+            output[rows:] = torch.addmm(out.flatten(0, -2), x @ down, up).view(out.shape)
             return output
 
         hooks = [
@@ -299,6 +297,21 @@ class Branches:
             states = self._decoder(**inputs).last_hidden_state
         base, adapted = states.chunk(2)
         return Streams(adapted, base)
+
+    def _low_rank(self, module: Any, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return a LoRA layer's two maps as a step uses them, `[in, r]` and `[r, out]`.
+
+        Rounded as `fused.lora_linear` rounds them, or the two ways drift apart layer by layer; kept
+        for the next token while the parameters are the same.
+        """
+        low, high = module.lora_A[name].weight, module.lora_B[name].weight
+        scaling = module.scaling[name]
+        key = (low.data_ptr(), low._version, high.data_ptr(), high._version, scaling, dtype)
+        kept = self._rounded.get(id(module))
+        if kept is None or kept[0] != key:
+            kept = key, low.detach().to(dtype).T, (high.detach() * scaling).to(dtype).T
+            self._rounded[id(module)] = kept
+        return kept[1], kept[2]
 
     def _arguments(self, inputs: dict[str, Any]) -> _Calls:
         """Return what the base hands to each of its last K layers, without running any."""
