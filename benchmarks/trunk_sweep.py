@@ -42,7 +42,7 @@ def measure(name: str, depth: int, seed: int, max_pairs: int, held_out: int) -> 
             disable_tqdm=True,
         )
         result = run_training(config)
-        policy = Policy.from_pretrained(result.directory, dtype=torch.bfloat16)
+        policy = Policy.from_pretrained(result.directory, dtype=torch.float32)
     pairs = list(read_pairs(str(DATA / f"preference/{name}.dev.jsonl")))[:held_out]
     score = policy.score(pairs)
     texts = read_texts(str(DATA / "capability/wikitext2.valid.txt"))

@@ -14,8 +14,8 @@ import torch
 from measuring import Memory
 from torch import Tensor, nn
 
-from qadapter import functional, fused, hub
-from qadapter.config import QAdapterConfig
+from qadapter import functional, hub
+from qadapter.config import QAdapterConfig, QConfig
 from qadapter.data import Pair, TokenizedPair, read_pairs, read_texts, tokenize_pairs
 from qadapter.estimate import Clock, step_flops
 from qadapter.model import QAdapterModel, Streams
@@ -224,7 +224,6 @@ def _add_flops(
 def trl_trainer(
     directory: str,
     pairs: Sequence[TokenizedPair],
-    held_out: Sequence[TokenizedPair] = (),
     *,
     layers: int,
     weights: str,
@@ -253,16 +252,12 @@ def trl_trainer(
 
     name = QAdapterConfig(output_dir=directory).model
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    sets = [Dataset.from_list([{n: getattr(p, n) for n in names} for p in pairs])]
-    if held_out:
-        sets.append(Dataset.from_list([{n: getattr(p, n) for n in names} for p in held_out]))
     config = DPOConfig(
         output_dir=directory,
         gradient_checkpointing=False,
         bf16=autocast,
         precompute_ref_log_probs=precompute,
         per_device_train_batch_size=BATCH,
-        per_device_eval_batch_size=BATCH,
         learning_rate=2e-4,
         warmup_steps=warmup,
         max_length=1024,
@@ -286,8 +281,7 @@ def trl_trainer(
     return Trainer(
         hub.load_base(name, dtype=getattr(torch, weights)),
         args=config,
-        train_dataset=sets[0],
-        eval_dataset=sets[1] if held_out else None,
+        train_dataset=Dataset.from_list([{n: getattr(p, n) for n in names} for p in pairs]),
         processing_class=hub.load_tokenizer(name),
         peft_config=lora,
         callbacks=list(callbacks),
@@ -337,7 +331,30 @@ def quality_ours(
         )
         loss = trainer.train().training_loss
         trainer.model.save_pretrained(directory)
-        policy = Policy.from_pretrained(directory, dtype=torch.bfloat16)
+        found = judged(directory, held_out=held_out, text_tokens=text_tokens)
+    return {**found, "train_loss": loss, "pairs": len(chosen)}
+
+
+def quality_trl(*, pairs: int, held_out: int, text_tokens: int, **options: Any) -> dict[str, Any]:
+    """Return the same of DPOTrainer: a plain LoRA is a Q-adapter with α0 = α̃ = 1 (METHOD §2)."""
+    with tempfile.TemporaryDirectory() as directory:
+        chosen = train_pairs(pairs)
+        trainer = trl_trainer(directory, chosen, warmup=WARMUP, **options)
+        loss = trainer.train().training_loss
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        model.save_pretrained(directory, save_embedding_layers=False)
+        name = QAdapterConfig(output_dir=directory).model
+        QConfig(alpha_0=1.0, alpha_tilde=1.0, base_model=name).save(directory)
+        found = judged(directory, held_out=held_out, text_tokens=text_tokens)
+    return {**found, "train_loss": loss, "pairs": len(chosen)}
+
+
+def judged(directory: str, *, held_out: int, text_tokens: int) -> dict[str, Any]:
+    """Return what an adapter learned and how far it drifted, in float32.
+
+    In bfloat16 the rounding of both branches blurs a response's log-ratio by as much as it differs.
+    """
+    policy = Policy.from_pretrained(directory, dtype=torch.float32)
     score = policy.score(held_out_pairs(held_out))
     drift = policy.drift(read_texts(str(TEXT)), max_tokens=text_tokens)
     return {
@@ -345,48 +362,4 @@ def quality_ours(
         "accuracy_ci": score.accuracy_ci,
         "held_out": score.pairs,
         "kl_text": drift.kl,
-        "train_loss": loss,
-        "pairs": len(chosen),
     }
-
-
-def quality_trl(*, pairs: int, held_out: int, text_tokens: int, **options: Any) -> dict[str, Any]:
-    """Return the same of DPOTrainer; its accuracy is that of the implicit reward."""
-    chosen, dev = train_pairs(pairs), fitting(held_out_pairs(held_out))
-    with tempfile.TemporaryDirectory() as directory:
-        trainer = trl_trainer(directory, chosen, dev, warmup=WARMUP, **options)
-        loss = trainer.train().training_loss
-        metrics = trainer.evaluate()
-    tokenizer = trainer.processing_class
-    ids = tokenizer("\n".join(read_texts(str(TEXT))), verbose=False)["input_ids"]
-    return {
-        "accuracy": metrics["eval_rewards/accuracies"],
-        "held_out": len(dev),
-        "kl_text": text_kl(trainer.accelerator.unwrap_model(trainer.model), ids[:text_tokens]),
-        "train_loss": loss,
-        "pairs": len(chosen),
-    }
-
-
-def text_kl(model: Any, ids: Sequence[int], window: int = 256) -> float:
-    """Return the mean KL(base ‖ policy) a token, in the windows of `Policy.drift`."""
-    model.eval()
-    base, total, count = model.get_base_model(), 0.0, 0
-
-    def states(row: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=base.dtype == torch.bfloat16):
-            return base.model(input_ids=row, use_cache=False).last_hidden_state[0, :-1]
-
-    with torch.no_grad():
-        for start in range(0, len(ids), window):
-            row = torch.tensor([ids[start : start + window]])
-            if row.shape[1] < 2:
-                continue
-            policy = states(row)
-            with model.disable_adapter():
-                reference = states(row)
-            weight = base.lm_head.weight
-            kl = fused.linear_kl(reference.to(weight.dtype), policy.to(weight.dtype), weight)
-            total += float(kl.double().sum())
-            count += len(kl)
-    return total / count
