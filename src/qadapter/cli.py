@@ -11,7 +11,6 @@ import sys
 import unicodedata
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qadapter.errors import ConfigError, DataError, TrainingError, UserError
@@ -164,14 +163,9 @@ def _duration(seconds: float) -> str:
 
 def _yaml_words(path: str, config: type) -> list[str]:
     """Return a YAML file's fields as the flags they stand for, so both are read by one parser."""
-    import yaml
+    from qadapter.files import read_fields
 
-    try:
-        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML ({error}); fix it.") from error
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{path}: must hold fields and values, one `name: value` a line.")
+    fields = read_fields(path)
     known = {f.name for f in dataclasses.fields(config)}
     words: list[str] = []
     for name, value in fields.items():
@@ -248,7 +242,7 @@ def _printable(text: str) -> str:
 
 def _score(args: argparse.Namespace) -> None:
     from qadapter.data import read_pairs, read_texts
-    from qadapter.files import write_text
+    from qadapter.files import write_jsonl
 
     pairs = list(read_pairs(args.data))
     texts = read_texts(args.text) if args.text else None
@@ -259,9 +253,8 @@ def _score(args: argparse.Namespace) -> None:
         drift = policy.drift(texts, strength=args.strength, max_tokens=args.text_tokens)
         figures |= {f"text_{k}": v for k, v in dataclasses.asdict(drift).items()}
     if args.rewards:
-        rows = zip(score.chosen_rewards, score.rejected_rewards, strict=True)
-        lines = [json.dumps({"chosen": won, "rejected": lost}) + "\n" for won, lost in rows]
-        write_text(args.rewards, "".join(lines))
+        rewards = zip(score.chosen_rewards, score.rejected_rewards, strict=True)
+        write_jsonl(args.rewards, [{"chosen": won, "rejected": lost} for won, lost in rewards])
     if args.json:
         print(json.dumps(figures, allow_nan=False))
         return
@@ -296,7 +289,7 @@ def _tune(args: argparse.Namespace) -> None:
 
 def _generate(args: argparse.Namespace) -> None:
     from qadapter.data import read_prompts
-    from qadapter.files import write_text
+    from qadapter.files import write_jsonl
 
     prompts = read_prompts(args.prompts)
     policy = _load_policy(args)
@@ -306,15 +299,14 @@ def _generate(args: argparse.Namespace) -> None:
 
         set_seed(args.seed)
         options |= {"do_sample": True, "temperature": args.temperature}
-    lines = []
+    rows = []
     for start in range(0, len(prompts), args.batch_size):
         part = prompts[start : start + args.batch_size]
         answers = policy.answer(part, strength=args.strength, **options)
         for prompt, answer in zip(part, answers, strict=True):
-            row = {"prompt": prompt, "response": answer, "strength": args.strength}
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_text(args.output, "".join(lines))
-    print(f"{len(lines)} answers written to {args.output}")
+            rows.append({"prompt": prompt, "response": answer, "strength": args.strength})
+    write_jsonl(args.output, rows)
+    print(f"{len(rows)} answers written to {args.output}")
 
 
 def _explain(args: argparse.Namespace) -> None:

@@ -7,11 +7,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from qadapter.errors import DataError, UserError
+from qadapter.errors import ConfigError, DataError, UserError
 
 
 def cache_dir() -> Path:
@@ -66,6 +67,32 @@ def write_text(path: str | Path, text: str) -> None:
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)
+
+
+def write_jsonl(path: str | Path, rows: Iterable[object]) -> None:
+    """Write rows as JSON Lines, as `write_text` writes.
+
+    Raises:
+        UserError: the directory cannot be written or the disk is full.
+    """
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_fields(path: str | Path) -> dict[str, Any]:
+    """Return the fields of a YAML file.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    import yaml
+
+    try:
+        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML ({error}); fix it.") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path}: must hold fields and values, one `name: value` a line.")
+    return fields
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from qadapter.errors import ArtefactError, DataError
 from qadapter.model import QAdapterModel, Streams
 from qadapter.objective import PairLoss, batch_streams, packable, pair_loss
 from qadapter.packing import PairCollator, pack_pairs, pad_rows
-from qadapter.stats import wilson_interval
+from qadapter.stats import half_ties, wilson_interval
 
 
 @dataclass(frozen=True)
@@ -247,8 +247,8 @@ class Policy:
                 index, *(r.tolist() for r in out.returns.chunk(2)), strict=True
             ):
                 chosen[i], rejected[i] = won, lost
-        right = sum(_half_ties(w, r) for w, r in zip(chosen, rejected, strict=True))
-        longer = sum(_half_ties(len(p.chosen_ids), len(p.rejected_ids)) for p in tokenized)
+        right = sum(half_ties(w, r) for w, r in zip(chosen, rejected, strict=True))
+        longer = sum(half_ties(len(p.chosen_ids), len(p.rejected_ids)) for p in tokenized)
         n = len(tokenized)
         return Score(
             pairs=n,
@@ -280,7 +280,7 @@ class Policy:
         Raises:
             DataError: the texts hold fewer than two tokens.
         """
-        rows = self.text_rows(texts, window=window)[: -(-max_tokens // min(window, self.context))]
+        rows = self.text_rows(texts, window=window, max_tokens=max_tokens)
         kl = policy_nll = base_nll = 0.0
         tokens = 0
         for states, targets in self._read(rows, batch_size):
@@ -295,15 +295,20 @@ class Policy:
             tokens, kl / tokens, math.exp(policy_nll / tokens), math.exp(base_nll / tokens)
         )
 
-    def text_rows(self, texts: Sequence[str], *, window: int = 256) -> list[list[int]]:
+    def text_rows(
+        self, texts: Sequence[str], *, window: int = 256, max_tokens: int | None = None
+    ) -> list[list[int]]:
         """Return the texts' tokens, joined by newlines, in rows of `window`, the last shorter.
+
+        Rows end with the one in which `max_tokens` are reached.
 
         Raises:
             DataError: the texts hold fewer than two tokens.
         """
         window = min(window, self.context)
         joined = cast(list[int], self.tokenizer("\n".join(texts), verbose=False)["input_ids"])
-        rows = [joined[i : i + window] for i in range(0, len(joined), window)]
+        end = len(joined) if max_tokens is None else min(len(joined), max_tokens)
+        rows = [joined[i : i + window] for i in range(0, end, window)]
         # The first token of a row is not predicted.
         rows = [row for row in rows if len(row) > 1]
         if not rows:
@@ -347,10 +352,6 @@ def _nll(
         )
         total += float(loss)
     return total
-
-
-def _half_ties(a: float, b: float) -> float:
-    return float(a > b) + 0.5 * float(a == b)
 
 
 def _length(pair: TokenizedPair) -> int:

@@ -15,6 +15,11 @@ KL_FLOOR = 1e-6
 """Nats a token: a smaller KL is rounding of float32, and counts as none."""
 
 
+def half_ties(a: float, b: float) -> float:
+    """Return 1 where `a` is more than `b`, 0 where less, 0.5 where equal."""
+    return float(a > b) + 0.5 * float(a == b)
+
+
 def wilson_interval(successes: float, n: int, *, z: float = 1.959964) -> tuple[float, float]:
     """Return the Wilson score interval of a proportion, 95% by default (Wilson 1927).
 

@@ -288,8 +288,7 @@ class QAdapterTrainer(Trainer):
         step = self.state.global_step * self.args.gradient_accumulation_steps + self._micro_step
         self._micro_step += 1
         # Counted from the step, so a resumed run sees the same anchors.
-        start = (step * world + rank) * rows
-        picked = [self._anchors[(start + i) % len(self._anchors)] for i in range(rows)]
+        picked = anchor_batch(self._anchors, step * world + rank, rows)
         ids, mask = (t.to(inner.device) for t in pad_rows(picked, self._pad_id))
         streams = model(input_ids=ids, attention_mask=mask, output_streams=True)
         return inner.kl_from_base(streams.at(mask.bool())).mean()
@@ -405,6 +404,11 @@ def anchor_rows(
     if not rows:
         raise DataError("anchor_data: no text of at least two tokens; give longer texts.")
     return rows
+
+
+def anchor_batch(anchors: Sequence[Sequence[int]], turn: int, rows: int) -> list[Sequence[int]]:
+    """Return the anchors of one micro-batch: so many a turn, and from the first again after all."""
+    return [anchors[(turn * rows + i) % len(anchors)] for i in range(rows)]
 
 
 @dataclass(frozen=True)

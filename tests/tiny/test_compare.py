@@ -16,7 +16,7 @@ from qadapter.cli import main
 from qadapter.compare import METHODS, CompareConfig, cells, measure, run
 from qadapter.compare import train as training
 from qadapter.compare.data import split, varied
-from qadapter.data import prompt_key, read_pairs
+from qadapter.data import prompt_key, read_pairs, tokenize_pairs
 from qadapter.errors import DataError
 from qadapter.model import QAdapterModel
 from qadapter.policy import Policy
@@ -237,7 +237,8 @@ def test_figures_of_rows_equal_those_from_whole_logits(fields: dict[str, Any]) -
 def test_log_ratios_order_pairs_as_returns_do(adapter: str, base: str, data: str) -> None:
     # METHOD I1 and I2: at γ = 1 and α0 = α̃ they are the same, up to α̃.
     policy, pairs = Policy.from_pretrained(adapter, base), list(read_pairs(data))
-    (point,) = measure.preference(policy, pairs, [1.0], max_length=200)
+    tokens, _ = tokenize_pairs(pairs, policy.tokenizer, end_ids=policy.end_ids, max_length=200)
+    (point,) = measure.preference(policy, tokens, [1.0])
     score = policy.score(pairs, max_length=200)
     assert point["accuracy"] == score.accuracy
     margin = policy.model.q_config.alpha_tilde * point["margin"]

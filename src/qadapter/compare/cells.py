@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from qadapter.errors import UserError
-from qadapter.files import write_text
+from qadapter.files import write_jsonl, write_text
 
 _ASKED = 50
 """Held-out pairs that an endpoint is validated on: each is two calls."""
@@ -105,14 +105,13 @@ class _Work:
     def policy(self) -> Any:
         """Return the policy of the adapter, or of an untrained one: the base."""
         import torch
-        from accelerate import PartialState
 
         from qadapter import hub
         from qadapter.config import QConfig
         from qadapter.model import QAdapterModel
         from qadapter.policy import Policy
 
-        name, device = self.spec["model"], PartialState().device
+        name, device = self.spec["model"], hub.pick_device()
         # Also where training is in bfloat16, which blurs log-ratios as small as these.
         dtype = torch.float32
         if adapter := self.spec.get("adapter"):
@@ -134,13 +133,12 @@ def _answers(work: _Work) -> dict[str, Any]:
         "training": [p.prompt for p in read_pairs(work.file("train"))][: spec["replay_prompts"]],
         "test": [p.prompt for p in read_pairs(work.file("test"))][: spec["answers"]],
     }
-    policy, lines = work.policy(), []
+    policy, rows = work.policy(), []
     for kind, prompts in asked.items():
         made = answers_of(policy, prompts, strength=0.0, max_new_tokens=spec["answer_tokens"])
         for prompt, answer in zip(prompts, made, strict=True):
-            row = {"kind": kind, "prompt": prompt, "answer": answer}
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_text(work.directory / "answers.jsonl", "".join(lines))
+            rows.append({"kind": kind, "prompt": prompt, "answer": answer})
+    write_jsonl(work.directory / "answers.jsonl", rows)
     return {kind: len(prompts) for kind, prompts in asked.items()}
 
 
@@ -165,22 +163,24 @@ def _train(work: _Work) -> dict[str, Any]:
 def _measure(work: _Work) -> dict[str, Any]:
     """Measure an adapter, or the base, on a split: a point for each strength."""
     from qadapter.compare import measure
-    from qadapter.data import read_pairs, read_texts
+    from qadapter.data import read_pairs, read_texts, tokenize_pairs
 
     spec, policy = work.spec, work.policy()
     strengths = [float(s) for s in spec["strengths"]]
-    pairs, limits = list(read_pairs(work.file("pairs"))), {"max_length": spec["max_length"]}
-    points = measure.preference(policy, pairs, strengths, **limits)
+    pairs, _ = tokenize_pairs(
+        read_pairs(work.file("pairs")),
+        policy.tokenizer,
+        end_ids=policy.end_ids,
+        max_length=spec["max_length"],
+    )
+    points = measure.preference(policy, pairs, strengths)
     texts = read_texts(work.file("text"))
     drifts = measure.drift(policy, texts, strengths, max_tokens=spec["text_tokens"])
     for point, far, strength in zip(points, drifts, strengths, strict=True):
         point |= {**far, "dial": strength}
     if spec["whole"]:
         points[strengths.index(1.0)] |= _answered(work, policy) | _tasks(work, policy)
-    return {
-        "points": points,
-        "length_baseline": measure.length_baseline(policy, pairs, **limits),
-    }
+    return {"points": points, "length_baseline": measure.length_baseline(pairs)}
 
 
 def _answered(work: _Work, policy: Any) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-import yaml
-
+from qadapter.compare.methods import METHODS
 from qadapter.errors import ConfigError
+from qadapter.files import read_fields
 from qadapter.hub import DEFAULT_BASE
+from qadapter.judge import named_judge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +76,6 @@ class CompareConfig:
     """Share of layers left alone by the methods that share a trunk."""
 
     def __post_init__(self) -> None:
-        from qadapter.compare.methods import METHODS
-        from qadapter.judge import named_judge
-
         for name in (*self.methods, self.reference):
             if name not in METHODS:
                 raise ConfigError(f"methods: {name!r} is not one of {', '.join(sorted(METHODS))}.")
@@ -107,12 +105,7 @@ class CompareConfig:
         Raises:
             ConfigError: the file cannot be read, or a field is unknown, missing or of a wrong kind.
         """
-        try:
-            fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path}: cannot be read as YAML ({error}); fix it.") from error
-        if not isinstance(fields, dict):
-            raise ConfigError(f"{path}: must hold fields and values, one `name: value` a line.")
+        fields = read_fields(path)
         over = fields.pop("full", {})
         if full and not over:
             raise ConfigError(f"{path}: has no section `full`; leave out --full or add it.")

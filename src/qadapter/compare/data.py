@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from pathlib import Path
 from qadapter.compare.config import CompareConfig
 from qadapter.data import Pair, prompt_key, read_pairs
 from qadapter.errors import DataError
-from qadapter.files import write_text
+from qadapter.files import write_jsonl
 
 SPLITS = ("train", "validation", "judge", "test")
 _SEED = 20240703
@@ -97,4 +96,4 @@ DATA_VARIATIONS = ("flipped", "irrelevant", "pairs")
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
     """Write pairs as JSON Lines that `read_pairs` reads back."""
     rows = ({"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs)
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_jsonl(path, rows)

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from qadapter import fused
-from qadapter.data import Pair, Text, tokenize_pairs, tokenize_prompt
+from qadapter.data import Text, TokenizedPair, tokenize_prompt
 from qadapter.model import QAdapterModel, Streams
 from qadapter.packing import pad_rows
 from qadapter.policy import Policy
+from qadapter.stats import half_ties
 
 _BATCH_TOKENS = 4096
-_WINDOW = 256
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _batches(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def preference(
-    policy: Policy, pairs: Sequence[Pair], strengths: Sequence[float], *, max_length: int
+    policy: Policy, pairs: Sequence[TokenizedPair], strengths: Sequence[float]
 ) -> list[dict[str, Any]]:
     """Return for each strength how the policy tells chosen from rejected on held-out pairs.
 
@@ -120,10 +121,9 @@ def preference(
     it is positive, ½ at a tie. `ranking_accuracy` asks the policy itself: whose log-likelihood per
     token is greater (as lm-eval's `acc_norm` does by bytes).
     """
-    kept, _ = tokenize_pairs(pairs, policy.tokenizer, end_ids=policy.end_ids, max_length=max_length)
-    rows = [[*p.prompt_ids, *p.chosen_ids] for p in kept]
-    rows += [[*p.prompt_ids, *p.rejected_ids] for p in kept]
-    found = row_figures(policy, rows, [len(p.prompt_ids) for p in kept] * 2, strengths, kl=False)
+    rows = [[*p.prompt_ids, *p.chosen_ids] for p in pairs]
+    rows += [[*p.prompt_ids, *p.rejected_ids] for p in pairs]
+    found = row_figures(policy, rows, [len(p.prompt_ids) for p in pairs] * 2, strengths, kl=False)
     points = []
     for policy_sums in found.policy:
         won, lost = (policy_sums - found.base).chunk(2)
@@ -143,11 +143,9 @@ def preference(
     return points
 
 
-def length_baseline(policy: Policy, pairs: Sequence[Pair], *, max_length: int) -> float:
+def length_baseline(pairs: Sequence[TokenizedPair]) -> float:
     """Return the accuracy of preferring the longer response; a tie counts half."""
-    kept, _ = tokenize_pairs(pairs, policy.tokenizer, end_ids=policy.end_ids, max_length=max_length)
-    longer = torch.tensor([len(p.chosen_ids) - len(p.rejected_ids) for p in kept])
-    return float(_half_ties(longer).mean())
+    return fmean(half_ties(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
 
 
 def _half_ties(difference: Tensor) -> Tensor:
@@ -162,10 +160,7 @@ def drift(
     The text is cut into windows as `Policy.drift` cuts it; the sums of each are kept, to be
     resampled.
     """
-    ids = cast(list[int], policy.tokenizer("\n".join(texts), verbose=False)["input_ids"])
-    width = min(_WINDOW, policy.context)
-    rows = [ids[i : i + width] for i in range(0, min(len(ids), max_tokens), width)]
-    rows = [row for row in rows if len(row) > 1]
+    rows = policy.text_rows(texts, max_tokens=max_tokens)
     found = row_figures(policy, rows, [1] * len(rows), strengths)
     total = int(found.tokens.sum())
     return [

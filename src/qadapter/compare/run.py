@@ -151,19 +151,10 @@ def _method(run: _Run, name: str, method: Method) -> dict[str, Any]:
     if search["best"] is None:
         return told
     for seed in run.config.seeds:
-        trained = _trained(run, name, method, search["best"], seed)
-        found = trained and _points(
-            run,
-            f"{name} seed {seed}",
-            trained["directory"],
-            strengths=run.config.strengths,
-            split="test",
-            whole=True,
-        )
-        if not (trained and found):
-            continue
-        figures = {k: trained[k] for k in ("seconds", "peak_gib")}
-        runs.append({"seed": seed, "params": search["best"], **figures, **found})
+        label, strengths = f"{name} seed {seed}", run.config.strengths
+        options: dict[str, Any] = {"strengths": strengths, "split": "test", "whole": True}
+        if found := _tried(run, name, search["best"], seed, label, **options):
+            runs.append({"seed": seed, "params": search["best"], **found})
     return told
 
 
@@ -186,21 +177,12 @@ def _search(run: _Run, name: str, method: Method) -> dict[str, Any]:
     for i in range(run.config.trials):
         trial = study.ask({k: _distribution(v) for k, v in method.space.items()})
         params = {k: _rounded(v) for k, v in trial.params.items()}
-        trained = _trained(run, name, method, params, _SEARCH_SEED)
-        found = trained and _points(
-            run,
-            f"{name} trial {i}",
-            trained["directory"],
-            strengths=(1.0,),
-            split="validation",
-            whole=False,
-        )
-        if trained and found:
+        if found := _tried(run, name, params, _SEARCH_SEED, f"{name} trial {i}"):
             point = found["points"][0]
             study.tell(trial, (point["accuracy"], point["kl"]))
             figures = {k: point[k] for k in ("accuracy", "kl", "margin")}
             trials.append(
-                {"params": params, "state": "complete", "seconds": trained["seconds"], **figures}
+                {"params": params, "state": "complete", "seconds": found["seconds"], **figures}
             )
         else:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
@@ -236,19 +218,25 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
-def _trained(
+def _tried(
     run: _Run,
     name: str,
-    method: Method,
     params: Mapping[str, Any],
     seed: int,
+    label: str,
+    *,
     train: str = "train",
+    split: str = "validation",
+    strengths: Sequence[float] = (1.0,),
+    whole: bool = False,
 ) -> dict[str, Any] | None:
+    """Train a method and measure it; return its points and cost, or None if either cell failed."""
+    method = METHODS[name]
     params = {**method.fixed, **params}
     files = {"train": train}
     if params.get("anchor_weight") or "replay" in params:
         files["answers"] = "answers"
-    return run.cell(
+    trained = run.cell(
         "train",
         f"{name} seed {seed}",
         files=files,
@@ -258,6 +246,10 @@ def _trained(
         rl_prompts=run.config.rl_prompts,
         common_trunk=run.config.trunk,
     )
+    if trained is None:
+        return None
+    found = _points(run, label, trained["directory"], strengths=strengths, split=split, whole=whole)
+    return found and {**{k: trained[k] for k in ("seconds", "peak_gib")}, **found}
 
 
 def _points(
@@ -335,15 +327,7 @@ def _robust(
         write_pairs(path, pairs)
         run.add_file(train, path)
     seed = run.config.seeds[0]
-    trained = _trained(run, name, METHODS[name], params, seed, train)
-    found = trained and _points(
-        run,
-        f"{name} {text}",
-        trained["directory"],
-        strengths=(1.0,),
-        split="test",
-        whole=False,
-    )
+    found = _tried(run, name, params, seed, f"{name} {text}", split="test", train=train)
     if not found:
         return None
     point = found["points"][0]

@@ -7,7 +7,6 @@ TRL's trainers get the very tokens that ours gets. What they train is a plain Lo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,9 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from qadapter import fused, hub
 from qadapter.config import QAdapterConfig, QConfig
 from qadapter.data import Pair, TokenizedPair, read_pairs, tokenize_pairs, tokenize_prompt
-from qadapter.files import read_jsonl
+from qadapter.files import read_jsonl, write_jsonl
 from qadapter.packing import pad_rows
-from qadapter.train import anchor_rows, run_training
+from qadapter.train import anchor_batch, anchor_rows, run_training
 
 Params = Mapping[str, Any]
 
@@ -91,9 +90,7 @@ def train_qadapter(task: Task) -> None:
     if task.anchor_weight():
         tokenizer = hub.load_tokenizer(task.model)
         anchors = task.output / "anchors.jsonl"
-        anchors.parent.mkdir(parents=True, exist_ok=True)
-        rows = [json.dumps({"text": text}) for text in anchor_texts(_answers(task), tokenizer)]
-        anchors.write_text("\n".join(rows) + "\n", encoding="utf-8")
+        write_jsonl(anchors, [{"text": t} for t in anchor_texts(_answers(task), tokenizer)])
     run_training(
         QAdapterConfig(
             data=str(task.pairs),
@@ -131,6 +128,9 @@ class _Base:
     pairs: list[TokenizedPair]
     raw: list[Pair]
     lora: Any
+    base_hash: str
+    ours: QAdapterConfig
+    """Our defaults, which all trainers share."""
 
 
 def _load(task: Task) -> _Base:
@@ -149,12 +149,12 @@ def _load(task: Task) -> _Base:
     )
     rank = int(task.params.get("lora_r", ours.lora_r))
     lora = lora_config(model, lora_r=rank, lora_alpha=2 * rank, trunk=task.trunk())
-    return _Base(model, tokenizer, pairs, raw, lora)
+    return _Base(model, tokenizer, pairs, raw, lora, hub.weights_hash(model), ours)
 
 
-def _settings(task: Task) -> dict[str, Any]:
+def _settings(task: Task, base: _Base) -> dict[str, Any]:
     """Return the arguments that all trainers share with ours: batch, schedule, precision."""
-    ours = QAdapterConfig(output_dir=str(task.output))
+    ours = base.ours
     return {
         "output_dir": str(task.output / "trl"),
         "per_device_train_batch_size": ours.per_device_train_batch_size,
@@ -189,7 +189,7 @@ def train_dpo(task: Task) -> None:
     trainer = _anchored(Tokenised, task, base)(
         base.model,
         args=DPOConfig(
-            **_settings(task),
+            **_settings(task, base),
             beta=float(p["beta"]),
             max_length=task.max_length,
             precompute_ref_log_probs=True,
@@ -217,7 +217,7 @@ def train_sft(task: Task) -> None:
     ]
     trainer = _anchored(SFTTrainer, task, base)(
         base.model,
-        args=SFTConfig(**_settings(task), max_length=task.max_length),
+        args=SFTConfig(**_settings(task, base), max_length=task.max_length),
         train_dataset=Dataset.from_list(sets),
         processing_class=base.tokenizer,
         peft_config=base.lora,
@@ -253,7 +253,7 @@ def train_rloo(task: Task) -> None:
         return judge.rewards(prompts, [_said(c) for c in completions])
 
     prompts = [{"prompt": q.prompt} for q in base.raw[: task.rl_prompts]]
-    settings = _settings(task) | {"per_device_train_batch_size": 16}
+    settings = _settings(task, base) | {"per_device_train_batch_size": 16}
     trainer = RLOOTrainer(
         base.model,
         reward_funcs=reward,
@@ -280,16 +280,14 @@ def _anchored(trainer: Any, task: Task, base: _Base) -> Any:
     if not weight:
         return trainer
     rows = anchor_rows(anchor_texts(_answers(task), base.tokenizer), base.tokenizer)
-    size = QAdapterConfig(output_dir=str(task.output)).per_device_train_batch_size
+    size = base.ours.per_device_train_batch_size
 
     class Anchored(trainer):  # type: ignore[misc,unused-ignore]
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
             if not model.training:
                 return loss
-            # Counted from the step, as our trainer does.
-            start = self.state.global_step * size
-            picked = [rows[(start + i) % len(rows)] for i in range(size)]
+            picked = anchor_batch(rows, self.state.global_step, size)
             kl = anchor_kl(self.accelerator.unwrap_model(model), picked)
             return (
                 (loss[0] + weight * kl, *loss[1:])
@@ -325,7 +323,7 @@ def _finish(task: Task, trainer: Any, base: _Base) -> None:
         alpha_0=1.0,
         alpha_tilde=1.0,
         base_model=hub.portable_name(task.model),
-        base_hash=hub.weights_hash(hub.load_base(task.model, dtype=torch.bfloat16)),
+        base_hash=base.base_hash,
         tokenizer_hash=hub.tokenizer_hash(base.tokenizer),
     ).save(task.output)
 

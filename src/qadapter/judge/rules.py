@@ -9,7 +9,8 @@ from functools import partial
 
 from qadapter.data import Text
 from qadapter.errors import ConfigError
-from qadapter.judge.verdicts import Judge, half_ties, words
+from qadapter.judge.verdicts import Judge, words
+from qadapter.stats import half_ties
 
 
 class RuleJudge(Judge):

@@ -10,7 +10,7 @@ from typing import Any
 
 from qadapter.data import Pair, Text
 from qadapter.errors import UserError
-from qadapter.stats import paired_bootstrap, wilson_interval
+from qadapter.stats import half_ties, paired_bootstrap, wilson_interval
 
 
 @dataclass(frozen=True)
@@ -146,11 +146,6 @@ def plain(text: Text) -> str:
 def words(text: str) -> int:
     """Return how many words a text has, as blanks separate them."""
     return len(text.split())
-
-
-def half_ties(a: float, b: float) -> float:
-    """Return 1 where `a` is more than `b`, 0 where less, 0.5 where equal."""
-    return float(a > b) + 0.5 * float(a == b)
 
 
 def _interval(votes: Sequence[float]) -> tuple[float, float]:

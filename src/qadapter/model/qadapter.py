@@ -179,6 +179,7 @@ class QAdapterModel(Branches, Heads, PreTrainedModel, GenerationMixin):
                 )
         try:
             return cls(cast(PeftModel, peft_model), q_config)
+        # What a decoder of another build raises when it is taken apart or called; told as one.
         except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
             raise ModelError(
                 f"{type(base).__name__}: this architecture is not supported ({error}); "
