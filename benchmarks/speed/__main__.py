@@ -24,6 +24,7 @@ SECTIONS = ("training", "gemm", "decoding", "profile", "growth", "quality")
 
 TRL_SWEEP = {
     "float32": {"weights": "float32", "autocast": False, "precompute": False},
+    "float32, precomputed": {"weights": "float32", "autocast": False, "precompute": True},
     "bf16 autocast": {"weights": "float32", "autocast": True, "precompute": False},
     "bf16 weights": {"weights": "bfloat16", "autocast": True, "precompute": False},
     "bf16 autocast, precomputed": {"weights": "float32", "autocast": True, "precompute": True},
@@ -80,7 +81,7 @@ class Sizes:
             quality_pairs=8,  # two steps: the first warms up, at a learning rate of 0
             held_out=4,
             text_tokens=512,
-            sweep=("bf16 weights, precomputed",),
+            sweep=self.sweep[-1:],
             gemm=(512, 1024),
             gemm_repeats=2,
             batches=(1, 2),
@@ -95,9 +96,10 @@ class Sizes:
         )
 
 
-def not_run() -> dict[str, str]:
+def not_run(bf16: bool) -> dict[str, str]:
     """Return the settings of TRL that were left out, and why."""
-    reasons = {
+    reasons = {} if bf16 else {"bf16": "emulated on this device, some hundred times slower"}
+    reasons |= {
         "padding_free": "trl 1.16 warns and falls back to padding",
         "use_kernels": "kernels come from the Hub and are for accelerators",
         "gradient_checkpointing": "TRL's default, but slower; off in every run",
@@ -317,6 +319,10 @@ def main() -> None:
         parser.exit(message=f"skipped: no data in {DATA}; set QADAPTER_DATA\n")
     fields = ("repeats", "pairs", "slow_pairs", "seed", "quality_pairs", "held_out")
     sizes = Sizes(**{name: getattr(args, name) for name in fields})
+    machine = in_process("machine", {})
+    if not machine["bf16"]:
+        sweep = tuple(name for name, options in TRL_SWEEP.items() if not options["autocast"])
+        sizes = dataclasses.replace(sizes, sweep=sweep)
     sizes = sizes.quick() if args.quick else sizes
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -324,7 +330,6 @@ def main() -> None:
     if args.fresh:
         lines.unlink(missing_ok=True)
     runs = Runs(lines)
-    machine = in_process("machine", {})
     trl = run_all(runs, sizes, set(args.skip))
 
     import report  # after the runs: a child process counts its parent's memory at its start
@@ -335,7 +340,7 @@ def main() -> None:
         "seed": sizes.seed,
         "sizes": dataclasses.asdict(sizes),
         "trl_best": trl,
-        "trl_not_run": not_run(),
+        "trl_not_run": not_run(machine["bf16"]),
         **report.summarise(runs.used),
         "raw": runs.used,
     }

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from measuring import Memory
+from measuring import Memory, own_dtype
 from torch.profiler import ProfilerActivity, profile
 from training import our_trainer, picked, rows
 
@@ -31,9 +31,9 @@ _GROUPS = {
 
 
 def gemm(*, sizes: list[int], repeats: int) -> dict[str, Any]:
-    """Return the best operations a second of square products, of each dtype."""
+    """Return the best operations a second of square products, of each dtype the machine has."""
     out: dict[str, Any] = {}
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in {own_dtype(): None, torch.float32: None}:
         speeds = {}
         for size in sizes:
             a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
@@ -108,8 +108,8 @@ def step(*, tokens: int, layers: int, seed: int, steps: int) -> dict[str, Any]:
 def vocabulary(*, words: int, states: int, seed: int, steps: int) -> dict[str, Any]:
     """Return time and memory of the soft value, forward and backward, beside its weights."""
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.empty(words, 576, dtype=torch.bfloat16).normal_(generator=generator)
-    hidden = torch.randn(states, 576, generator=generator).to(torch.bfloat16).requires_grad_()
+    weight = torch.empty(words, 576, dtype=own_dtype()).normal_(generator=generator)
+    hidden = torch.randn(states, 576, generator=generator).to(own_dtype()).requires_grad_()
     # Once on few words, so that the library's own buffers do not count as the vocabulary's.
     fused.linear_logsumexp(hidden, weight[:2048]).sum().backward()
     memory = Memory()

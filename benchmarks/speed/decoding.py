@@ -1,4 +1,4 @@
-"""Decoding: the base, the policy, and the authors' two models side by side, greedy, in bfloat16."""
+"""Greedy decoding in the machine's dtype: the base, the policy, the authors' two models."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from measuring import own_dtype
 from torch import Tensor, nn
 from training import LAYERS, LINEAR
 from transformers import DynamicCache
@@ -44,13 +45,13 @@ def _generate(model: Any) -> Generate:
 
 def base(name: str) -> Generate:
     """Return the base alone."""
-    return _generate(hub.load_base(name, dtype=torch.bfloat16))
+    return _generate(hub.load_base(name, dtype=own_dtype()))
 
 
 def policy(name: str, layers: int) -> Generate:
     """Return the policy, saved and loaded as a user would."""
     model = QAdapterModel.create(
-        hub.load_base(name, dtype=torch.bfloat16),
+        hub.load_base(name, dtype=own_dtype()),
         QAdapterConfig(output_dir=tempfile.gettempdir()).q_config(
             base_model=name, tokenizer_hash=hub.tokenizer_hash(hub.load_tokenizer(name))
         ),
@@ -59,7 +60,7 @@ def policy(name: str, layers: int) -> Generate:
     _fill(model)
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
-        return _generate(Policy.from_pretrained(directory, dtype=torch.bfloat16).model)
+        return _generate(Policy.from_pretrained(directory, dtype=own_dtype()).model)
 
 
 def two_models(name: str) -> Generate:
@@ -67,9 +68,9 @@ def two_models(name: str) -> Generate:
     from peft import LoraConfig, get_peft_model
 
     q = QAdapterConfig(output_dir=tempfile.gettempdir())
-    reference = hub.load_base(name, dtype=torch.bfloat16)
+    reference = hub.load_base(name, dtype=own_dtype())
     lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=LINEAR)
-    adapted = get_peft_model(hub.load_base(name, dtype=torch.bfloat16), lora).eval()
+    adapted = get_peft_model(hub.load_base(name, dtype=own_dtype()), lora).eval()
     _fill(adapted)
 
     @torch.no_grad()

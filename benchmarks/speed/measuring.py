@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from qadapter.config import bf16_supported
 from qadapter.estimate import peak_memory
 
 
@@ -32,13 +33,19 @@ class Memory:
         return {"peak_gib": max(now, self._loading), "extra_gib": now - self._before}
 
 
+def own_dtype() -> torch.dtype:
+    """Return what training and serving choose on this machine."""
+    return torch.bfloat16 if bf16_supported() else torch.float32
+
+
 def machine() -> dict[str, Any]:
-    """Return the processor, its cores, the load it was under, and the libraries' versions."""
+    """Return the processor, whether it has bf16, cores, load, and the libraries' versions."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
         "cpu": names[0] if names else platform.processor(),
+        "bf16": bf16_supported(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],

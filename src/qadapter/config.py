@@ -109,9 +109,10 @@ class QConfig:
             ) from error
 
 
-def _bf16_supported() -> bool:
+def bf16_supported() -> bool:
+    """Return whether the device has instructions for bfloat16."""
     if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
+        return bool(torch.cuda.isbf16_supported())
     if torch.backends.mps.is_available():
         return True
     capabilities = torch.cpu.get_capabilities()
@@ -271,7 +272,7 @@ class QAdapterConfig(TrainingArguments):
         if self.early_stopping_patience is not None:
             self._check_early_stopping(self.early_stopping_patience)
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and _bf16_supported()
+            self.bf16 = not self.fp16 and bf16_supported()
         # Where there is nothing else, transformers still wants to be told before it allows bf16.
         self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
         try:

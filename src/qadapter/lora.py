@@ -48,6 +48,8 @@ class LoraLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return `W·x + s·B·A·x`, `[..., out_features]`, in the base's dtype."""
+        if self._disable_adapters and not (args or kwargs or self.merged):
+            return cast(Tensor, self.base_layer(x))
         name = self._plain_adapter()
         weight = self.base_layer.weight
         autocast = torch.is_autocast_enabled(x.device.type)

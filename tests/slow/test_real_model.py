@@ -61,7 +61,9 @@ def test_train_reload_generate_evaluate(pairs: str, tmp_path: Path) -> None:
     assert score.accuracy == 1.0
     assert score.margin > 0.5
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    base, policy_answer = policy.answer([question] * 2, strength=[0.0, 1.0], max_new_tokens=12)
+    # Far out on the dial, so that the answer is another one whatever the last bits of training were.
+    strength = [0.0, 16.0]
+    base, policy_answer = policy.answer([question] * 2, strength=strength, max_new_tokens=12)
     assert "Paris" in base
     assert policy_answer != base
     untouched = hub.load_base(hub.DEFAULT_BASE, dtype=torch.float32)

@@ -285,7 +285,7 @@ class Branches:
                 raise ValueError(f"{len(args[0])} rows reach a linear map of a layer of {2 * rows}")
             x, out = args[0][rows:].flatten(0, -2), output[rows:]
             down, up = self._low_rank(module, name, x.dtype)
-            output[rows:] = torch.addmm(out.flatten(0, -2), x @ down, up).view(out.shape)
+            out.view(-1, out.shape[-1]).addmm_(x @ down, up)
             return output
 
         hooks = [
