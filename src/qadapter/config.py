@@ -112,7 +112,7 @@ class QConfig:
 def bf16_supported() -> bool:
     """Return whether the device has instructions for bfloat16."""
     if torch.cuda.is_available():
-        return bool(torch.cuda.isbf16_supported())
+        return bool(torch.cuda.is_bf16_supported())
     if torch.backends.mps.is_available():
         return True
     capabilities = torch.cpu.get_capabilities()

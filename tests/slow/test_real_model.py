@@ -61,7 +61,7 @@ def test_train_reload_generate_evaluate(pairs: str, tmp_path: Path) -> None:
     assert score.accuracy == 1.0
     assert score.margin > 0.5
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    # Far out on the dial, so that the answer is another one whatever the last bits of training were.
+    # So far out that the answer is another one whatever the last bits of training were.
     strength = [0.0, 16.0]
     base, policy_answer = policy.answer([question] * 2, strength=strength, max_new_tokens=12)
     assert "Paris" in base

@@ -20,6 +20,7 @@ from qadapter.data import prompt_key, read_pairs, tokenize_pairs
 from qadapter.errors import DataError
 from qadapter.model import QAdapterModel
 from qadapter.policy import Policy
+from qadapter.report.results import Results
 
 WORDS = ["red", "green", "blue", "pink", "grey", "black", "white", "brown", "gold", "teal"]
 
@@ -122,6 +123,9 @@ def test_a_file_is_read_with_its_full_section_and_the_environment(
         ({"reference": "sft"}, "'sft' must be among the methods"),
         ({"strengths": [0.5]}, "with 1 among them"),
         ({"seeds": []}, "seeds: is empty"),
+        ({"retrain": ["dpo.beta"]}, "must read METHOD.PARAMETER=NUMBER,NUMBER"),
+        ({"retrain": ["sft.epochs=1,2"]}, "must name one of the methods"),
+        ({"retrain": ["dpo.gamma=1,2"]}, "must name one of the methods and what"),
         ({"vary": ["flipped"]}, "must read NAME=NUMBER"),
         ({"vary": ["magic=2"]}, "'magic' is neither of flipped"),
         ({"vary": ["flipped=1.5"]}, "no share"),
@@ -409,6 +413,28 @@ def test_a_comparison_is_made_and_resumed_and_reported(
     path = yaml_file(tmp_path / "run.yaml", settings)
     assert main(["compare", path]) == 0
     assert Counter(in_process) == {"train": 1, "measure": 2}
+
+
+def test_a_retrained_curve_has_its_method_s_own_point_among_the_others(
+    settings: dict[str, Any], tmp_path: Path, in_process: list[str]
+) -> None:
+    settings |= {"methods": ["base", "dpo"], "retrain": ["dpo.beta=0.1,1.0"]}
+    path = yaml_file(tmp_path / "run.yaml", settings)
+    assert main(["compare", path]) == 0
+    # The search's default β is 0.1: that point is there already.
+    assert Counter(in_process) == {"answers": 1, "train": 2, "measure": 1 + 2 + 1}
+    comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    curve = comparison["methods"]["dpo.beta"]
+    assert curve["own_dial"] == 0.1
+    trained, other = curve["runs"][0]["points"]
+    assert (trained["dial"], other["dial"]) == (0.1, 1.0)
+    own = comparison["methods"]["dpo"]["runs"][0]["points"][-1]
+    assert {**trained, "dial": 1.0} == own
+    assert other["margins"] != trained["margins"]
+    assert other["window_tokens"] == trained["window_tokens"]
+    results = Results(comparison)
+    assert results.methods["dpo.beta"].dials == (0.1, 1.0)
+    assert "DPO, beta retrained" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_failed_cell_is_reported_and_the_rest_go_on(

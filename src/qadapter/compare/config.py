@@ -49,6 +49,9 @@ class CompareConfig:
     """Training seeds of the chosen setting."""
     strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5)
     """Points of each method's curve: its adapter's weight when decoding; 1 must be among them."""
+    retrain: tuple[str, ...] = ()
+    """More curves: `dpo.beta=0.05,0.5` trains DPO's chosen setting again with each β, a point each.
+    """
     vary: tuple[str, ...] = ()
     """Robustness: `flipped=0.1`, `irrelevant=0.3`, `pairs=50`, or a parameter such as `lora_r=4`.
     """
@@ -90,6 +93,12 @@ class CompareConfig:
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} must be at least 1.")
+        for text in self.retrain:
+            name, parameter, _ = retrained(text)
+            if name not in self.methods or parameter not in METHODS[name].space:
+                raise ConfigError(
+                    f"retrain: {text!r} must name one of the methods and what its search varies."
+                )
         for variation in self.vary:
             name, _, value = variation.partition("=")
             if not name or not _is_number(value):
@@ -141,6 +150,21 @@ _COUNTS = (
     "suite_limit",
     "max_length",
 )
+
+
+def retrained(text: str) -> tuple[str, str, tuple[float, ...]]:
+    """Return method, parameter and values of `dpo.beta=0.05,0.5`.
+
+    Raises:
+        ConfigError: it does not read so.
+    """
+    what, _, values = text.partition("=")
+    name, _, parameter = what.partition(".")
+    if not parameter or not all(map(_is_number, values.split(","))):
+        raise ConfigError(
+            f"retrain: {text!r} must read METHOD.PARAMETER=NUMBER,NUMBER, as dpo.beta=0.05,0.5."
+        )
+    return name, parameter, tuple(map(float, values.split(",")))
 
 
 def _is_number(text: str) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qadapter.compare.cells import Cell, CellFailed
-from qadapter.compare.config import CompareConfig
+from qadapter.compare.config import CompareConfig, retrained
 from qadapter.compare.data import DATA_VARIATIONS, SPLITS, split, varied, write_pairs
 from qadapter.compare.methods import METHODS, Choice, Method, Range
 from qadapter.errors import ConfigError
@@ -99,6 +99,7 @@ def compare(config: CompareConfig, tell: Callable[[Progress], None], *, command:
         1
         + len(trained) * (2 * config.trials + 2 * len(config.seeds))
         + int("base" in config.methods)
+        + sum(2 * len(config.seeds) * len(retrained(text)[2]) for text in config.retrain)
         + 2 * len(variations) * len(varied_methods)
     )
     run = _Run(config, root, tell, total)
@@ -120,6 +121,10 @@ def compare(config: CompareConfig, tell: Callable[[Progress], None], *, command:
         raise ConfigError(f"the base cannot answer: {run.failures[-1]['error']}.")
     run.add_file("answers", Path(answers["directory"]) / "answers.jsonl")
     methods = {name: _method(run, name, METHODS[name]) for name in config.methods}
+    for text in config.retrain:
+        name, parameter, values = retrained(text)
+        curve = _retrained(run, name, methods[name], parameter, values)
+        methods[f"{name}.{parameter}"] = curve
     robustness = [
         row
         for variation in variations
@@ -156,6 +161,31 @@ def _method(run: _Run, name: str, method: Method) -> dict[str, Any]:
         if found := _tried(run, name, search["best"], seed, label, **options):
             runs.append({"seed": seed, "params": search["best"], **found})
     return told
+
+
+def _retrained(
+    run: _Run, name: str, told: Mapping[str, Any], parameter: str, values: Sequence[float]
+) -> dict[str, Any]:
+    """Return a method's curve along a parameter: its runs, and its chosen setting with others."""
+    curve = {
+        **told,
+        "label": f"{told['label']}, {parameter} retrained",
+        "dial": f"{parameter}, trained anew for each value",
+        "search": None,
+        "runs": [],
+    }
+    for chosen in told["runs"]:
+        own, seed = float(chosen["params"][parameter]), chosen["seed"]
+        points = {own: next(p for p in chosen["points"] if p["dial"] == 1.0)}
+        for value in sorted({*values} - {own}):
+            params = {**chosen["params"], parameter: value}
+            label = f"{name} {parameter}={value:g} seed {seed}"
+            if found := _tried(run, name, params, seed, label, split="test", long=True):
+                points[value] = {**found["points"][0], "tasks": {}, "win_rates": []}
+        curve["own_dial"] = own
+        along = [{**points[value], "dial": value} for value in sorted(points)]
+        curve["runs"].append({**chosen, "points": along})
+    return curve
 
 
 def _search(run: _Run, name: str, method: Method) -> dict[str, Any]:
@@ -229,8 +259,12 @@ def _tried(
     split: str = "validation",
     strengths: Sequence[float] = (1.0,),
     whole: bool = False,
+    long: bool = False,
 ) -> dict[str, Any] | None:
-    """Train a method and measure it; return its points and cost, or None if either cell failed."""
+    """Train a method and measure it; return its points and cost, or None if either cell failed.
+
+    `whole` measures everything, `long` drift on as much text.
+    """
     method = METHODS[name]
     params = {**method.fixed, **params}
     files = {"train": train}
@@ -248,7 +282,8 @@ def _tried(
     )
     if trained is None:
         return None
-    found = _points(run, label, trained["directory"], strengths=strengths, split=split, whole=whole)
+    adapter, options = trained["directory"], {"whole": whole, "long": whole or long}
+    found = _points(run, label, adapter, strengths=strengths, split=split, **options)
     return found and {**{k: trained[k] for k in ("seconds", "peak_gib")}, **found}
 
 
@@ -260,14 +295,15 @@ def _points(
     strengths: Sequence[float],
     split: str,
     whole: bool,
+    long: bool = True,
 ) -> dict[str, Any] | None:
     config = run.config
     files = {"pairs": split, "text": "text"}
-    more: dict[str, Any] = {"text_tokens": _SEARCH_TEXT_TOKENS}
+    more: dict[str, Any] = {"text_tokens": config.text_tokens if long else _SEARCH_TEXT_TOKENS}
     if whole:
         files |= {name: name for name in ("judge", "validation", "answers")}
-        names = ("text_tokens", "suite", "suite_limit", "answers", "judges")
-        more = {n: getattr(config, n) for n in names}
+        names = ("suite", "suite_limit", "answers", "judges")
+        more |= {n: getattr(config, n) for n in names}
     found = run.cell(
         "measure",
         label,
