@@ -24,7 +24,7 @@ from qadapter.suite import local_suite
 
 PLACE = Path(__file__).parents[2].parent / "shared" / "data"
 DATA = Path(os.environ.get("QADAPTER_DATA", PLACE)) / "capability"
-LIMIT = {"local_piqa": 8, "local_arc_easy": 8, "local_lambada": 8, "local_perplexity": 6}
+LIMIT = {"local_piqa": 5, "local_arc_easy": 5, "local_lambada": 5, "local_perplexity": 4}
 TOKENS = 16
 
 pytestmark = [
@@ -57,7 +57,7 @@ def logged(lm: Any) -> dict[str, Any]:
     loaded = TaskManager(include_defaults=False).load(configs())
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=1234)
-    few = {name: list(range(LIMIT.get(name, 4))) for name in loaded["tasks"]}
+    few = {name: list(range(LIMIT.get(name, 3))) for name in loaded["tasks"]}
     samples: dict[str, Any] = lm_eval.evaluate(lm, loaded, samples=few, bootstrap_iters=0)[
         "samples"
     ]
@@ -68,16 +68,16 @@ def test_strength_zero_is_lm_evals_own_backend_item_by_item(policy: Policy) -> N
     base = hub.resolve_base(hub.DEFAULT_BASE)
     theirs = logged(HFLM(base, dtype="float32", device="cpu", batch_size=4))
     ours = logged(QAdapterLM(policy, strength=0.0, batch_size=4))
-    assert {name: len(found) for name, found in theirs.items()} == {**LIMIT, "local_ifeval": 4}
+    assert {name: len(found) for name, found in theirs.items()} == {**LIMIT, "local_ifeval": 3}
     assert ours == theirs
     changed = logged(QAdapterLM(policy, strength=1.0, batch_size=4))
     assert all(changed[name] != theirs[name] for name in theirs)
 
 
 def test_the_base_knows_what_it_is_known_to_know(policy: Policy) -> None:
-    # Published: PIQA acc_norm 0.669, ARC-easy acc 0.541; three standard errors of 48 items are 0.2.
+    # Published: PIQA acc_norm 0.669, ARC-easy acc 0.541; three standard errors of 32 are 0.25.
     piqa, arc = evaluate_tasks(
-        policy, local_suite(DATA, ["local_piqa", "local_arc_easy"]), strength=0.0, limit=48
+        policy, local_suite(DATA, ["local_piqa", "local_arc_easy"]), strength=0.0, limit=32
     )
-    assert piqa.value == pytest.approx(0.669, abs=0.2)
-    assert arc.value == pytest.approx(0.541, abs=0.2)
+    assert piqa.value == pytest.approx(0.669, abs=0.25)
+    assert arc.value == pytest.approx(0.541, abs=0.25)
