@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import mmap
 import os
 import shutil
@@ -31,6 +32,8 @@ from torch import Tensor
 from qadapter import files
 from qadapter.data import TokenizedPair
 from qadapter.errors import ConfigError, UserError
+
+_log = logging.getLogger(__name__)
 
 _FORMAT = 1
 """Raised when the files change their meaning, so that old ones are no longer found."""
@@ -195,6 +198,7 @@ class TrunkCache:
                 f"cache_trunk: {root} has {free / 2**30:.1f} GiB left and {needed / 2**30:.1f} are "
                 "needed; make room, set QADAPTER_CACHE to another disk, or set cache_trunk=false."
             )
+        _log.info("trunk cache: %.2f GiB in %s", needed / 2**30, self.directory)
         with files.whole_directory(self.directory) as partial:
             for name, size in sizes.items():
                 with open(partial / name, "wb") as file:

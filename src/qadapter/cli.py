@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import math
 import shutil
 import sys
@@ -124,6 +125,8 @@ def _train(argv: Sequence[str]) -> None:
     if values.pop("dry_run"):
         _estimate(QAdapterConfig(**values))
         return
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("qadapter").setLevel(logging.INFO)
     result = run_training(QAdapterConfig(**values))
     for reason, sources in result.dropped.items():
         print(f"dropped {len(sources)} pairs: {reason} (the first is {sources[0]})")

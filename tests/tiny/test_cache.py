@@ -92,6 +92,18 @@ def test_the_base_runs_in_the_first_epoch_only_and_not_in_a_second_run(tmp_path:
     assert losses(second) == pytest.approx(losses(first)[:2], abs=1e-5)
 
 
+def test_the_size_is_told_before_it_is_written(
+    cache_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="qadapter"):
+        found = trainer(tmp_path / "a", random_pairs(8), num_train_epochs=2)
+        found.train()
+    (said,) = (r for r in caplog.records if "GiB" in r.message)
+    size, directory = found.cache.size, found.cache.directory
+    assert said.message == f"trunk cache: {size / 2**30:.2f} GiB in {directory}"
+    assert directory.parent == cache_root
+
+
 def test_one_epoch_writes_nothing_unless_asked(cache_root: Path, tmp_path: Path) -> None:
     trainer(tmp_path / "a", random_pairs(8)).train()
     assert not cache_root.exists()
