@@ -244,6 +244,7 @@ def _printable(text: str) -> str:
 
 
 def _score(args: argparse.Namespace) -> None:
+    from qadapter.alarms import inverted
     from qadapter.data import read_pairs, read_texts
     from qadapter.files import write_jsonl
 
@@ -251,6 +252,8 @@ def _score(args: argparse.Namespace) -> None:
     texts = read_texts(args.text) if args.text else None
     policy = _load_policy(args)
     score = policy.score(pairs, strength=args.strength, max_length=args.max_length)
+    if alarm := inverted(score.accuracy, score.pairs):
+        print(alarm, file=sys.stderr)
     figures = score.summary()
     if texts is not None:
         drift = policy.drift(texts, strength=args.strength, max_tokens=args.text_tokens)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from qadapter import files, hub
+from qadapter import alarms, files, hub
 from qadapter.budget import Budget, DropMeter, KLMeter, Meter, hold_out
 from qadapter.cache import Kept, Layout, TrunkCache
 from qadapter.config import QAdapterConfig
@@ -64,6 +64,26 @@ class _TrimHeap(TrainerCallback):  # type: ignore[misc,unused-ignore]
         self.on_substep_end()
 
 
+class _TrainsTheAdapter(TrainerCallback):  # type: ignore[misc,unused-ignore]
+    """Refuse an optimizer that lacks a part of the adapter; engines that shard have their own."""
+
+    def __init__(self, trainer: QAdapterTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+        trainer = self._trainer
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or optimizer is None:
+            return
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        adapter = cast(QAdapterModel, trainer.model).adapter_parameters()
+        missing = [n for n, p in adapter.items() if p.requires_grad and id(p) not in held]
+        if missing:
+            raise TrainingError(
+                f"the optimizer lacks {len(missing)} of {len(adapter)} adapter weights, first "
+                f"{missing[0]}; make it of model.adapter_parameters(), or pass none."
+            )
+
+
 class QAdapterTrainer(Trainer):
     """transformers' Trainer with the Q-adapter loss, exact over gradient accumulation and ranks.
 
@@ -98,6 +118,12 @@ class QAdapterTrainer(Trainer):
             raise TrainingError(
                 "nothing to train: every adapter weight is frozen; load it with is_trainable=True."
             )
+        half = [n for n, p in model.adapter_parameters().items() if p.itemsize < 4]
+        if half:
+            raise TrainingError(
+                f"{half[0]} is in half precision, in which small updates are rounded away; keep "
+                "the adapter in float32 (only the base may be in bfloat16)."
+            )
         if args.n_gpu > 1:  # transformers would scatter one packed row over them
             raise ConfigError(
                 f"{args.n_gpu} GPUs are seen by one process; start one for each by `accelerate "
@@ -128,6 +154,7 @@ class QAdapterTrainer(Trainer):
             eval_dataset=cast(Any, eval_dataset),
             **kwargs,
         )
+        self.add_callback(_TrainsTheAdapter(self))
         if model.device.type == "cpu":
             self.add_callback(_TrimHeap())
         if budget is not None:
@@ -388,7 +415,13 @@ class QAdapterTrainer(Trainer):
                 "the adapter did not change; raise num_train_epochs or learning_rate, or lower "
                 "warmup_steps (a resumed run that was already finished has nothing left to do)."
             )
+        _tell(alarms.flat_loss(self.state.log_history))
         return result
+
+
+def _tell(alarm: str | None) -> None:
+    if alarm:
+        _log.warning("%s", alarm)
 
 
 def anchor_rows(
@@ -473,6 +506,7 @@ def prepare(config: QAdapterConfig) -> Prepared:
     pairs = read_pairs(config.data)
     train_pairs = list(pairs if config.max_pairs is None else islice(pairs, config.max_pairs))
     eval_pairs = list(read_pairs(config.eval_data)) if config.eval_data else []
+    _tell(alarms.shared_prompts(train_pairs, eval_pairs))
     anchor_texts, meters = _budgeted(config)
     # The base comes after the data: a bad row is told in a second, not in a minute.
     base = hub.load_base(
@@ -499,6 +533,7 @@ def prepare(config: QAdapterConfig) -> Prepared:
         base_hash=hub.weights_hash(base),
         tokenizer_hash=hub.tokenizer_hash(tokenizer),
     )
+    _tell(alarms.near_uniform(q_config))
     model = QAdapterModel.create(
         base,
         q_config,
@@ -557,6 +592,8 @@ def run_training(config: QAdapterConfig) -> TrainResult:
             metrics = dict(result.metrics)
             if run.eval_set:
                 metrics.update(trainer.evaluate())
+                right = metrics["eval_rewards/accuracies"]
+                _tell(alarms.inverted(right, len(run.eval_set)))
             if run.budget:
                 metrics.update(run.budget.figures())
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from models import FAMILIES, VOCAB, tiny_base
 from qadapter import attention, functional
 from qadapter.config import QAdapterConfig, QConfig
 from qadapter.data import TokenizedPair
-from qadapter.errors import ConfigError, TrainingError
+from qadapter.errors import ConfigError, ModelError, TrainingError
 from qadapter.fused import causal_attention
 from qadapter.model import QAdapterModel
 from qadapter.objective import batch_streams, packable, pair_loss
@@ -376,6 +377,59 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     next(iter(run.model.adapter_parameters().values())).data.fill_(float("nan"))
     with pytest.raises(TrainingError, match=r"the loss is nan.*learning_rate"):
         run.train()
+
+
+def test_an_optimizer_without_the_whole_adapter_is_refused(tmp_path: Path) -> None:
+    model = untrained()
+    names = list(model.adapter_parameters())
+    some = [p for n, p in model.adapter_parameters().items() if n != names[3]]
+    run = QAdapterTrainer(
+        model,
+        settings(tmp_path),
+        train_dataset=random_pairs(8),
+        optimizers=(torch.optim.AdamW(some), None),
+    )
+    with pytest.raises(TrainingError, match=f"lacks 1 of {len(names)} adapter weights, first") as e:
+        run.train()
+    assert names[3] in str(e.value)
+
+
+def test_an_adapter_in_half_precision_is_refused(tmp_path: Path) -> None:
+    model = untrained()
+    for parameter in model.adapter_parameters().values():
+        parameter.data = parameter.data.bfloat16()
+    with pytest.raises(TrainingError, match="half precision, in which small updates"):
+        QAdapterTrainer(model, settings(tmp_path), train_dataset=random_pairs(2))
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_loss_that_stays_at_log_two_is_told(
+    alike: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = random_pairs(8)
+    if alike:  # chosen and rejected are one, so nothing tells them apart
+        same = [{"rejected_ids": p.chosen_ids, "rejected_terminal": True} for p in pairs]
+        pairs = [dataclasses.replace(p, **fields) for p, fields in zip(pairs, same, strict=True)]
+    anchors = [[3, 4, 5, 6]]  # or nothing but weight decay would change the adapter
+    model = untrained()
+    options = {"num_train_epochs": 12, "logging_steps": 1, "anchor_weight": 1.0}
+    run = QAdapterTrainer(
+        model, settings(tmp_path, **options), train_dataset=pairs, anchors=anchors
+    )
+    with caplog.at_level("WARNING"):
+        run.train()
+    assert ("did not fall from log 2" in caplog.text) == alike
+
+
+def test_an_adapter_that_is_switched_off_is_not_taken_for_the_policy() -> None:
+    model = untrained()
+    ids = torch.arange(3, 9)[None]
+    model.peft_model.base_model.disable_adapter_layers()
+    for call in (model, model.streams):
+        with pytest.raises(ModelError, match="adapter is switched off"):
+            call(input_ids=ids)
+    model.peft_model.base_model.enable_adapter_layers()
+    assert model(input_ids=ids).logits.shape[1] == ids.shape[1]
 
 
 def test_a_base_that_changes_is_an_error(tmp_path: Path) -> None:

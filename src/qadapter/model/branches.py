@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from qadapter.attention import PackedPairs
+from qadapter.errors import ModelError
 from qadapter.model.streams import Streams
 
 if TYPE_CHECKING:
@@ -134,18 +135,21 @@ class Branches:
         _first: int
         _tuned: list[Any]
         _inside: list[Any]
+        _off: bool
         _rounded: dict[int, tuple[tuple[Any, ...], Tensor, Tensor]]
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
         """Run the base alone inside the block."""
         # peft's own switch also walks over every parameter: a tenth of a token's time in decoding.
-        was = [layer._disable_adapters for layer in self._tuned]
+        was, meant = [layer._disable_adapters for layer in self._tuned], self._off
+        self._off = True
         for layer in self._tuned:
             layer._disable_adapters = True
         try:
             yield
         finally:
+            self._off = meant
             for layer, disabled in zip(self._tuned, was, strict=True):
                 layer._disable_adapters = disabled
 
@@ -180,7 +184,15 @@ class Branches:
         With `spans` (see `packing.PackedBatch`) the one row holds packed pairs. With `trunk`, the
         `Streams.trunk` of an earlier pass over the same tokens, the base is not run at all and only
         the adapted branch is returned. The base branch never carries a gradient.
+
+        Raises:
+            ModelError: peft's switch of the adapter is off.
         """
+        if not self._off and any(layer._disable_adapters for layer in self._tuned):
+            raise ModelError(
+                "the adapter is switched off, so this would be the base alone; switch it on by "
+                "peft_model.enable_adapter_layers(), or ask for strength 0."
+            )
         if spans is not None:
             inputs["packed_pairs"] = PackedPairs(spans)
             # Any mask of four dimensions keeps transformers from making one of [T, T].
@@ -212,10 +224,9 @@ class Branches:
 
     def _pays_to_stack(self, input_ids: Tensor | None) -> bool:
         few = input_ids is not None and input_ids.numel() <= _STACKED_TOKENS
-        adapted = bool(self._inside) and not self._inside[0].disable_adapters
         # More adapters than one may have been switched on since `stacks` was tried.
         one = len(self.peft_model.active_adapters) == 1
-        return few and adapted and one and not (torch.is_grad_enabled() or self.training)
+        return few and bool(self._inside) and one and not (torch.is_grad_enabled() or self.training)
 
     @cached_property
     def stacks(self) -> bool:

@@ -117,6 +117,7 @@ class QAdapterModel(Branches, Heads, PreTrainedModel, GenerationMixin):
         self.generation_config = copy.deepcopy(base.generation_config)
         self._n_layers, self._first = n_layers, first
         self._rounded = {}
+        self._off = False
         self._tuned = list(tuned.values())
         self._inside = [m for m in self._tuned if m is not head]
         # Held without registering them a second time as submodules.
