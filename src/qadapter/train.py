@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,7 @@ from qadapter.budget import Budget, DropMeter, KLMeter, Meter, hold_out
 from qadapter.cache import Kept, Layout, TrunkCache
 from qadapter.config import QAdapterConfig
 from qadapter.data import TokenizedPair, read_pairs, read_texts, tokenize_pairs
-from qadapter.errors import ConfigError, DataError, TrainingError, UserError
+from qadapter.errors import ArtefactError, ConfigError, DataError, TrainingError, UserError
 from qadapter.files import check_writable, write_text
 from qadapter.model import BaseScalars, QAdapterModel
 from qadapter.objective import (
@@ -396,6 +397,14 @@ class QAdapterTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         cast(QAdapterModel, self.model).load_adapter(resume_from_checkpoint)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _checkpoint_told(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _checkpoint_told(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint:
             cast(QAdapterModel, self.model).load_adapter(self.state.best_model_checkpoint)
@@ -417,6 +426,24 @@ class QAdapterTrainer(Trainer):
             )
         _tell(alarms.flat_loss(self.state.log_history))
         return result
+
+
+@contextmanager
+def _checkpoint_told(checkpoint: str | None) -> Iterator[None]:
+    """Turn what torch says of a file it will not or cannot read into an ArtefactError.
+
+    transformers reads these files with `weights_only`, so code in them is refused and not run.
+    """
+    try:
+        yield
+    except (EOFError, OSError, RuntimeError, UnpicklingError, ValueError) as error:
+        # torch's own advice would be to run what is in it.
+        unsafe = isinstance(error, UnpicklingError)
+        reason = "it holds more than numbers" if unsafe else " ".join(str(error).split())[:200]
+        raise ArtefactError(
+            f"{checkpoint}: the state of optimizer, scheduler or random numbers cannot be read "
+            f"({reason}); resume from an older checkpoint."
+        ) from error
 
 
 def _tell(alarm: str | None) -> None:
