@@ -2,7 +2,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check bench compare
+.PHONY: install demo test chaos check bench compare
 
 install: $(STAMP)
 
@@ -23,6 +23,14 @@ test: export HF_HUB_OFFLINE := 1
 test: export OMP_NUM_THREADS := 1
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# The whole fault suite; `make test` runs a few of each.
+chaos: export HF_HUB_OFFLINE := 1
+chaos: export OMP_NUM_THREADS := 1
+chaos: export QADAPTER_KILLS := 50
+chaos: export QADAPTER_INJURIES := 30
+chaos: $(STAMP)
+	$(BIN)/python -m pytest -q tests/tiny/test_chaos.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import math
+import shlex
 import shutil
 import sys
 import unicodedata
@@ -128,6 +129,10 @@ def _train(argv: Sequence[str]) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("qadapter").setLevel(logging.INFO)
     result = run_training(QAdapterConfig(**values))
+    if result.stopped_at is not None:
+        again = shlex.join(["qadapter", "train", *argv, "--resume_from_checkpoint", "true"])
+        print(f"stopped after step {result.stopped_at}; go on by\n{again}")
+        return
     for reason, sources in result.dropped.items():
         print(f"dropped {len(sources)} pairs: {reason} (the first is {sources[0]})")
     for name, value in sorted(result.metrics.items()):

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -55,14 +56,24 @@ def portable_name(name: str) -> str:
 
 
 def verify_manifest(directory: Path) -> bool:
-    """Return whether every file of a converted model is there with the size it was written with."""
+    """Return whether every file of a converted model is there as it was written.
+
+    Digests are taken once for as long as no file is touched: it is asked for at every turn.
+    """
     try:
         manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
-        return bool(manifest) and all(
-            (directory / name).stat().st_size == size for name, (size, _) in manifest.items()
-        )
+        found = {name: (directory / name).stat() for name in manifest}
+        if not manifest or any(found[n].st_size != size for n, (size, _) in manifest.items()):
+            return False
+        touched = tuple((name, stat.st_mtime_ns) for name, stat in found.items())
+        return all(_digests(directory, touched)[n] == digest for n, (_, digest) in manifest.items())
     except (OSError, ValueError, AttributeError, TypeError):
         return False
+
+
+@cache
+def _digests(directory: Path, touched: tuple[tuple[str, int], ...]) -> dict[str, str]:
+    return {name: sha256(directory / name) for name, _ in touched}
 
 
 def _convert_default(directory: Path) -> None:

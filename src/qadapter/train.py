@@ -12,17 +12,16 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from qadapter import alarms, files, hub
 from qadapter.budget import Budget, DropMeter, KLMeter, Meter, hold_out
 from qadapter.cache import Kept, Layout, TrunkCache
+from qadapter.checkpoints import SealingTrainer, damage, newest_sound
 from qadapter.config import QAdapterConfig
 from qadapter.data import TokenizedPair, read_pairs, read_texts, tokenize_pairs
 from qadapter.errors import ArtefactError, ConfigError, DataError, TrainingError, UserError
@@ -85,7 +84,7 @@ class _TrainsTheAdapter(TrainerCallback):  # type: ignore[misc,unused-ignore]
             )
 
 
-class QAdapterTrainer(Trainer):
+class QAdapterTrainer(SealingTrainer):
     """transformers' Trainer with the Q-adapter loss, exact over gradient accumulation and ranks.
 
     Args:
@@ -397,14 +396,6 @@ class QAdapterTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         cast(QAdapterModel, self.model).load_adapter(resume_from_checkpoint)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _checkpoint_told(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _checkpoint_told(checkpoint):
-            super()._load_rng_state(checkpoint)
-
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint:
             cast(QAdapterModel, self.model).load_adapter(self.state.best_model_checkpoint)
@@ -418,6 +409,8 @@ class QAdapterTrainer(Trainer):
         result = super().train(*args, **kwargs)
         if hub.exact_weights_hash(model.base_parameters()) != base:
             raise TrainingError("the base's weights changed during training; do not use this run.")
+        if self.stopped:  # perhaps before the warm-up's first step that moves anything
+            return result
         now = model.adapter_parameters()
         if all(torch.equal(now[n], p) for n, p in adapter.items()):
             raise TrainingError(
@@ -426,24 +419,6 @@ class QAdapterTrainer(Trainer):
             )
         _tell(alarms.flat_loss(self.state.log_history))
         return result
-
-
-@contextmanager
-def _checkpoint_told(checkpoint: str | None) -> Iterator[None]:
-    """Turn what torch says of a file it will not or cannot read into an ArtefactError.
-
-    transformers reads these files with `weights_only`, so code in them is refused and not run.
-    """
-    try:
-        yield
-    except (EOFError, OSError, RuntimeError, UnpicklingError, ValueError) as error:
-        # torch's own advice would be to run what is in it.
-        unsafe = isinstance(error, UnpicklingError)
-        reason = "it holds more than numbers" if unsafe else " ".join(str(error).split())[:200]
-        raise ArtefactError(
-            f"{checkpoint}: the state of optimizer, scheduler or random numbers cannot be read "
-            f"({reason}); resume from an older checkpoint."
-        ) from error
 
 
 def _tell(alarm: str | None) -> None:
@@ -483,6 +458,8 @@ class TrainResult:
     """Number of adapter parameters."""
     budget: str | None = None
     """What became of the forgetting budget, in a sentence; None where there was none."""
+    stopped_at: int | None = None
+    """The step after which SIGTERM ended the run, in its last checkpoint; None where it did not."""
 
 
 @dataclass(frozen=True)
@@ -615,8 +592,18 @@ def run_training(config: QAdapterConfig) -> TrainResult:
     try:
         with _settings_told():
             trainer = run.trainer(config, callbacks=_callbacks(config))
-            result = trainer.train(resume_from_checkpoint=_checkpoint(config))
+            checkpoint, passed = _checkpoint(config)
+            for sentence in passed:
+                _tell(sentence)
+            result = trainer.train(resume_from_checkpoint=checkpoint)
             metrics = dict(result.metrics)
+            trainable = sum(p.numel() for p in run.model.adapter_parameters().values())
+            if trainer.stopped:
+                step = trainer.state.global_step
+                pairs = len(run.train_set)
+                return TrainResult(
+                    directory, pairs, run.dropped, metrics, trainable, stopped_at=step
+                )
             if run.eval_set:
                 metrics.update(trainer.evaluate())
                 right = metrics["eval_rewards/accuracies"]
@@ -627,27 +614,39 @@ def run_training(config: QAdapterConfig) -> TrainResult:
         if new:
             _remove_if_empty(directory)
     run.model.save_pretrained(directory)
-    trainable = sum(p.numel() for p in run.model.adapter_parameters().values())
     told = run.budget.summary() if run.budget else None
     outcome = TrainResult(directory, len(run.train_set), run.dropped, metrics, trainable, told)
     write_text(directory / "README.md", model_card(config, outcome))
     return outcome
 
 
-def _checkpoint(config: QAdapterConfig) -> str | None:
-    """Return the checkpoint to resume from: the one named, or for `true` the run's last."""
+def _checkpoint(config: QAdapterConfig) -> tuple[str | None, list[str]]:
+    """Return the checkpoint to resume from, and what is told of newer ones that are damaged.
+
+    It is the one named, or for `true` the run's last that is whole.
+
+    Raises:
+        ConfigError: there is none.
+        ArtefactError: the one named is damaged.
+    """
     asked = config.resume_from_checkpoint
     if asked is None or str(asked).lower() == "false":
-        return None
+        return None, []
     if str(asked).lower() == "true":
         directory = Path(cast(str, config.output_dir))
-        last = get_last_checkpoint(str(directory)) if directory.is_dir() else None
+        last, passed = newest_sound(directory)
         if last is None:
-            raise ConfigError(f"resume_from_checkpoint: {directory} holds no checkpoint.")
-        return cast(str, last)
+            why = f" ({'; '.join(passed)})" if passed else ""
+            raise ConfigError(
+                f"resume_from_checkpoint: {directory} holds no checkpoint to go on from{why}; "
+                "leave it out to start anew."
+            )
+        return str(last), passed
     if not (Path(asked) / "trainer_state.json").is_file():
         raise ConfigError(f"resume_from_checkpoint: {asked} is no checkpoint; name a checkpoint-N.")
-    return str(asked)
+    if wrong := damage(Path(asked)):
+        raise ArtefactError(f"resume_from_checkpoint: {asked}: {wrong}; name an older one.")
+    return str(asked), []
 
 
 def _remove_if_empty(directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import subprocess
@@ -32,7 +33,8 @@ def _tokenizer(**special: str) -> Any:
 def _cache(directory: Path) -> Path:
     directory.mkdir(parents=True)
     (directory / "model.safetensors").write_bytes(b"0123456789")
-    (directory / "manifest.json").write_text(json.dumps({"model.safetensors": [10, "ab"]}))
+    digest = hashlib.sha256(b"0123456789").hexdigest()
+    (directory / "manifest.json").write_text(json.dumps({"model.safetensors": [10, digest]}))
     return directory
 
 
@@ -113,12 +115,18 @@ def test_a_tokenizer_without_pad_pads_with_its_end(tmp_path: Path) -> None:
     assert hub.load_tokenizer(str(tmp_path)).pad_token == "<end>"
 
 
-@pytest.mark.parametrize("damage", ["none", "truncated", "missing", "no manifest", "not JSON"])
+@pytest.mark.parametrize(
+    "damage", ["none", "truncated", "flipped", "missing", "no manifest", "not JSON"]
+)
 def test_a_damaged_cache_is_detected(damage: str, tmp_path: Path) -> None:
     directory = _cache(tmp_path / "cache")
     weights, manifest = directory / "model.safetensors", directory / "manifest.json"
     if damage == "truncated":
         weights.write_bytes(b"012345678")
+    elif damage == "flipped":
+        assert hub.verify_manifest(directory)  # a digest is not kept past a change
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     elif damage == "missing":
         weights.unlink()
     elif damage == "no manifest":

@@ -1,0 +1,167 @@
+"""Checkpoints that are whole or are not used: each is sealed with the digests of its files."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from qadapter.errors import ArtefactError, UserError
+from qadapter.files import sha256, write_text
+
+SEAL = "manifest.json"
+"""Written last: a checkpoint without it was cut while it was written."""
+
+
+def seal(checkpoint: Path) -> None:
+    """Write the digest of every file of a checkpoint beside them.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != SEAL)
+    digests = {str(p.relative_to(checkpoint)): sha256(p) for p in files}
+    write_text(checkpoint / SEAL, json.dumps(digests, indent=1) + "\n")
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint, None where every file is as it was written."""
+    try:
+        digests = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        for name, digest in digests.items():
+            if not (checkpoint / name).is_file():
+                return f"{name} is missing"
+            if sha256(checkpoint / name) != digest:
+                return f"{name} is damaged"
+    except FileNotFoundError:
+        return "it was not written to its end"
+    except (OSError, ValueError, AttributeError):
+        return f"{SEAL} is damaged"
+    return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step of `checkpoint-STEP`."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def newest_sound(run: Path) -> tuple[Path | None, list[str]]:
+    """Return a run's newest checkpoint that is whole, and a sentence of each newer one."""
+    named = re.compile(r"checkpoint-\d+")
+    found = sorted((p for p in run.glob("checkpoint-*") if named.fullmatch(p.name)), key=step_of)
+    passed: list[str] = []
+    for checkpoint in reversed(found):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            lost = step_of(found[-1]) - step_of(checkpoint)
+            if passed:
+                passed.append(f"going on from {checkpoint}: up to {lost} steps are done again")
+            return checkpoint, passed
+        passed.append(f"{checkpoint}: {wrong}; it is not used")
+    return None, passed
+
+
+class SealingTrainer(Trainer):
+    """transformers' Trainer, whose checkpoints are sealed and which ends on SIGTERM with one."""
+
+    stopped = False
+    """Whether SIGTERM ended the last run."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as transformers does; SIGTERM saves a checkpoint after the step and ends it."""
+        self.stopped = False
+        if threading.current_thread() is not threading.main_thread():
+            return super().train(*args, **kwargs)  # only the main thread hears signals
+        stop = _StopsOnSignal(self)
+        self.add_callback(stop)
+        before = signal.signal(signal.SIGTERM, stop.hear)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            self.remove_callback(stop)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run = Path(self._get_output_dir(trial=trial))
+        checkpoint = run / f"checkpoint-{self.state.global_step}"
+        limit = self.args.save_total_limit
+        if self.args.should_save:
+            shutil.rmtree(checkpoint, ignore_errors=True)  # what a cut run left of the same step
+        self.accelerator.wait_for_everyone()
+        # Older ones go only after this one is sealed.
+        self.args.save_total_limit = None
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            reason = error.strerror if isinstance(error, OSError) else "the disk may be full"
+            raise UserError(
+                f"{checkpoint}: cannot be written ({reason}); free some space, then go on from the "
+                "last one by --resume_from_checkpoint true."
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(checkpoint)
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(
+                output_dir=str(run), save_total_limit=limit, best_model_checkpoint=best
+            )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+
+class _StopsOnSignal(TrainerCallback):  # type: ignore[misc,unused-ignore]
+    """Ends a run after the step in which the signal came, with a checkpoint."""
+
+    def __init__(self, trainer: SealingTrainer) -> None:
+        self._trainer, self._heard = trainer, False
+
+    def hear(self, *_: Any) -> None:
+        self._heard = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        accelerator, heard = self._trainer.accelerator, self._heard
+        if accelerator.num_processes > 1:  # all end after the same step, whoever heard it
+            counts = torch.tensor([int(heard)], device=accelerator.device)
+            heard = bool(accelerator.gather(counts).any())
+        if heard and state.global_step < state.max_steps:
+            self._trainer.stopped = control.should_save = control.should_training_stop = True
+
+
+@contextmanager
+def _reading(checkpoint: str | None) -> Iterator[None]:
+    """Turn what torch says of a file it will not or cannot read into an ArtefactError.
+
+    transformers reads these files with `weights_only`, so code in them is refused and not run.
+    """
+    try:
+        yield
+    except (EOFError, OSError, RuntimeError, UnpicklingError, ValueError) as error:
+        # torch's own advice would be to run what is in it.
+        unsafe = isinstance(error, UnpicklingError)
+        reason = "it holds more than numbers" if unsafe else " ".join(str(error).split())[:200]
+        raise ArtefactError(
+            f"{checkpoint}: the state of optimizer, scheduler or random numbers cannot be read "
+            f"({reason}); resume from an older checkpoint."
+        ) from error
