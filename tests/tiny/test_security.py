@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import qadapter
-from qadapter import hub
+from qadapter import checkpoints, hub
 from qadapter.cli import main
 from qadapter.errors import ArtefactError, ModelError
 from qadapter.policy import Policy
@@ -92,6 +92,7 @@ def test_a_checkpoint_with_a_bomb_does_not_run_it(
     words += ["--disable_tqdm", "true", "--max_length", "200", "--bf16", "false"]
     assert main(words) == 0
     plant(mark, tmp_path / "run" / "checkpoint-1" / name)
+    checkpoints.seal(tmp_path / "run" / "checkpoint-1")  # who plants can seal as well
     shutil.rmtree(tmp_path / "run" / "checkpoint-2")
     capsys.readouterr()
     assert main([*words, "--resume_from_checkpoint", "true"]) == 2
