@@ -157,7 +157,6 @@ class QAdapterForCausalLM(nn.Module, SupportsQuant):
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load the tensors of an export, a tied head left out."""
-        tied = ["lm_head."] if self.config.tie_word_embeddings else None
-        loaded: set[str] = AutoWeightsLoader(self, skip_prefixes=tied).load_weights(weights)
+        """Load the tensors of an export."""
+        loaded: set[str] = AutoWeightsLoader(self).load_weights(weights)
         return loaded
