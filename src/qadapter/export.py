@@ -30,6 +30,7 @@ from qadapter.files import check_new, check_writable, whole_directory
 from qadapter.functional import mixing_weights
 from qadapter.model import QAdapterModel
 from qadapter.model.adapter import load_plain, save_plain
+from qadapter.model.branches import rounding
 from qadapter.model.merge import base_state, merged_state
 from qadapter.policy import Policy
 from qadapter.standalone.config import QAdapterPolicyConfig
@@ -279,9 +280,7 @@ def _compare(policy: Policy, exported: Any, strength: float) -> tuple[float, flo
         found = (theirs.log_softmax(-1) - logits.log_softmax(-1)).abs().max()
         difference = max(difference, float(found.nan_to_num(nan=torch.inf)))
         scale = max(scale, float(logits.abs().max()))
-    # Merged weights and products round anew in each layer.
-    share = 1e-5 if policy.model.dtype in (torch.float32, torch.float64) else 0.02
-    return difference, share * max(scale, 1.0)
+    return difference, rounding(policy.model.dtype) * max(scale, 1.0)
 
 
 def _find_converter() -> Path:

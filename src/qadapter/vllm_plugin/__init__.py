@@ -1,4 +1,4 @@
-"""vLLM serves what `qadapter export --format policy` writes, once this package is installed beside it.
+"""vLLM serves what `qadapter export --format policy` writes, once qadapter is installed beside it.
 
 vLLM finds `register` through the entry point `vllm.general_plugins` and calls it in each of its
 processes; `model` is imported where the model is built.

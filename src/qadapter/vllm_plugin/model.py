@@ -8,7 +8,7 @@ structured output. Keys and values depend on no strength, and prefixes are cache
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ class _Forked:
     """A decoder of vLLM's whose last layers are branches, each from the trunk of its own."""
 
     branch_layers: list[int]
+    embed_tokens: nn.Module
     layers: nn.ModuleList
     norm: nn.Module
 
@@ -42,8 +43,8 @@ class _Forked:
         intermediate_tensors: None = None,
         inputs_embeds: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """Return the final hidden states `[N, D]` of each adapter's branch and, last, the base's."""
-        hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        """Return the final hidden states `[N, D]` of each branch and, last, of the base."""
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         end = len(self.layers) - sum(self.branch_layers)
         starts = {end - depth for depth in self.branch_layers}
         trunks: dict[int, tuple[Tensor, Tensor | None]] = {}
@@ -100,7 +101,7 @@ class QAdapterForCausalLM(nn.Module, SupportsQuant):
     """
 
     hf_to_vllm_mapper = LlamaModel.hf_to_vllm_mapper
-    packed_modules_mapping = {
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }

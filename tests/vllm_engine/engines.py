@@ -1,4 +1,4 @@
-"""Tiny policies of the families that the vLLM plugin knows, and what vLLM answers from exports."""
+"""Tiny policies for vLLM, engines on their exports, and how far their answers are from ours."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from fakes import VOCABULARY, tiny_tokenizer
 from models import disturbed
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qadapter.config import QConfig
-from qadapter.export import export_policy
 from qadapter.model import QAdapterModel
 from qadapter.policy import Policy
 
@@ -44,22 +42,6 @@ def tiny_policy(family: str, **fields: Any) -> Policy:
     q_config = QConfig(**{"alpha_0": 0.5, "alpha_tilde": 0.5, **fields})
     model = QAdapterModel.create(base, q_config, lora_r=4, trunk=0.5)
     return Policy(disturbed(model, 0.15), tiny_tokenizer())
-
-
-@pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return a function that exports a tiny policy once: family → policy and directory."""
-    done: dict[str, tuple[Policy, Path]] = {}
-
-    def export(family: str) -> tuple[Policy, Path]:
-        if family not in done:
-            policy = tiny_policy(family, alpha_0=0.4, alpha_tilde=0.6)
-            directory = tmp_path_factory.mktemp("export") / family
-            export_policy(policy, directory, strength=0.7)
-            done[family] = policy, directory
-        return done[family]
-
-    return export
 
 
 def prompts(n: int = 50) -> list[list[int]]:
