@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from qadapter.registration import register
+
 if TYPE_CHECKING:
     from qadapter.config import QAdapterConfig, QConfig
     from qadapter.data import Pair, read_pairs
@@ -34,6 +36,9 @@ __all__ = [
     "UserError",
     "read_pairs",
 ]
+
+# AutoModelForCausalLM then loads what `qadapter export` wrote.
+register()
 
 
 def __getattr__(name: str) -> Any:

@@ -35,6 +35,17 @@ def check_writable(directory: str | Path) -> None:
         raise UserError(f"{directory}: cannot be written ({place} is in the way); choose another.")
 
 
+def check_new(directory: str | Path) -> None:
+    """Raise unless `directory` is not there yet, or is an empty one.
+
+    Raises:
+        UserError: there is something.
+    """
+    path = Path(directory)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{directory}: is there already; name a new directory.")
+
+
 @contextmanager
 def _told(path: Path) -> Iterator[None]:
     """Turn what the system says of writing `path` into a UserError."""

@@ -11,6 +11,7 @@ loss cannot depend on them (I7).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -169,6 +170,41 @@ def soft_value(q: Tensor, base_logps: Tensor, *, alpha_0: float, alpha_tilde: fl
 def policy_logps(q: Tensor, base_logps: Tensor, *, alpha_0: float, alpha_tilde: float) -> Tensor:
     """Return log π̃(·|s) (METHOD M2): `log softmax_a[(Q̂ + α0·log π1) / α̃]`, shape `[..., V]`."""
     return torch.log_softmax((q + alpha_0 * base_logps) / alpha_tilde, dim=-1)
+
+
+def mixing_weights(
+    strengths: Sequence[float | Tensor],
+    *,
+    alpha_0: float,
+    alpha_tilde: float,
+    parameterization: str,
+) -> list[float | Tensor]:
+    """Return the weight of each adapter's hidden state in the policy's and, last, of the base's.
+
+    One head on the mix gives the policy's logits, up to a constant per state (METHOD M2):
+    `Σ s_k·h_k + (α0/α̃ − Σ s_k)·h_1` for residual, `(Σ s_k·h_k + α0·h_1)/α̃` for raw. The sum of
+    the residuals of several adapters is an approximation (METHOD §5).
+
+    Args:
+        strengths: s of each adapter; a number, or one a row, shaped to multiply hidden states.
+    """
+    scale = alpha_0 / alpha_tilde
+    if parameterization == "residual":
+        return [*strengths, scale - sum(strengths)]
+    return [*(s / alpha_tilde for s in strengths), scale]
+
+
+def mix(states: Sequence[Tensor], weights: Sequence[float | Tensor]) -> Tensor:
+    """Return `Σ w·h` over hidden states `[..., D]`, in their dtype.
+
+    Summed in float32 or wider, so that at strength 1 (α0 = α̃) the base's part is exactly zero, and
+    at 0 the adapter's.
+    """
+    wide = torch.promote_types(states[0].dtype, torch.float32)
+    mixed = weights[0] * states[0].to(wide)
+    for weight, state in zip(weights[1:], states[1:], strict=True):
+        mixed = mixed + weight * state.to(wide)
+    return mixed.to(states[0].dtype)
 
 
 def token_rewards(

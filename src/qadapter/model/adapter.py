@@ -10,33 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qadapter.errors import ArtefactError, ConfigError, ModelError
-
-
-def decoder_layers(decoder: nn.Module, n_layers: int) -> nn.ModuleList:
-    """Return the decoder's list of layers.
-
-    Raises:
-        ModelError: it has none of that length.
-    """
-    for child in decoder.children():
-        if isinstance(child, nn.ModuleList) and len(child) == n_layers:
-            return child
-    raise ModelError(
-        f"{type(decoder).__name__}: no list of {n_layers} layers was found; "
-        "Q-Adapter needs a decoder with one list of layers, choose another base."
-    )
-
-
-def final_norm(decoder: nn.Module, layers: nn.ModuleList) -> nn.Module:
-    """Return the module after the list of layers; `_check_streams` puts it to the test."""
-    children = list(decoder.children())
-    after = children[[child is layers for child in children].index(True) + 1 :]
-    if not after:
-        raise ModelError(
-            f"{type(decoder).__name__}: no final norm after its layers; choose another base."
-        )
-    return after[0]
+from qadapter.decoder import decoder_layers
+from qadapter.errors import ArtefactError, ConfigError
 
 
 def _linear_names(layer: nn.Module) -> list[str]:
@@ -109,3 +84,16 @@ def check_state(path: Path, state: dict[str, Tensor], model: PeftModel) -> None:
         )
     if bad := [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]:
         raise ArtefactError(f"{path}: {bad[0]!r} is not finite; use an older checkpoint.")
+
+
+def save_plain(model: PeftModel, directory: Path) -> None:
+    """Write the adapter's own two files, as peft reads them."""
+    model.save_pretrained(str(directory), safe_serialization=True, save_embedding_layers=False)
+    # peft's template says nothing true about this adapter
+    (directory / "README.md").unlink(missing_ok=True)
+
+
+def load_plain(base: PreTrainedModel, directory: Path) -> PreTrainedModel:
+    """Return a base with a plain LoRA on it, as anyone with peft loads it."""
+    model: PreTrainedModel = PeftModel.from_pretrained(base, str(directory))
+    return model

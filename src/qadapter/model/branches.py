@@ -94,12 +94,17 @@ def _hooked(hooks: Sequence[Any]) -> Iterator[None]:
             hook.remove()
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """Return by what share of the largest of them two ways to the same numbers may differ."""
+    # Half precision rounds every layer; in full precision only the order of sums differs.
+    return 1e-4 if dtype in (torch.float32, torch.float64) else 0.02
+
+
 def agree(found: Tensor, expected: Tensor) -> bool:
     """Return whether two ways to the same numbers differ by no more than they round."""
     scale = float(expected.float().abs().max().clamp(min=1.0))
-    # Half precision rounds every layer; in full precision only the order of sums differs.
-    share = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 0.02
-    return torch.allclose(found.float(), expected.float(), atol=scale * share, rtol=0.0)
+    atol = scale * rounding(expected.dtype)
+    return torch.allclose(found.float(), expected.float(), atol=atol, rtol=0.0)
 
 
 def _twice(value: Any, rows: int) -> Any:

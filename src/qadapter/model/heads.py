@@ -63,15 +63,15 @@ class Heads:
         `s·h_θ + (α0/α̃ − s)·h_1` for residual, `(s·h_θ + α0·h_1)/α̃` for raw (METHOD M2).
         """
         q = self.q_config
-        if q.parameterization == "residual":
-            weights = strength, q.alpha_0 / q.alpha_tilde - strength
-        else:
-            weights = strength / q.alpha_tilde, q.alpha_0 / q.alpha_tilde
-        if streams.base_states is None and weights == (1.0, 0.0):
+        weights = functional.mixing_weights(
+            [strength],
+            alpha_0=q.alpha_0,
+            alpha_tilde=q.alpha_tilde,
+            parameterization=q.parameterization,
+        )
+        if streams.base_states is None and weights == [1.0, 0.0]:
             return streams.adapted
-        # Mixed in float32: at strength 1 the base's part is exactly zero, at 0 the adapter's.
-        mixed = weights[0] * _wide(streams.adapted) + weights[1] * _wide(streams.base)
-        return mixed.to(streams.adapted.dtype)
+        return functional.mix([streams.adapted, streams.base], weights)
 
     def policy_logits(self, streams: Streams, strength: float | Tensor = 1.0) -> Tensor:
         """Return logits of π_s for final hidden states `[B, T, D]` (or `[M, D]`): `[B, T, V]`."""

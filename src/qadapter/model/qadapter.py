@@ -20,16 +20,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from qadapter import hub
 from qadapter.attention import let_pack
 from qadapter.config import QConfig
+from qadapter.decoder import decoder_layers, final_norm
 from qadapter.errors import ArtefactError, ConfigError, ModelError, TrainingError
 from qadapter.files import whole_files
 from qadapter.lora import speed_up
-from qadapter.model.adapter import (
-    check_adapter_config,
-    check_state,
-    decoder_layers,
-    final_norm,
-    lora_config,
-)
+from qadapter.model.adapter import check_adapter_config, check_state, lora_config, save_plain
 from qadapter.model.branches import Branches, agree
 from qadapter.model.heads import Heads
 from qadapter.model.streams import Streams
@@ -242,11 +237,7 @@ class QAdapterModel(Branches, Heads, PreTrainedModel, GenerationMixin):
                 "go back to an older checkpoint and try a lower learning_rate or bf16=false."
             )
         with whole_files(save_directory) as partial:
-            self.peft_model.save_pretrained(
-                str(partial), safe_serialization=True, save_embedding_layers=False
-            )
-            # peft's template says nothing true about this adapter
-            (partial / "README.md").unlink(missing_ok=True)
+            save_plain(self.peft_model, partial)
             dataclasses.replace(self.q_config, qadapter_version=version("qadapter")).save(partial)
 
     def load_adapter(self, directory: str | Path) -> None:
@@ -288,6 +279,11 @@ class QAdapterModel(Branches, Heads, PreTrainedModel, GenerationMixin):
                     f"{type(self._base).__name__}: this architecture is not supported ({what}); "
                     "choose another base."
                 )
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The base, its adapted maps wrapped by peft."""
+        return self._base
 
     # ── transformers' interface ─────────────────────────────────────────────────────────────────
 

@@ -1,0 +1,47 @@
+"""The weights of a Q-adapter without peft: its base's, and its base's with the adapter added."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from qadapter.errors import ModelError
+from qadapter.model.qadapter import QAdapterModel
+
+
+def base_state(model: QAdapterModel) -> dict[str, Tensor]:
+    """Return the base's tensors under their own names, none of them copied."""
+    state = model.base.state_dict()
+    return {n.replace(".base_layer.", "."): t for n, t in state.items() if "lora_" not in n}
+
+
+def merged_state(model: QAdapterModel) -> dict[str, Tensor]:
+    """Return the base's tensors with `W + s·B·A` in the place of each adapted `W`.
+
+    The sum is taken in float32 or wider and rounded once.
+
+    Raises:
+        ModelError: the adapter is more than low-rank maps on plain linear ones.
+    """
+    tuned = {n: m for n, m in model.base.named_modules() if isinstance(m, BaseTunerLayer)}
+    return base_state(model) | {f"{n}.weight": _merged(n, m) for n, m in tuned.items()}
+
+
+def _merged(name: str, layer: BaseTunerLayer) -> Tensor:
+    from transformers.pytorch_utils import Conv1D
+
+    (adapter, *others) = layer.active_adapters
+    base = layer.get_base_layer()
+    special = bool(others) or layer.merged or adapter in layer.lora_variant
+    if special or layer.lora_bias[adapter] or type(base) not in (nn.Linear, Conv1D):
+        raise ModelError(
+            f"{name}: its adapter is not one pair of low-rank maps on a plain linear map and "
+            "cannot be merged; serve the adapter itself."
+        )
+    weight = cast(Tensor, base.weight.detach())
+    delta = layer.get_delta_weight(adapter).detach()
+    # A half-precision weight is widened by the adapter's float32.
+    merged: Tensor = (weight.to(delta.dtype) + delta).to(weight.dtype)
+    return merged

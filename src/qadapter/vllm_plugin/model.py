@@ -1,0 +1,163 @@
+"""An exported policy out of vLLM's own layers.
+
+As in `qadapter.standalone.model`, a decoder of L + K layers whose line of layers forks. `forward`
+returns the mixed hidden state, so all that comes after it is vLLM's: logits, sampling, log-probs,
+structured output. Keys and values depend on no strength, and prefixes are cached as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.interfaces import SupportsQuant
+from vllm.model_executor.models.llama import LlamaModel
+from vllm.model_executor.models.mistral import MistralModel
+from vllm.model_executor.models.qwen2 import Qwen2Model
+from vllm.model_executor.models.qwen3 import Qwen3Model
+from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
+
+from qadapter.functional import mix, mixing_weights
+
+_DIMS = {"input_ids": 0, "positions": -1, "inputs_embeds": 0}
+
+
+class _Forked:
+    """A decoder of vLLM's whose last layers are branches, each from the trunk of its own."""
+
+    branch_layers: list[int]
+    embed_tokens: nn.Module
+    layers: nn.ModuleList
+    norm: nn.Module
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Return the final hidden states `[N, D]` of each branch and, last, of the base."""
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        end = len(self.layers) - sum(self.branch_layers)
+        starts = {end - depth for depth in self.branch_layers}
+        trunks: dict[int, tuple[Tensor, Tensor | None]] = {}
+        state: tuple[Tensor, Tensor | None] = (hidden, None)
+        for index, layer in enumerate(self.layers[:end]):
+            if index in starts:
+                # vLLM's layers add to the residual in place.
+                trunks[index] = _copied(state)
+            state = layer(positions, *state)
+        base, _ = self.norm(*state)
+        adapted, start = [], end
+        for depth in self.branch_layers:
+            state = _copied(trunks[end - depth])
+            for layer in self.layers[start : start + depth]:
+                state = layer(positions, *state)
+            adapted.append(self.norm(*state)[0])
+            start += depth
+        return (*adapted, base)
+
+
+def _copied(state: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    hidden, residual = state
+    return hidden.clone(), None if residual is None else residual.clone()
+
+
+@support_torch_compile(dynamic_arg_dims=_DIMS)
+class _Llama(_Forked, LlamaModel):
+    pass
+
+
+@support_torch_compile(dynamic_arg_dims=_DIMS)
+class _Mistral(_Forked, MistralModel):
+    pass
+
+
+@support_torch_compile(dynamic_arg_dims=_DIMS)
+class _Qwen2(_Forked, Qwen2Model):
+    pass
+
+
+@support_torch_compile(dynamic_arg_dims=_DIMS)
+class _Qwen3(_Forked, Qwen3Model):
+    pass
+
+
+_DECODERS = {"llama": _Llama, "mistral": _Mistral, "qwen2": _Qwen2, "qwen3": _Qwen3}
+
+
+class QAdapterForCausalLM(nn.Module, SupportsQuant):
+    """A policy π_s; `--hf-overrides '{"strength": 0.7}'` sets s.
+
+    Raises:
+        ValueError: the base is of a family that is not in `_DECODERS`.
+    """
+
+    hf_to_vllm_mapper = LlamaModel.hf_to_vllm_mapper
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        text = config.text_config
+        if text.model_type not in _DECODERS:
+            raise ValueError(
+                f"{text.model_type}: the vLLM plugin of qadapter knows {', '.join(_DECODERS)}; "
+                "serve this policy with `qadapter serve`."
+            )
+        self.config = config
+        self.weights = mixing_weights(
+            config.strengths,
+            alpha_0=config.alpha_0,
+            alpha_tilde=config.alpha_tilde,
+            parameterization=config.parameterization,
+        )
+        self.model: Any = _DECODERS[text.model_type](
+            vllm_config=vllm_config.with_hf_config(text), prefix=maybe_prefix(prefix, "model")
+        )
+        self.model.branch_layers = list(config.branch_layers)
+        self.lm_head = ParallelLMHead(
+            text.vocab_size,
+            text.hidden_size,
+            quant_config=vllm_config.quant_config,
+            prefix=maybe_prefix(prefix, "lm_head"),
+        )
+        if text.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.logits_processor = LogitsProcessor(text.vocab_size)
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Return the embeddings `[N, D]` of N tokens."""
+        embedded: Tensor = self.model.embed_input_ids(input_ids)
+        return embedded
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Return the policy's hidden states `[N, D]` of the N tokens of a batch (METHOD M2)."""
+        states = self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+        return mix(states, self.weights)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Return the policy's logits `[N, V]`, up to a constant per row."""
+        logits: Tensor | None = self.logits_processor(self.lm_head, hidden_states)
+        return logits
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load the tensors of an export."""
+        loaded: set[str] = AutoWeightsLoader(self).load_weights(weights)
+        return loaded

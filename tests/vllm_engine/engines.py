@@ -1,0 +1,106 @@
+"""Tiny policies for vLLM, engines on their exports, and how far their answers are from ours."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from fakes import VOCABULARY, tiny_tokenizer
+from models import disturbed
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qadapter.config import QConfig
+from qadapter.model import QAdapterModel
+from qadapter.policy import Policy
+
+# vLLM's attention on CPUs takes heads of 32 and more; two ranks want two of them for keys.
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "pad_token_id": 1,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
+
+
+def tiny_policy(family: str, **fields: Any) -> Policy:
+    """Return a policy on a random base whose adapter has a visible effect."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SIZES, tie_word_embeddings=family == "qwen2")
+    base = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
+    q_config = QConfig(**{"alpha_0": 0.5, "alpha_tilde": 0.5, **fields})
+    model = QAdapterModel.create(base, q_config, lora_r=4, trunk=0.5)
+    return Policy(disturbed(model, 0.15), tiny_tokenizer())
+
+
+def prompts(n: int = 50) -> list[list[int]]:
+    """Return prompts of 1 to 60 tokens, of which every other one begins as the first does."""
+    numbers = random.Random(0)
+    found = [[numbers.randrange(4, VOCABULARY) for _ in range(60)] for _ in range(n)]
+    shared = found[0][:48]
+    return [
+        (shared + row if i % 2 else row)[: numbers.randint(50, 60) if i % 2 else 1 + i]
+        for i, row in enumerate(found)
+    ]
+
+
+@contextmanager
+def engine(directory: Path | str, **options: Any) -> Iterator[Any]:
+    """Yield an engine that has to chunk its prompts, batch them, and take their prefixes up."""
+    from vllm import LLM
+
+    small: dict[str, Any] = {
+        "dtype": "float32",
+        "max_model_len": 128,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 32,
+        "enable_chunked_prefill": True,
+        "enable_prefix_caching": True,
+        "block_size": 32,
+        "max_logprobs": VOCABULARY,
+        "enforce_eager": True,
+    }
+    llm = LLM(str(directory), **{**small, **options})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def answers(llm: Any, rows: Sequence[Sequence[int]], *, logprobs: int, tokens: int = 6) -> Any:
+    """Return vLLM's greedy answers to rows of tokens."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=logprobs, detokenize=False
+    )
+    inputs = [{"prompt_token_ids": list(row)} for row in rows]
+    return llm.generate(inputs, params, use_tqdm=False)
+
+
+def difference(policy: Policy, found: Any, *, strength: float) -> float:
+    """Return how far the answers' log-probs are at most from the policy's, nats."""
+    largest = 0.0
+    for answer in found:
+        (said,) = answer.outputs
+        ids = torch.tensor([[*answer.prompt_token_ids, *said.token_ids]])
+        with torch.no_grad():
+            logits = policy.model(input_ids=ids, strength=strength).logits
+        ours = logits[0, len(answer.prompt_token_ids) - 1 : -1].double().log_softmax(-1)
+        for row, theirs in zip(ours, said.logprobs, strict=True):
+            gaps = [abs(float(row[token]) - at.logprob) for token, at in theirs.items()]
+            largest = max(largest, *gaps)
+    return largest

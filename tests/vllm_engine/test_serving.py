@@ -1,0 +1,125 @@
+"""vLLM on exported policies: what the embedded model says, whatever vLLM does to be fast.
+
+`make test-vllm` runs these in an environment of their own; elsewhere they are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import answers, difference, engine, prompts
+
+pytestmark = pytest.mark.skipif(
+    find_spec("vllm") is None,
+    reason="vLLM is not installed here; `make test-vllm` has an environment with it",
+)
+os.environ |= {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+# float32, eight layers of width 128; every log-prob of the vocabulary, to −20 nats.
+TOLERANCE = 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_log_probs_are_ours_on_fifty_prompts(exported: Any, family: str) -> None:
+    """Batched, their prompts in chunks, and once more with their prefixes cached."""
+    policy, directory = exported(family)
+    rows = prompts()
+    with engine(directory) as llm:
+        first = answers(llm, rows, logprobs=260)
+        again = answers(llm, rows, logprobs=260)
+    assert difference(policy, first, strength=0.7) < TOLERANCE
+    assert difference(policy, again, strength=0.7) < TOLERANCE
+    assert sum(answer.num_cached_tokens for answer in again) >= 32 * 25
+    # A hundredth of strength would show.
+    assert difference(policy, first, strength=0.71) > 10 * TOLERANCE
+
+
+def test_strength_is_overridden_compiled_and_on_two_ranks(exported: Any) -> None:
+    policy, directory = exported("llama")
+    options = {"hf_overrides": {"strength": 1.3}, "enforce_eager": False}
+    with engine(directory, tensor_parallel_size=2, **options) as llm:
+        found = answers(llm, prompts(), logprobs=260)
+    assert difference(policy, found, strength=1.3) < TOLERANCE
+
+
+def test_strength_zero_is_the_base(exported: Any) -> None:
+    policy, directory = exported("qwen3")
+    rows = prompts(12)
+    with engine(directory, hf_overrides={"strength": 0.0, "alpha_0": 0.6}) as llm:
+        found = answers(llm, rows, logprobs=1, tokens=16)
+    for row, answer in zip(rows, found, strict=True):
+        with policy.model.adapter_off():
+            said = policy.model.base.generate(
+                torch.tensor([row]), max_new_tokens=16, do_sample=False, eos_token_id=None
+            )
+        assert list(answer.outputs[0].token_ids) == said[0, len(row) :].tolist()
+
+
+def test_an_override_that_is_no_strength_is_refused(exported: Any) -> None:
+    with pytest.raises(Exception, match="initialization failed"):  # noqa: SIM117
+        with engine(exported("llama")[1], hf_overrides={"strength": [1.0, 1.0]}):
+            pass
+
+
+def test_the_command_line_serves_chat_with_structured_output(exported: Any, tmp_path: Path) -> None:
+    policy, directory = exported("llama")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # `vllm serve`, whose own program looks for a package named vllm: vllm-cpu's has another name.
+    program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    words = f"--host 127.0.0.1 --port {port} --dtype float32 --max-model-len 128 --enforce-eager"
+    log = (tmp_path / "log").open("w")
+    server = subprocess.Popen(
+        [*program, str(directory), "--served-model-name", "mine", *words.split()],
+        stdout=log,
+        stderr=log,
+    )
+    try:
+        _wait_for(port, server, tmp_path / "log")
+        message = [{"role": "user", "content": "Say 1"}]
+        asked = {"model": "mine", "messages": message, "max_tokens": 8, "temperature": 0}
+        said = _post(port, asked)["choices"][0]["message"]["content"]
+        assert said.strip() == policy.answer([message], strength=0.7, max_new_tokens=8)[0]
+        chosen = _post(port, asked | {"structured_outputs": {"choice": ["yes", "no"]}})
+        assert chosen["choices"][0]["message"]["content"] in ("yes", "no")
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def _wait_for(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + 300
+    while time.monotonic() < end:
+        assert server.poll() is None, log.read_text()[-3000:]
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(log.read_text()[-3000:])
+
+
+def _post(port: int, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.load(answer)
