@@ -502,8 +502,6 @@ def _serve(args: argparse.Namespace) -> None:
 
 def _play(args: argparse.Namespace) -> None:
     with _extra("play"):
-        import gradio  # noqa: F401  before the port is taken and the model loaded
-
         from qadapter import play
         from qadapter.serve.run import listen
 

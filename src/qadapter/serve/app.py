@@ -14,6 +14,8 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
 from qadapter.serve import schema
@@ -31,10 +33,14 @@ _ERRORS = {
     500: "The server failed.",
     503: "The server is shutting down.",
 }
+_REF = "#/components/schemas/{model}"
 _RETRY = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
 
 
-def _responses(*codes: int, stream: bool = False) -> dict[int | str, dict[str, Any]]:
+def _responses(
+    *codes: int, chunk: type[BaseModel] | None = None
+) -> dict[int | str, dict[str, Any]]:
+    """Return what a path may answer besides its model: errors, and events that hold chunks."""
     found: dict[int | str, dict[str, Any]] = {
         code: {
             "model": schema.Error,
@@ -43,9 +49,16 @@ def _responses(*codes: int, stream: bool = False) -> dict[int | str, dict[str, A
         }
         for code in codes
     }
-    if stream:
-        events = {"schema": {"type": "string", "description": "Chunks as events, then [DONE]."}}
-        found[200] = {"content": {"text/event-stream": events}}
+    if chunk is not None:
+        names = (chunk.__name__, schema.Error.__name__)
+        held = {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"anyOf": [{"$ref": _REF.format(model=name)} for name in names]},
+        }
+        data = {"anyOf": [held, {"type": "string", "const": "[DONE]"}]}
+        event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+        found[200] = {"content": {"text/event-stream": {"itemSchema": event}}}
     return found
 
 
@@ -63,9 +76,12 @@ def create_app(desk: Desk, *, api_key: str | None = None) -> FastAPI:
     # The pages that show the schema would fetch scripts from elsewhere.
     app = FastAPI(title="qadapter serve", docs_url=None, redoc_url=None)
     metrics = Metrics(desk.engine)
-    answers = _responses(*_ERRORS, stream=True)
 
-    @app.post("/v1/chat/completions", response_model=schema.ChatCompletion, responses=answers)
+    @app.post(
+        "/v1/chat/completions",
+        response_model=schema.ChatCompletion,
+        responses=_responses(*_ERRORS, chunk=schema.ChatChunk),
+    )
     async def chat_completions(body: schema.ChatRequest, http: Request) -> Any:
         """Go on with a conversation."""
         desk.check_model(body.model)
@@ -81,7 +97,11 @@ def create_app(desk: Desk, *, api_key: str | None = None) -> FastAPI:
         )
         return await reply(ChatReply(head("chatcmpl", http), body.logprobs), body, asked, http)
 
-    @app.post("/v1/completions", response_model=schema.Completion, responses=answers)
+    @app.post(
+        "/v1/completions",
+        response_model=schema.Completion,
+        responses=_responses(*_ERRORS, chunk=schema.Completion),
+    )
     async def completions(body: schema.CompletionRequest, http: Request) -> Any:
         """Go on with a text."""
         desk.check_model(body.model)
@@ -213,9 +233,17 @@ def create_app(desk: Desk, *, api_key: str | None = None) -> FastAPI:
         api_key=api_key,
         max_body=desk.limits.max_body,
     )
-    for path in app.openapi()["paths"].values():
+    _mend(app.openapi())
+    return app
+
+
+def _mend(document: dict[str, Any]) -> None:
+    """Take out of FastAPI's document what we do not do, and put in what it does not know of."""
+    for path in document["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)  # what is invalid gets a 400
+    known = document["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
-        app.openapi()["components"]["schemas"].pop(name, None)
-    return app
+        known.pop(name, None)
+    _, chunks = models_json_schema([(schema.ChatChunk, "serialization")], ref_template=_REF)
+    known |= chunks["$defs"]
