@@ -75,6 +75,7 @@ class Engine:
     """Answers requests, many at a time; what an answer is does not depend on the others.
 
     Args:
+        policy: its model is the engine's alone, as a model is one thread's at a time.
         max_batch: rows that are decoded together.
         max_queue: rows that may wait for a place.
     """
