@@ -7,12 +7,15 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import shlex
 import shutil
 import sys
 import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qadapter.errors import ConfigError, DataError, TrainingError, UserError
@@ -31,6 +34,8 @@ Teach an aligned language model a new preference without losing what it knows.
   qadapter score DIR held_out.jsonl --json           how well it learned, how far it drifted
   qadapter tune DIR --max-kl 0.05 --text F           the largest strength that drifts no further
   qadapter generate DIR --prompts F --output F2      answer a file of prompts
+  qadapter serve DIR --port 8000                     behind OpenAI's endpoints, strength per request
+  qadapter play DIR                                  a page with base and policy side by side
   qadapter explain DIR pairs.jsonl --output F.html   which tokens the preference rewards
   qadapter compare run.yaml                          what each method learns and forgets
   qadapter evaluate DIR --tasks arc_easy,ifeval      what it still knows, by any task of lm-eval
@@ -54,6 +59,14 @@ def _seed(text: str) -> int:
     number = int(text)
     if not 0 <= number < 2**32:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2³² − 1")
+    return number
+
+
+def _port(text: str) -> int:
+    """Return a port number, for argparse."""
+    number = int(text)
+    if not 0 <= number < 2**16:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 65535")
     return number
 
 
@@ -483,6 +496,56 @@ def _chat(args: argparse.Namespace) -> None:
         print()
 
 
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Turn a failed import of an extra's packages into a ConfigError that says what to install."""
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(
+            f"{name}: {error.name or error} is not installed; run `pip install 'qadapter[{name}]'`."
+        ) from error
+
+
+def _serve(args: argparse.Namespace) -> None:
+    with _extra("serve"):
+        from qadapter.serve.asking import Limits
+        from qadapter.serve.run import listen, run
+
+    key = os.environ.get("QADAPTER_API_KEY") if args.api_key is None else args.api_key
+    if key == "":
+        raise ConfigError("--api-key: is empty, which any client could guess; give one or none.")
+    with closing(listen(args.host, args.port)) as bound:
+        run(
+            _load_policy(args),
+            bound,
+            name=Path(args.adapter).resolve().name,
+            strength=args.strength,
+            limits=Limits(args.max_context, args.max_tokens, args.max_body),
+            max_batch=args.max_batch,
+            max_queue=args.max_queue,
+            api_key=key,
+        )
+
+
+def _play(args: argparse.Namespace) -> None:
+    with _extra("play"):
+        from qadapter import play
+        from qadapter.serve.run import listen
+
+    with closing(listen(args.host, args.port)) as bound:
+        policy = _load_policy(args)
+        host, port = bound.getsockname()[:2]
+        print(f"http://{host}:{port}  (Ctrl-C ends it)", flush=True)
+        name = Path(args.adapter).resolve().name
+        play.run(policy, bound, name=name, strength=args.strength, max_tokens=args.max_new_tokens)
+
+
+def _add_address(parser: argparse.ArgumentParser, port: int) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
+    parser.add_argument("--port", type=_port, default=port, help=f"default {port}; 0 any free one")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qadapter",
@@ -524,6 +587,23 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=_seed, default=42)
     generate.add_argument("--batch-size", type=_count, default=8)
     generate.set_defaults(run=_generate)
+
+    serve = commands.add_parser("serve", help="serve a policy behind OpenAI's endpoints")
+    _add_policy(serve)
+    _add_address(serve, 8000)
+    serve.add_argument("--api-key", help="ask clients for it; default $QADAPTER_API_KEY, or none")
+    serve.add_argument("--max-batch", type=_count, default=16, help="answers made together")
+    serve.add_argument("--max-queue", type=_count, default=64, help="answers that may wait")
+    serve.add_argument("--max-tokens", type=_count, default=1024, help="tokens of an answer")
+    serve.add_argument("--max-context", type=_count, default=4096, help="of prompt and answer")
+    serve.add_argument("--max-body", type=_count, default=2**20, help="bytes of a request")
+    serve.set_defaults(run=_serve)
+
+    play = commands.add_parser("play", help="a page with base and policy side by side")
+    _add_policy(play)
+    _add_address(play, 7860)
+    play.add_argument("--max-new-tokens", type=_count, default=256)
+    play.set_defaults(run=_play)
 
     score = commands.add_parser("score", help="held-out accuracy, margin and KL to the base")
     _add_policy(score)

@@ -22,11 +22,20 @@ section { border-top: 1px solid #8888; padding: 1rem 0; }
 """
 
 
-def _colour(reward: float, scale: float) -> str:
+def coloured(text: str, number: float, scale: float, title: str) -> str:
+    """Return text on blue where the number is positive and on orange where it is negative.
+
+    Args:
+        scale: from which size of the number on the colour is full.
+        title: shown when the pointer rests on it.
+    """
     # Blue and orange are told apart by every common kind of colour vision.
-    share = max(-1.0, min(1.0, reward / scale))
+    share = max(-1.0, min(1.0, number / scale))
     hue = "37, 99, 235" if share > 0 else "234, 120, 12"
-    return f"rgba({hue}, {0.75 * abs(share):.2f})"
+    return (
+        f'<span title="{escape(title)}" '
+        f'style="background: rgba({hue}, {0.75 * abs(share):.2f})">{escape(text)}</span>'
+    )
 
 
 def _pieces(policy: Policy, ids: list[int], rewards: list[float]) -> list[Piece]:
@@ -47,8 +56,7 @@ def _pieces(policy: Policy, ids: list[int], rewards: list[float]) -> list[Piece]
 def _response_html(name: str, pieces: Sequence[Piece], scale: float) -> str:
     total = sum(reward for _, reward, _ in pieces)
     spans = "".join(
-        f'<span title="{reward:+.4f} nats, {n} token{"s" if n > 1 else ""}" '
-        f'style="background: {_colour(reward, scale)}">{escape(text)}</span>'
+        coloured(text, reward, scale, f"{reward:+.4f} nats, {n} token{'s' if n > 1 else ''}")
         for text, reward, n in pieces
     )
     return f'<div class="response"><b>{name}: R = {total:+.3f} nats</b>{spans}</div>'

@@ -6,6 +6,10 @@ import importlib.util
 import json
 import re
 import shlex
+import socket
+import subprocess
+import sys
+import time
 from io import StringIO
 from pathlib import Path
 
@@ -17,13 +21,14 @@ from qadapter.cli import main
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    (qadapter .+?)(?:  +#.*)?$", README, flags=re.MULTILINE)
+SERVING = {"serve": 8000, "play": 7860}
 TARGETS = re.findall(r"(?:^    |`)make (\w+)", README, flags=re.MULTILINE)
 
 
 def test_the_commands_are_found() -> None:
     verbs = {shlex.split(command)[1] for command in COMMANDS}
     trained = {"check", "train", "chat", "generate", "score", "explain"}
-    assert verbs == {*trained, "tune", "evaluate"}
+    assert verbs == {*trained, "tune", "evaluate", "serve", "play"}
     assert set(TARGETS) == {"install", "demo", "check", "test"}
 
 
@@ -32,6 +37,19 @@ def test_continuous_integration_makes_what_the_readme_makes() -> None:
     rules = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert set(TARGETS) <= {*made, "install"}  # every rule installs first
     assert set(TARGETS) <= set(rules)
+
+
+def open_and_close(words: list[str], port: int) -> None:
+    """Run a command that serves, until it answers; then end it as a system would."""
+    command = [sys.executable, "-m", "qadapter.cli", *words]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(60) == 0, words
 
 
 @pytest.mark.slow
@@ -54,8 +72,12 @@ def test_every_command_and_the_python_of_the_readme(
     said = {"context": "They took the ferry across the", "continuation": "lake"}
     Path("capability/lambada.jsonl").write_text((json.dumps(said) + "\n") * 2)
     for command in COMMANDS:
+        words = shlex.split(command)[1:]
+        if words[0] in SERVING:
+            open_and_close(words, SERVING[words[0]])
+            continue
         monkeypatch.setattr("sys.stdin", StringIO("Hi\n/strength 0.5\n/base\n"))
-        assert main(shlex.split(command)[1:]) == 0, command
+        assert main(words) == 0, command
     assert "<html" in Path("rewards.html").read_text()
     assert json.loads(Path("answers.jsonl").read_text())["response"]
     (program,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)

@@ -1,0 +1,254 @@
+"""Continuous batching: one thread owns the model, requests join and leave between tokens."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from threading import Condition, Thread
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+from qadapter.policy import Policy
+from qadapter.serve.answer import Answer, Piece, Token
+from qadapter.serve.batch import Batch
+
+GREEDY_BELOW = 1e-5
+"""Temperatures under it take the likeliest token."""
+
+_PREFILL = 2048
+"""Prompt tokens, padding included, that are read at once; who is being answered waits for them."""
+
+_log = logging.getLogger(__name__)
+
+
+class EngineBusy(Exception):
+    """The queue has no room for these requests."""
+
+
+class EngineClosed(Exception):
+    """The engine takes no more requests."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one answer is to be."""
+
+    prompt: Sequence[int]
+    """Its tokens; with `max_tokens` they fit the policy's context."""
+    emit: Callable[[Piece], object]
+    """Called with each piece, from the engine's thread; must return at once."""
+    max_tokens: int
+    strength: float = 1.0
+    temperature: float = 0.0
+    """Below 1e-5 is greedy."""
+    top_p: float = 1.0
+    seed: int | None = None
+    """None draws one."""
+    stop: Sequence[str] = ()
+    logprobs: bool = False
+    top_logprobs: int = 0
+    compare: bool = False
+    """Tell the base's log-prob of each token, too."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request that was taken."""
+
+    request: Request
+    answer: Answer
+    generator: torch.Generator
+    warpers: LogitsProcessorList
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        """Let it leave the queue at once or the batch with the next token; it emits no more."""
+        self.cancelled = True
+
+
+@dataclass
+class Engine:
+    """Answers requests, many at a time; what an answer is does not depend on the others.
+
+    Args:
+        policy: its model is the engine's alone, as a model is one thread's at a time.
+        max_batch: rows that are decoded together.
+        max_queue: rows that may wait for a place.
+    """
+
+    policy: Policy
+    max_batch: int = 16
+    max_queue: int = 64
+    _waiting: deque[Ticket] = field(default_factory=deque)
+    _running: list[Ticket] = field(default_factory=list)
+    _joining: list[Ticket] = field(default_factory=list)
+    _batch: Batch | None = None
+    _changed: Condition = field(default_factory=Condition)
+    _closed: bool = False
+
+    def __post_init__(self) -> None:
+        self._thread = Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a place."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests that are being answered."""
+        return len(self._running) + len(self._joining)
+
+    @property
+    def closed(self) -> bool:
+        """Whether no more requests are taken."""
+        return self._closed
+
+    def submit(self, requests: Sequence[Request]) -> list[Ticket]:
+        """Take all of these requests, or none.
+
+        Raises:
+            EngineBusy: there is no room for them in the queue.
+            EngineClosed: `close` was called.
+        """
+        tickets = [self._ticket(request) for request in requests]
+        with self._changed:
+            if self._closed:
+                raise EngineClosed
+            free = max(0, self.max_batch - self.running) + self.max_queue - self.waiting
+            if len(tickets) > free:
+                raise EngineBusy
+            self._waiting.extend(tickets)
+            self._changed.notify()
+        return tickets
+
+    def close(self, *, wait: bool = True) -> None:
+        """Take no more requests; those taken are finished, and waited for if `wait`."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if wait:
+            self._thread.join()
+
+    @property
+    def idle(self) -> bool:
+        """Whether the engine is closed and has finished."""
+        return not self._thread.is_alive()
+
+    def _ticket(self, request: Request) -> Ticket:
+        answer = Answer(
+            self.policy.tokenizer, request.stop, self.policy.end_ids, request.max_tokens
+        )
+        generator = torch.Generator(self.policy.model.device)
+        if request.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(request.seed)
+        warpers = LogitsProcessorList()
+        if request.temperature >= GREEDY_BELOW:
+            warpers.append(TemperatureLogitsWarper(request.temperature))
+            if request.top_p < 1:
+                warpers.append(TopPLogitsWarper(request.top_p))
+        return Ticket(request, answer, generator, warpers)
+
+    # ── the engine's own thread ─────────────────────────────────────────────────────────────────
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._waiting or self._running or self._closed):
+                    self._changed.wait()
+                if not (self._waiting or self._running):
+                    return
+                self._take()
+            try:
+                self._turn()
+            except Exception:  # memory, or a fault of ours: these requests fail, the next may not
+                _log.exception("a step failed")
+                for ticket in [*self._running, *self._joining]:
+                    if not ticket.answer.finished:
+                        self._emit(ticket, Piece(finish="error", generated=ticket.answer.generated))
+                self._running, self._joining, self._batch = [], [], None
+
+    def _take(self) -> None:
+        """Let the requests join that have waited longest, as many as there are places for."""
+        self._waiting = deque(ticket for ticket in self._waiting if not ticket.cancelled)
+        longest = 0
+        while self._waiting and self.running < self.max_batch:
+            longest = max(longest, len(self._waiting[0].request.prompt))
+            if self._joining and longest * (len(self._joining) + 1) > _PREFILL:
+                break
+            self._joining.append(self._waiting.popleft())
+
+    def _turn(self) -> None:
+        """Give each running request a token, then let the new ones join with their first."""
+        if self._batch is not None:
+            self._running, self._batch = self._step(self._running, self._batch)
+        if self._joining:
+            prompts = [ticket.request.prompt for ticket in self._joining]
+            started, batch = self._step(self._joining, Batch(self.policy.model, prompts))
+            if self._batch is not None and batch is not None:
+                self._batch.join(batch)
+            self._batch = self._batch or batch
+            self._running, self._joining = [*self._running, *started], []
+
+    def _step(self, tickets: list[Ticket], batch: Batch) -> tuple[list[Ticket], Batch | None]:
+        """Give each row a token; return the rows that go on."""
+        wanted = [i for i, ticket in enumerate(tickets) if ticket.request.compare]
+        logits, base = batch.logits([t.request.strength for t in tickets], base=wanted)
+        greedy = logits.argmax(-1).tolist()
+        drawn = [
+            self._draw(ticket, row) if len(ticket.warpers) else best
+            for ticket, row, best in zip(tickets, logits, greedy, strict=True)
+        ]
+        base_of = dict(zip(wanted, base, strict=True))
+        for i, (ticket, token) in enumerate(zip(tickets, drawn, strict=True)):
+            if ticket.cancelled:
+                continue
+            told = self._told(ticket.request, token, logits[i], base_of.get(i))
+            piece = ticket.answer.add(told)
+            if piece is not None:
+                self._emit(ticket, piece)
+        left = [i for i, t in enumerate(tickets) if not (t.cancelled or t.answer.finished)]
+        if not left:
+            return [], None
+        batch.append(drawn)
+        if len(left) < len(tickets):
+            batch.keep(left)
+        return [tickets[i] for i in left], batch
+
+    @staticmethod
+    def _draw(ticket: Ticket, logits: Tensor) -> int:
+        # These two warpers look at the scores alone.
+        scores = ticket.warpers(None, logits[None])
+        drawn = torch.multinomial(scores.softmax(-1), 1, generator=ticket.generator)
+        return int(drawn)
+
+    def _told(self, request: Request, token: int, logits: Tensor, base: Tensor | None) -> Token:
+        """Return a token with what the request wants to know of it."""
+        text = self._text(token)
+        if not (request.logprobs or request.compare):
+            return Token(token, text)
+        logps = logits.log_softmax(-1)
+        values, ids = logps.topk(min(request.top_logprobs, len(logps)))
+        top = tuple(
+            (self._text(i), value) for i, value in zip(ids.tolist(), values.tolist(), strict=True)
+        )
+        base_logprob = None if base is None else float(base.log_softmax(-1)[token])
+        return Token(token, text, 0, float(logps[token]), base_logprob, top)
+
+    def _text(self, token: int) -> str:
+        return str(self.policy.tokenizer.decode([token]))
+
+    @staticmethod
+    def _emit(ticket: Ticket, piece: Piece) -> None:
+        try:
+            ticket.request.emit(piece)
+        except Exception:  # whoever asked is gone; the others are not to suffer
+            _log.exception("an answer could not be handed over")
+            ticket.cancel()

@@ -1,0 +1,260 @@
+"""What is asked and answered over HTTP, in OpenAI's shapes; /openapi.json follows from it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def _encodable(text: str) -> str:
+    """Return the text; JSON can spell halves of characters, which no tokenizer takes."""
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError("Half a surrogate pair is no character")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Strength = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+Tokens = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Stop = Annotated[Text, Field(min_length=1, max_length=256)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+Prompt = (
+    Text
+    | Annotated[list[Text], Field(min_length=1, max_length=64)]
+    | TokenIds
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=64)]
+)
+
+
+class _Asked(BaseModel):
+    """A body with a field that is not known is refused: it would be ignored silently otherwise."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Asked):
+    """What a stream holds besides the answer."""
+
+    include_usage: bool = Field(False, description="End with a chunk that counts the tokens.")
+
+
+class _Generation(_Asked):
+    model: Text | None = Field(
+        None, max_length=1024, description="A name that /v1/models lists; default the first."
+    )
+    max_tokens: Tokens | None = Field(None, description="Tokens that an answer may have.")
+    n: int = Field(1, ge=1, le=16, description="Answers to each prompt.")
+    seed: int | None = Field(
+        None, ge=0, le=2**32 - 1, description="Same seed, same draws; answer i takes seed + i."
+    )
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = Field(
+        None, description="An answer ends before the first of these."
+    )
+    stream: bool = Field(False, description="Send the answer as server-sent events, as it is made.")
+    stream_options: StreamOptions | None = None
+    temperature: float = Field(1.0, ge=0, le=2, description="Below 1e-5 is greedy.")
+    top_p: float = Field(1.0, ge=0, le=1, description="Draw from the likeliest of this mass.")
+    user: Text | None = Field(None, max_length=1024, description="Accepted and not used.")
+    strength: Strength | Annotated[list[Strength], Field(min_length=1, max_length=16)] | None = (
+        Field(
+            None,
+            description="How far the adapter moves the base: 0 the base, 1 what was trained. One "
+            "number, or one for each adapter in the order in which they were loaded; default the "
+            "server's.",
+        )
+    )
+
+
+class TextPart(_Asked):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(_Asked):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+
+
+class ChatRequest(_Generation):
+    """A conversation that is to go on."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: Tokens | None = Field(
+        None, description="The newer name of max_tokens; default as much as the server allows."
+    )
+    logprobs: bool = Field(False, description="Tell each token's log-prob under the policy.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=20, description="And the likeliest tokens; needs logprobs."
+    )
+
+
+class CompletionRequest(_Generation):
+    """Text that is to go on."""
+
+    prompt: Prompt = Field(description="A text, several, or one or several lists of tokens.")
+    max_tokens: Tokens | None = Field(16, description="Tokens that an answer may have.")
+    logprobs: int | None = Field(
+        None, ge=0, le=20, description="Tell each token's log-prob, and so many of the likeliest."
+    )
+
+
+class Usage(BaseModel):
+    """Tokens of a request; those that end an answer count."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+Finish = Literal["stop", "length"]
+
+
+class TopLogprob(BaseModel):
+    """A token that could have come."""
+
+    token: str
+    logprob: float = Field(description="Nats, before temperature and top_p.")
+    bytes: list[int] | None = Field(description="Of the token's text, in UTF-8.")
+
+
+class ChatLogprob(TopLogprob):
+    """A token that came."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """The tokens of an answer, or of a chunk of it."""
+
+    content: list[ChatLogprob]
+
+
+class AnswerMessage(BaseModel):
+    """An answer."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(BaseModel):
+    """One of `n` answers."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Finish
+
+
+class _Reply(BaseModel):
+    id: str
+    created: int = Field(description="Seconds since 1970.")
+    model: str
+
+
+class ChatCompletion(_Reply):
+    """A conversation's answers."""
+
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Delta(BaseModel):
+    """What a chunk adds; the first one tells the role."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    """What a chunk adds to one of `n` answers."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Finish | None = None
+
+
+class ChatChunk(_Reply):
+    """A server-sent event of a conversation's answers."""
+
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class CompletionLogprobs(BaseModel):
+    """The tokens of an answer, or of a chunk of it."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int] = Field(description="Characters of the answer before each token.")
+
+
+class CompletionChoice(BaseModel):
+    """One of `n` answers to one prompt, or a chunk of it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: Finish | None
+
+
+class Completion(_Reply):
+    """A text's continuations, or a server-sent event of them."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class Model(BaseModel):
+    """A policy that is served."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "qadapter"
+    max_model_len: int = Field(description="Tokens of prompt and answer together.")
+
+
+class Models(BaseModel):
+    """The policies that are served."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Health(BaseModel):
+    """Whether requests are taken."""
+
+    status: Literal["ok"] = "ok"
+
+
+class ErrorBody(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Error(BaseModel):
+    """The body of every response that is not a success."""
+
+    error: ErrorBody
+
+
+def error(
+    message: str, kind: str, *, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """Return an error's body."""
+    return Error(error=ErrorBody(message=message, type=kind, param=param, code=code)).model_dump()

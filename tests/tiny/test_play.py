@@ -1,0 +1,145 @@
+"""The page of `qadapter play`, in a real browser without a network."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from serving import MESSAGES, until
+
+from qadapter import play
+from qadapter.policy import Policy
+from qadapter.serve.answer import Token
+from qadapter.serve.engine import Engine
+from qadapter.serve.run import listen, server
+
+CHROMIUM = shutil.which("chromium")
+
+
+def test_colours_titles_and_escapes_of_an_answer() -> None:
+    tokens = [
+        Token(1, "<b>", 0, -0.1, -3.0),
+        Token(2, "\ufffd", 3, -1.0, -1.0),
+        Token(3, "\ufffd", 3, -2.0, -0.5),
+        Token(4, "x", 4, -1.0, -1.0),
+    ]
+    html = play.moved_html("<b>é&", tokens)
+    spans = re.findall(
+        r'<span title="([^"]*)" style="background: rgba\((.*?)\)">(.*?)</span>', html
+    )
+    assert [text for _, _, text in spans] == ["&lt;b&gt;", "é", "&amp;"]
+    titles, colours = [title for title, _, _ in spans], [colour for _, colour, _ in spans]
+    assert titles[0] == "base 5.0% → policy 90.5% (+2.90 nats)"
+    assert titles[1] == "base 22.3% → policy 5.0% (-1.50 nats)"
+    assert colours[0] == "37, 99, 235, 0.75"
+    assert colours[1] == "234, 120, 12, 0.56"
+    assert colours[2].endswith("0.00")
+    assert play.moved_html("", []) == '<div class="answer"></div>'
+
+
+def test_answers_are_the_policys_and_a_long_message_is_told(adapter: str) -> None:
+    policy = Policy.from_pretrained(adapter)
+    engine = Engine(policy)
+    try:
+        *_, (base, ours) = play.answers(engine, "Say 3", 1.0, 20)
+        for html, strength in ((base, 0.0), (ours, 1.0)):
+            (expected,) = policy.answer([MESSAGES], strength=strength, max_new_tokens=20)
+            assert re.sub("<[^>]*>", "", html).strip() == play.escape(expected)
+        assert "<span" not in base
+        (told,) = play.answers(engine, "x" * 300, 1.0, 20)
+        assert "does not fit" in told[0]
+    finally:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def policy(adapter: str) -> Policy:
+    return Policy.from_pretrained(adapter)
+
+
+@pytest.fixture(scope="module")
+def address(policy: Policy) -> Iterator[str]:
+    pytest.importorskip("gradio", reason="gradio is not installed (make install does)")
+    engine, bound = Engine(policy), listen("127.0.0.1", 0)
+    app = play.create_app(play.page(engine, name="tiny", strength=1.0, max_tokens=20))
+    running = server(app, engine, patience=1)
+    thread = threading.Thread(target=running.run, args=([bound],))
+    thread.start()
+    until(lambda: running.started)
+    yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+    engine.close()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium (apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def test_type_slide_see_the_answer_change_and_read_its_colours(
+    browser: Any, address: str, policy: Policy
+) -> None:
+    texts = {  # made before: a model is one thread's at a time
+        s: policy.answer([MESSAGES], strength=s, max_new_tokens=20)[0] for s in (0.0, 1.0)
+    }
+    page = browser.new_page()
+    elsewhere: list[str] = []
+
+    def watch(route: Any) -> None:
+        if route.request.url.startswith((address, "data:", "blob:")):
+            route.continue_()
+        else:
+            elsewhere.append(route.request.url)
+            route.abort()
+
+    page.route("**/*", watch)
+    page.goto(address)
+
+    def expect(place: str, strength: float) -> None:
+        page.wait_for_function(
+            "([place, text]) => document.querySelector(place).textContent.trim() === text",
+            arg=[f"#{place} .answer", texts[strength]],
+            timeout=60_000,
+        )
+
+    page.locator("#message textarea").fill(MESSAGES[0]["content"])
+    page.locator("#ask").click()
+    expect("base", 0.0)
+    expect("policy", 1.0)
+    spans = page.locator("#policy .answer span")
+    assert spans.count() > 5
+    for i in range(spans.count()):
+        span = spans.nth(i)
+        title = span.get_attribute("title")
+        found = re.fullmatch(r"base [\d.]+% → policy [\d.]+% \(([+-][\d.]+) nats\)", title)
+        assert found is not None
+        colour = span.evaluate("e => getComputedStyle(e).backgroundColor")
+        alpha = float(colour.rstrip(")").split(", ")[3]) if colour.startswith("rgba") else 1.0
+        assert alpha == pytest.approx(0.75 * min(1, abs(float(found[1])) / 2), abs=0.02)
+        if alpha:
+            assert ("37, 99, 235" in colour) == (float(found[1]) > 0)
+    # To the left end: strength 0 is the base, and nothing is moved.
+    slider = page.locator("#strength input[type=range]")
+    box = slider.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 1, box["y"] + box["height"] / 2, steps=5)
+    page.mouse.up()
+    expect("policy", 0.0)
+    titles = [spans.nth(i).get_attribute("title") for i in range(spans.count())]
+    assert titles
+    assert all("+0.00 nats" in title or "-0.00 nats" in title for title in titles)
+    assert elsewhere == []
+    page.close()

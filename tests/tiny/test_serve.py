@@ -1,0 +1,371 @@
+"""The server over HTTP: OpenAI's shapes, limits, the key, clients that leave, a quiet end."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from serving import LIMITS, MESSAGES, Running, until
+
+from qadapter.policy import Policy
+from qadapter.serve.gate import JsonLines
+
+
+@pytest.fixture(scope="module")
+def policy(adapter: str) -> Policy:
+    return Policy.from_pretrained(adapter)
+
+
+@pytest.fixture(scope="module")
+def running(policy: Policy) -> Iterator[Running]:
+    running = Running(policy, max_batch=4, max_queue=8)
+    yield running
+    running.stop()
+
+
+def events(response: httpx2.Response) -> list[Any]:
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line[6:]) for line in lines[:-1]]
+
+
+def test_chat_answers_as_the_policy_does_at_each_strength(running: Running, policy: Policy) -> None:
+    for strength in (0, 0.5, 1, [2.0]):
+        found = running.chat(strength=strength, max_tokens=20).json()
+        number = strength[0] if isinstance(strength, list) else strength
+        (expected,) = policy.answer([MESSAGES], strength=number, max_new_tokens=20)
+        (choice,) = found["choices"]
+        assert choice["message"]["content"].strip() == expected
+        assert choice["message"]["role"] == "assistant"
+        assert choice["finish_reason"] in ("stop", "length")
+        usage = found["usage"]
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert found["object"] == "chat.completion"
+    assert found["model"] == "tiny"
+
+
+def test_a_stream_is_the_answer_in_chunks_and_counts_when_asked(running: Running) -> None:
+    whole = running.chat(logprobs=True, top_logprobs=2).json()
+    found = events(
+        running.chat(
+            stream=True, stream_options={"include_usage": True}, logprobs=True, top_logprobs=2
+        )
+    )
+    *chunks, last = found
+    deltas = [c["choices"][0]["delta"] for c in chunks]
+    assert [d["role"] for d in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
+    choice = whole["choices"][0]
+    assert "".join(d["content"] for d in deltas) == choice["message"]["content"]
+    assert chunks[-1]["choices"][0]["finish_reason"] == choice["finish_reason"]
+    streamed = [t for c in chunks for t in c["choices"][0]["logprobs"]["content"]]
+    assert [t["token"] for t in streamed] == [t["token"] for t in choice["logprobs"]["content"]]
+    assert last["choices"] == []
+    assert last["usage"] == whole["usage"]
+    assert len({c["id"] for c in found}) == 1
+    for token in streamed:
+        assert token["logprob"] <= 0
+        assert len(token["top_logprobs"]) == 2
+        assert token["top_logprobs"][0]["logprob"] >= token["logprob"]
+        assert bytes(token["bytes"]).decode() == token["token"]
+    assert running.chat(stream=True).text.count('"usage":null') == len(
+        events(running.chat(stream=True))
+    )
+
+
+def test_n_answers_seeds_and_stops(running: Running) -> None:
+    options = {"temperature": 1.5, "seed": 7, "n": 3}
+    first, second = (running.chat(**options).json() for _ in range(2))
+    texts = [c["message"]["content"] for c in first["choices"]]
+    assert texts == [c["message"]["content"] for c in second["choices"]]
+    assert len(set(texts)) == 3
+    assert (
+        running.chat(temperature=1.5, seed=8).json()["choices"][0]["message"]["content"] == texts[1]
+    )
+    (whole,) = running.chat().json()["choices"]
+    text = whole["message"]["content"]
+    stop = text[4:6]
+    (cut,) = running.chat(stop=[stop, "never"]).json()["choices"]
+    assert cut["message"]["content"] == text[: text.index(stop)]
+    assert cut["finish_reason"] == "stop"
+    assert running.chat(stop=stop).json()["choices"] == [cut]
+
+
+def test_completions_take_texts_and_tokens_and_tell_log_probs(
+    running: Running, policy: Policy
+) -> None:
+    ids = policy.tokenizer("Say", add_special_tokens=False)["input_ids"]
+    found = [
+        running.client.post(
+            "/v1/completions",
+            json={"prompt": prompt, "temperature": 0, "logprobs": 2, "max_tokens": 8},
+        ).json()["choices"]
+        for prompt in ("Say", ["Say", "Sing"], ids, [ids, ids])
+    ]
+    (expected,) = policy.answer(["Say"], max_new_tokens=8)
+    assert [len(choices) for choices in found] == [1, 2, 1, 2]
+    first = found[0][0]
+    assert first["text"].strip() == expected
+    assert all(choices[0]["text"] == first["text"] for choices in found)
+    logprobs = first["logprobs"]
+    assert logprobs["text_offset"][0] == 0
+    assert (
+        len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == len(logprobs["text_offset"])
+    )
+    assert all(1 <= len(top) <= 2 for top in logprobs["top_logprobs"])
+    chunks = events(
+        running.client.post(
+            "/v1/completions", json={"prompt": "Say", "temperature": 0, "stream": True}
+        )
+    )
+    assert "".join(c["choices"][0]["text"] for c in chunks).startswith(first["text"][:4])
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({"model": "other"}, 404, "model"),
+        ({"strength": -1}, 400, "strength"),
+        ({"strength": [1.0, 0.5]}, 400, "strength"),
+        ({"max_tokens": 65}, 400, "max_tokens"),
+        ({"max_tokens": 4, "max_completion_tokens": 4}, 400, "max_tokens"),
+        ({"messages": [{"role": "user", "content": "x" * 300}]}, 400, None),
+        ({"messages": []}, 400, "messages"),
+        ({"top_logprobs": 2}, 400, "top_logprobs"),
+        ({"temperature": "hot"}, 400, "temperature"),
+        ({"frequency_penalty": 1}, 400, "frequency_penalty"),
+        ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
+        ({"n": 13}, 400, "n"),
+    ],
+)
+def test_what_cannot_be_answered_is_told_in_openais_shape(
+    running: Running, body: dict[str, Any], status: int, param: str | None
+) -> None:
+    response = running.chat(**body)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert (error["param"] or "").split(".")[0] == (param or "")
+    assert error["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
+
+
+def test_bodies_that_are_no_json_too_large_or_of_broken_text(running: Running) -> None:
+    path, headers = "/v1/chat/completions", {"content-type": "application/json"}
+    half = b'{"messages": [{"role": "user", "content": "\\ud800"}]}'
+    for content in (b"{", b"[]", b"null", b'{"\\ud800": 1}', half, b"\xff", b"[" * 5000):
+        response = running.client.post(path, content=content, headers=headers)
+        assert response.status_code == 400
+        assert response.json()["error"]["message"]
+    large = b" " * (LIMITS.max_body + 1)
+    chunks = (large[i : i + 999] for i in range(0, len(large), 999))
+    for content in (large, chunks):
+        response = running.client.post(path, content=content, headers=headers)
+        assert response.status_code == 413
+        assert response.json()["error"]["code"] == "request_too_large"
+    assert running.client.get("/nowhere").json()["error"]["type"] == "not_found_error"
+    assert running.client.get(path).status_code == 405
+
+
+def test_models_health_and_metrics(running: Running) -> None:
+    (model,) = running.client.get("/v1/models").json()["data"]
+    assert model["id"] == "tiny"
+    assert model["max_model_len"] == 200
+    assert running.client.get("/v1/models/tiny").json() == model
+    assert running.client.get("/v1/models/other").status_code == 404
+    assert running.client.get("/health").json() == {"status": "ok"}
+    running.chat()
+    text = running.client.get("/metrics").text
+    line = 'qadapter_requests_total{outcome="ok",path="/v1/chat/completions"}'
+    assert line in text
+    for name in ("tokens_total", "waiting", "running", "first_token_seconds", "token_seconds"):
+        assert f"qadapter_{name}" in text
+    assert 'path="/health"' in text
+
+
+def test_a_key_is_asked_for_everywhere_but_for_health(policy: Policy) -> None:
+    running = Running(policy, api_key="s3cret-ключ")
+    try:
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "s3cret"}):
+            response = running.client.get("/v1/models", headers=headers)
+            assert response.status_code == 401
+            assert response.json()["error"]["code"] == "invalid_api_key"
+        assert running.client.get("/metrics").status_code == 401
+        assert running.client.get("/health").status_code == 200
+        right = {"authorization": "Bearer s3cret-ключ".encode()}
+        assert running.client.get("/v1/models", headers=right).status_code == 200
+    finally:
+        running.stop()
+
+
+def slow(running: Running, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Let the engine stop before each token until the event is set."""
+    go = threading.Event()
+    inner = running.engine.policy.model.policy_logits
+
+    def wait(*args: Any) -> Any:
+        go.wait(60)
+        return inner(*args)
+
+    monkeypatch.setattr(running.engine.policy.model, "policy_logits", wait)
+    return go
+
+
+def test_a_full_queue_is_429_and_a_closing_server_finishes_and_is_503(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = Running(policy, max_batch=1, max_queue=1)
+    go = slow(running, monkeypatch)
+    found: list[httpx2.Response] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(running.chat(max_tokens=3))) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    until(lambda: running.engine.waiting == running.engine.running == 1)
+    busy = running.chat()
+    assert busy.status_code == 429
+    assert int(busy.headers["retry-after"]) >= 1
+    running.server.handle_exit(15, None)
+    closed = running.chat()
+    assert closed.status_code == running.client.get("/health").status_code == 503
+    assert int(closed.headers["retry-after"]) >= 1
+    go.set()
+    for thread in [*threads, running.thread]:
+        thread.join(60)
+    assert [r.status_code for r in found] == [200, 200]
+    assert running.engine.idle
+    assert not running.thread.is_alive()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_place(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    running = Running(policy, max_batch=1)
+    go = slow(running, monkeypatch)
+    body = json.dumps({"messages": MESSAGES, "max_tokens": 60, "stream": stream}).encode()
+    with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2]))) as plain:
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        plain.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        until(lambda: running.engine.running == 1)
+        (ticket,) = running.engine._joining
+    until(lambda: ticket.cancelled)
+    go.set()
+    assert running.chat(max_tokens=2).status_code == 200
+    assert ticket.answer.generated == 0
+    assert 'outcome="cancelled"' in running.client.get("/metrics").text
+    running.stop()
+
+
+def test_a_failing_engine_is_a_500_in_openais_shape(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = Running(policy)
+    with monkeypatch.context() as patch:
+        patch.setattr(policy.model, "policy_logits", lambda *_: 1 / 0)
+        response = running.chat()
+        streamed = running.chat(stream=True)
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "engine_failed"
+    assert json.loads(streamed.text.removeprefix("data: "))["error"]["code"] == "engine_failed"
+    assert running.chat().status_code == 200
+    running.stop()
+
+
+def test_log_lines_are_json_without_text_or_key(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="qadapter.serve"):
+        running.chat(messages=[{"role": "user", "content": "my secret"}])
+        running.chat(secret="field")
+        until(lambda: sum(r.message == "request" for r in caplog.records) == 2)
+    said = "my " + "secret"
+    try:
+        raise ValueError(said)
+    except ValueError:
+        logging.getLogger("qadapter.serve").exception("failed")
+    lines = [JsonLines().format(record) for record in caplog.records]
+    found = [json.loads(line) for line in lines]
+    asked = next(line for line in found if line.get("status") == 200)
+    assert asked["path"] == "/v1/chat/completions"
+    assert asked["completion_tokens"] == 12
+    assert asked.keys() >= {"time", "level", "id", "seconds", "prompt_tokens", "strength"}
+    assert "secret" not in "".join(lines)
+    assert found[-1]["error"] == "ValueError"
+
+
+def test_a_template_that_refuses_is_told(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = Running(policy)
+    monkeypatch.setattr(
+        policy.tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}"
+    )
+    response = running.chat()
+    assert response.status_code == 400
+    assert "roles must alternate" in response.json()["error"]["message"]
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def load() -> Any:
+    """The load benchmark, which is no part of the package."""
+    path = Path(__file__).parents[2] / "benchmarks" / "load.py"
+    spec = importlib.util.spec_from_file_location("load", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["load"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_no_request_of_a_mixed_run_is_lost_or_wrong(policy: Policy, load: Any) -> None:
+    running = Running(policy, max_batch=8, max_queue=64)
+    asked, strengths = [f"Say {i}" for i in range(6)], (0.0, 0.5, 1.0, 2.0)
+    options: dict[str, Any] = {"max_new_tokens": 24}
+    alone = {
+        (content, s): policy.answer([[{"role": "user", "content": content}]], strength=s, **options)
+        for content in asked
+        for s in strengths
+    }
+    questions = load.mixed_questions(asked, 60, strengths=strengths, max_tokens=24)
+    answers = asyncio.run(load.ask_all(running.url, questions, concurrent=16))
+    found = load.judge(questions, answers, {key: text for key, (text,) in alone.items()})
+    assert (found.lost, found.wrong) == (0, 0), found.examples
+    assert found.left > 10
+    assert found.answered > 20
+    running.stop()
+    assert running.engine.running == running.engine.waiting == 0
+
+
+def test_the_command_serves_until_a_signal_and_tells_of_a_taken_port(
+    adapter: str, tmp_path: Path
+) -> None:
+    words = [sys.executable, "-m", "qadapter.cli", "serve", adapter, "--port"]
+    log = tmp_path / "log"
+    with open(log, "wb") as file:
+        process = subprocess.Popen([*words, "0"], stderr=file)
+    until(lambda: b"listening" in log.read_bytes())
+    lines = [line for line in log.read_text().splitlines() if line.startswith("{")]
+    port = next(e["port"] for e in map(json.loads, lines) if e["event"] == "listening")
+    until(lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
+    (model,) = httpx2.get(f"http://127.0.0.1:{port}/v1/models").json()["data"]
+    assert model["id"] == Path(adapter).name
+    taken = subprocess.run([*words, str(port)], capture_output=True, text=True, timeout=60)
+    assert taken.returncode == 2
+    (line,) = taken.stderr.splitlines()
+    assert f"127.0.0.1:{port}: cannot be listened on (Address already in use)" in line
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert '"event": "closed"' in log.read_text()

@@ -1,0 +1,210 @@
+"""The engine: what an answer is does not depend on what it is batched with."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from queue import Queue
+from typing import Any
+
+import pytest
+import torch
+from fakes import tiny_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from models import tiny_adapter
+from serving import until
+
+from qadapter.policy import Policy
+from qadapter.serve.answer import Answer, Piece, Token
+from qadapter.serve.engine import Engine, EngineBusy, EngineClosed, Request
+
+
+@pytest.fixture(scope="module")
+def policy(adapter: str) -> Policy:
+    return Policy.from_pretrained(adapter)
+
+
+@pytest.fixture
+def engine(policy: Policy) -> Iterator[Engine]:
+    engine = Engine(policy, max_batch=4, max_queue=64)
+    yield engine
+    engine.close()
+
+
+def answer(engine: Engine, requests: Sequence[Request]) -> list[list[Piece]]:
+    """Return the pieces of each answer, all asked for at once."""
+    queues: list[Queue[Piece]] = [Queue() for _ in requests]
+    engine.submit([replace(r, emit=queue.put) for r, queue in zip(requests, queues, strict=True)])
+    found = []
+    for queue in queues:
+        pieces = [queue.get(timeout=60)]
+        while pieces[-1].finish is None:
+            pieces.append(queue.get(timeout=60))
+        found.append(pieces)
+    return found
+
+
+def request(prompt: Sequence[int], **options: Any) -> Request:
+    return Request(prompt, **{"emit": print, "max_tokens": 12, **options})
+
+
+def random_requests(n: int, vocabulary: int, **options: Any) -> list[Request]:
+    draw = random.Random(0)
+    return [
+        request(
+            [draw.randrange(4, vocabulary) for _ in range(draw.randrange(1, 40))],
+            max_tokens=draw.randrange(1, 24),
+            strength=draw.choice([0.0, 0.5, 1.0, 2.0]),
+            **options,
+        )
+        for _ in range(n)
+    ]
+
+
+def ids(pieces: Sequence[Piece]) -> list[int]:
+    return [token.id for piece in pieces for token in piece.tokens]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gpt2", "gpt_neox"])
+def test_greedy_answers_are_those_of_generate_alone(family: str) -> None:
+    model = tiny_adapter(family)
+    tokenizer = tiny_tokenizer()
+    policy = Policy(model, tokenizer)
+    policy.end_ids = frozenset({2})
+    engine = Engine(policy, max_batch=3)
+    requests = random_requests(9, 97)
+    try:
+        found = answer(engine, requests)
+    finally:
+        engine.close()
+    for asked, pieces in zip(requests, found, strict=True):
+        out = model.generate(
+            input_ids=torch.tensor([asked.prompt]),
+            attention_mask=torch.ones(1, len(asked.prompt), dtype=torch.int64),
+            strength=asked.strength,
+            max_new_tokens=asked.max_tokens,
+            do_sample=False,
+            eos_token_id=2,
+            pad_token_id=0,
+        )[0, len(asked.prompt) :].tolist()
+        ended = out[-1] == 2
+        assert ids(pieces) == (out[:-1] if ended else out)
+        assert pieces[-1].finish == ("stop" if ended else "length")
+        assert pieces[-1].generated == len(out)
+
+
+def test_sampled_answers_and_log_probs_do_not_depend_on_the_batch(engine: Engine) -> None:
+    requests = [
+        replace(r, seed=i, temperature=1.3, top_p=0.9, logprobs=True, top_logprobs=3, compare=True)
+        for i, r in enumerate(random_requests(8, 200))
+    ]
+    together = answer(engine, requests)
+    for asked, pieces in zip(requests, together, strict=True):
+        (alone,) = answer(engine, [asked])
+        assert ids(pieces) == ids(alone)
+        for one, other in zip(pieces, alone, strict=True):
+            for a, b in zip(one.tokens, other.tokens, strict=True):
+                assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+                assert a.base_logprob == pytest.approx(b.base_logprob, abs=1e-4)
+                assert [t for t, _ in a.top] == [t for t, _ in b.top]
+
+
+def test_log_probs_are_the_policys_and_the_bases(engine: Engine, policy: Policy) -> None:
+    asked = request(list(range(5, 20)), strength=0.7, logprobs=True, top_logprobs=2, compare=True)
+    (pieces,) = answer(engine, [asked])
+    tokens = [token for piece in pieces for token in piece.tokens]
+    row = torch.tensor([[*asked.prompt, *(t.id for t in tokens)]])
+    with torch.no_grad():
+        at = slice(len(asked.prompt) - 1, -1)
+        ours, base = (
+            policy.model(input_ids=row, strength=s).logits[0, at].log_softmax(-1) for s in (0.7, 0)
+        )
+    for i, token in enumerate(tokens):
+        assert token.logprob == pytest.approx(float(ours[i, token.id]), abs=1e-4)
+        assert token.base_logprob == pytest.approx(float(base[i, token.id]), abs=1e-4)
+        assert [v for _, v in token.top] == pytest.approx(ours[i].topk(2).values.tolist(), abs=1e-4)
+
+
+def test_a_cancelled_request_leaves_and_the_others_stay_right(engine: Engine) -> None:
+    kept = request(list(range(5, 30)), max_tokens=40)
+    (alone,) = answer(engine, [kept])
+    reached, queue = threading.Event(), Queue[Piece]()
+    gone = request(list(range(9, 90)), emit=lambda _: reached.set(), max_tokens=170)
+    other, ticket = engine.submit([replace(kept, emit=queue.put), gone])
+    assert reached.wait(60)
+    ticket.cancel()
+    pieces = [queue.get(timeout=60)]
+    while pieces[-1].finish is None:
+        pieces.append(queue.get(timeout=60))
+    assert ids(pieces) == ids(alone)
+    assert ticket.answer.generated < 170
+    assert not other.cancelled
+    answer(engine, [request([5])])
+    until(lambda: engine.running == engine.waiting == 0)
+
+
+def test_the_queue_is_bounded_all_or_none_and_closing_finishes_what_was_taken(
+    policy: Policy,
+) -> None:
+    engine = Engine(policy, max_batch=1, max_queue=2)
+    hold, queue = threading.Event(), Queue[Piece]()
+    engine.submit([request([5], emit=lambda _: hold.wait(60), max_tokens=2)])
+    until(lambda: engine.waiting == 0)
+    with pytest.raises(EngineBusy):
+        engine.submit([request([6])] * 3)
+    engine.submit([request([6], emit=queue.put)] * 2)
+    with pytest.raises(EngineBusy):
+        engine.submit([request([6])])
+    engine.close(wait=False)
+    with pytest.raises(EngineClosed):
+        engine.submit([request([6])])
+    assert not engine.idle
+    hold.set()
+    engine.close()
+    assert engine.idle
+    assert sum(queue.get_nowait().finish is not None for _ in range(queue.qsize())) == 2
+
+
+def test_a_failed_step_is_told_and_the_next_request_answered(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(policy)
+    with monkeypatch.context() as patch:
+        patch.setattr(policy.model, "policy_logits", lambda *_: 1 / 0)
+        (failed,) = answer(engine, [request([5])])
+    (good,) = answer(engine, [request([5])])
+    engine.close()
+    assert [p.finish for p in failed] == ["error"]
+    assert good[-1].finish in ("stop", "length")
+
+
+TOKENIZER = tiny_tokenizer()
+
+
+@given(
+    text=st.text(alphabet="ab é🙂\n", max_size=12),
+    stop=st.lists(st.text(alphabet="ab é🙂", min_size=1, max_size=3), max_size=3),
+    cut=st.integers(1, 30),
+)
+def test_pieces_are_the_text_up_to_the_first_stop(text: str, stop: list[str], cut: int) -> None:
+    made = [*TOKENIZER(text)["input_ids"], 1]
+    answer = Answer(TOKENIZER, stop, frozenset({1}), cut)
+    pieces: list[Piece] = []
+    for token in made:
+        piece = answer.add(Token(token, TOKENIZER.decode([token])))
+        pieces += [piece] if piece else []
+        if answer.finished:
+            break
+    whole = TOKENIZER.decode(made[: answer.generated], skip_special_tokens=True)
+    found = [i for s in stop if (i := whole.find(s)) >= 0]
+    assert "".join(p.text for p in pieces) == whole[: min(found, default=len(whole))]
+    assert all(p.finish is None for p in pieces[:-1])
+    ended = found or made[answer.generated - 1] == 1
+    assert pieces[-1].finish == ("stop" if ended else "length")
+    tokens = [t for p in pieces for t in p.tokens]
+    assert [t.id for t in tokens] == [t for t in made if t != 1][: len(tokens)]
+    if not found:
+        assert len(tokens) == answer.generated - (made[answer.generated - 1] == 1)
