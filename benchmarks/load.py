@@ -22,6 +22,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -288,7 +289,7 @@ def mixed(url: str, pid: int, adapter: str, asked: Sequence[str], n: int) -> dic
     """Return what became of `n` requests, and the server's memory before and after."""
     from qadapter.policy import Policy
 
-    strengths, max_tokens = (0.0, 0.5, 1.0, 2.0), 32
+    strengths, max_tokens = (0.0, 0.5, 1.0, 2.0), 20
     asked = asked[:20]
     policy = Policy.from_pretrained(adapter)
     alone = {
@@ -325,7 +326,10 @@ def main() -> None:
         parser.error("give an adapter or --url")
     asked = contents()
     threads = os.environ.get("OMP_NUM_THREADS")
-    found: dict[str, Any] = {
+    # What is skipped stays what it was.
+    output = Path(args.output)
+    found: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
+    found |= {
         "machine": {"cpus": os.cpu_count(), "threads": threads, "system": platform.platform()},
         "command": " ".join(sys.argv),
     }
@@ -335,7 +339,8 @@ def main() -> None:
             args.url, asked, strengths=[None], model=args.model, **options
         )
     else:
-        with served(args.adapter, log=Path(f"{args.output}.log")) as (url, pid):
+        log = Path(tempfile.gettempdir()) / "qadapter-load.log"
+        with served(args.adapter, log=log) as (url, pid):
             if "throughput" not in args.skip:
                 found["throughput"] = throughput(
                     url, asked, strengths=[0.0, 1.0], model=None, **options
@@ -345,7 +350,7 @@ def main() -> None:
             if "mixed" not in args.skip:
                 found["mixed"] = mixed(url, pid, args.adapter, asked, args.mixed)
                 print(json.dumps(found["mixed"]), flush=True)
-    Path(args.output).write_text(json.dumps(found, indent=1) + "\n")
+    output.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -533,6 +533,7 @@ def _play(args: argparse.Namespace) -> None:
         from qadapter import play
         from qadapter.serve.run import listen
 
+        play.check_installed()
     with closing(listen(args.host, args.port)) as bound:
         policy = _load_policy(args)
         host, port = bound.getsockname()[:2]

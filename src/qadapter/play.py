@@ -40,6 +40,11 @@ footer { display: none !important; }
 """
 
 
+def check_installed() -> None:
+    """Raise ImportError if Gradio is missing, before anything slow is done."""
+    import gradio  # noqa: F401
+
+
 def moved_html(text: str, tokens: Sequence[Token]) -> str:
     """Return an answer with each token coloured by log π_s − log π1, nats.
 

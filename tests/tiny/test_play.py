@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from serving import MESSAGES, until
 
 from qadapter import play
+from qadapter.cli import main
 from qadapter.policy import Policy
 from qadapter.serve.answer import Token
 from qadapter.serve.engine import Engine
@@ -54,6 +56,15 @@ def test_answers_are_the_policys_and_a_long_message_is_told(adapter: str) -> Non
         assert "does not fit" in told[0]
     finally:
         engine.close()
+
+
+def test_a_missing_gradio_is_told_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["play", "nowhere"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("gradio is not installed; run `pip install 'qadapter[play]'`.")
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ import httpx2
 import pytest
 from serving import LIMITS, MESSAGES, Running, until
 
+from qadapter.cli import main
 from qadapter.policy import Policy
 from qadapter.serve.gate import JsonLines
 
@@ -347,6 +348,23 @@ def test_no_request_of_a_mixed_run_is_lost_or_wrong(policy: Policy, load: Any) -
     assert found.answered > 20
     running.stop()
     assert running.engine.running == running.engine.waiting == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--api-key", ""], "--api-key: is empty"),
+        (["--host", "192.0.2.1"], "192.0.2.1:8000: cannot be listened on"),
+        (["--host", "no.such.host.invalid"], "cannot be listened on"),
+        (["--port", "0"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_served_is_told_in_one_sentence(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "nowhere", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line
 
 
 def test_the_command_serves_until_a_signal_and_tells_of_a_taken_port(

@@ -96,7 +96,10 @@ def test_greedy_answers_are_those_of_generate_alone(family: str) -> None:
         assert pieces[-1].generated == len(out)
 
 
-def test_sampled_answers_and_log_probs_do_not_depend_on_the_batch(engine: Engine) -> None:
+def test_sampled_answers_and_log_probs_do_not_depend_on_the_batch(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qadapter.serve.engine._PREFILL", 60)  # some prompts are read alone
     requests = [
         replace(r, seed=i, temperature=1.3, top_p=0.9, logprobs=True, top_logprobs=3, compare=True)
         for i, r in enumerate(random_requests(8, 200))
