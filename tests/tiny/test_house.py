@@ -33,6 +33,8 @@ def test_modules_are_found() -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_imports(name: str) -> None:
+    if name == "qadapter.vllm_plugin.model":
+        pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` has it")
     importlib.import_module(name)
 
 
