@@ -474,6 +474,10 @@ class Prepared:
     dropped: dict[str, list[str]]
     """Sources of the training pairs that were left out, by reason."""
     budget: Budget | None = None
+    checkpoint: str | None = None
+    """From which to go on."""
+    passed: Sequence[str] = ()
+    """What is told of newer checkpoints that are damaged."""
 
     def trainer(self, config: QAdapterConfig, **kwargs: Any) -> QAdapterTrainer:
         """Return a trainer of these; `kwargs` are passed on to it."""
@@ -504,7 +508,7 @@ def prepare(config: QAdapterConfig) -> Prepared:
     if not config.output_dir:
         raise ConfigError("output_dir: missing; name a directory with --output.")
     check_writable(config.output_dir)
-    _checkpoint(config)
+    checkpoint, passed = _checkpoint(config)
     set_seed(config.seed)
     tokenizer = hub.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     pairs = read_pairs(config.data)
@@ -552,7 +556,9 @@ def prepare(config: QAdapterConfig) -> Prepared:
     # Made in any case: it ends training mode, in which trying the model out would draw dropout.
     policy = Policy(model, tokenizer)
     budget = Budget(policy, meters) if meters else None
-    return Prepared(model, train_set, eval_set, anchors, pad_id, dropped, budget)
+    return Prepared(
+        model, train_set, eval_set, anchors, pad_id, dropped, budget, checkpoint, passed
+    )
 
 
 def _budgeted(config: QAdapterConfig) -> tuple[list[str], list[Meter]]:
@@ -592,10 +598,9 @@ def run_training(config: QAdapterConfig) -> TrainResult:
     try:
         with _settings_told():
             trainer = run.trainer(config, callbacks=_callbacks(config))
-            checkpoint, passed = _checkpoint(config)
-            for sentence in passed:
+            for sentence in run.passed:
                 _tell(sentence)
-            result = trainer.train(resume_from_checkpoint=checkpoint)
+            result = trainer.train(resume_from_checkpoint=run.checkpoint)
             metrics = dict(result.metrics)
             trainable = sum(p.numel() for p in run.model.adapter_parameters().values())
             if trainer.stopped:
