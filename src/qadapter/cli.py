@@ -376,7 +376,8 @@ def _compare(args: argparse.Namespace) -> None:
     config = CompareConfig.read(args.config, full=args.full, **flags)
     words = [args.config, *(["--full"] if args.full else [])]
     words += [f"--vary {' '.join(args.vary)}"] if args.vary else []
-    path = compare(config, tell, command=f"qadapter compare {' '.join(words)}")
+    command = f"qadapter compare {' '.join(words)}"
+    path = compare(config, tell, command=command, ray=args.ray)
     found = json.loads(path.read_text(encoding="utf-8"))
     for failure in found["failures"]:
         print(_printable(f"failed {failure['cell']}: {failure['error']}"), file=sys.stderr)
@@ -702,6 +703,11 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="NAME=NUMBER",
         help="robustness: flipped=0.1, irrelevant=0.3, pairs=50, or a parameter such as lora_r=4",
+    )
+    compare.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="run cells on this Ray cluster, on a file system all nodes share; `local` starts one",
     )
     compare.set_defaults(run=_compare)
     return parser

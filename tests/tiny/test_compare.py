@@ -13,7 +13,7 @@ from models import tiny_adapter
 
 from qadapter import hub
 from qadapter.cli import main
-from qadapter.compare import METHODS, CompareConfig, cells, measure, run
+from qadapter.compare import METHODS, CompareConfig, cells, fanout, measure, run
 from qadapter.compare import train as training
 from qadapter.compare.data import split, varied
 from qadapter.data import prompt_key, read_pairs, tokenize_pairs
@@ -82,7 +82,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Run cells here and not in processes of their own; return the kinds of those run."""
     ran: list[str] = []
 
-    def here(directory: Path, _: Any) -> int:
+    def here(directory: Path, *_: Any) -> int:
         ran.append(directory.name.split("-")[0])
         cells.work(directory)
         return 0
@@ -446,7 +446,7 @@ def test_a_failed_cell_is_reported_and_the_rest_go_on(
     def broken(_: Any) -> None:
         raise RuntimeError("out of luck")
 
-    def here(directory: Path, log: Any) -> int:
+    def here(directory: Path, log: Any, _: Any) -> int:
         try:
             cells.work(directory)
         except RuntimeError as error:
@@ -466,8 +466,52 @@ def test_a_failed_cell_is_reported_and_the_rest_go_on(
     assert len(found["methods"]["qadapter"]["runs"]) == 1
 
 
+def test_on_ray_the_results_are_those_of_one_after_another(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as Ray says to those it starts
+    settings |= {"methods": ["base", "qadapter"], "reference": "qadapter"}
+    path = yaml_file(tmp_path / "run.yaml", settings)
+    assert main(["compare", path, "--ray", "local", "--output", str(tmp_path / "ray")]) == 0
+
+    def here(directory: Path, *_: Any) -> int:
+        cells.work(directory)
+        return 0
+
+    monkeypatch.setattr(cells, "_launch", here)
+    assert main(["compare", path]) == 0
+    found = [
+        json.loads((tmp_path / name / "comparison.json").read_text())["methods"]
+        for name in ("ray", "out")
+    ]
+    for methods in found:
+        runs = methods["qadapter"]["runs"]
+        assert len(runs) == 1
+        for told in (*runs, *methods["qadapter"]["search"]["trials"]):
+            del told["seconds"]
+            told.pop("peak_gib", None)
+    assert found[0] == found[1]
+
+
+def test_a_cell_that_its_machine_does_not_see_has_failed(tmp_path: Path) -> None:
+    assert fanout._launch_there(str(tmp_path / "nowhere"), str(tmp_path)) == cells.UNSEEN
+    cell = cells.Cell(tmp_path, "train", "x", {"files": {}})
+    with pytest.raises(cells.CellFailed, match="not on a file system that all nodes share"):
+        cell.run(lambda _: cells.UNSEEN)
+
+
+def test_a_cluster_that_is_not_there_is_told(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = yaml_file(tmp_path / "run.yaml", settings)
+    assert main(["compare", path, "--ray", "127.0.0.1:1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--ray 127.0.0.1:1: cannot be reached" in line
+    assert not (tmp_path / "out" / "cells").exists()
+
+
 def test_a_cell_runs_in_a_process_of_its_own_and_tells_its_last_word(tmp_path: Path) -> None:
     cell = cells.Cell(tmp_path, "train", "x", {"files": {}, "model": "nothing here"})
     with pytest.raises(cells.CellFailed, match=r"exit code 1: KeyError"):
-        cell.run()
+        cell.run(cells.launch)
     assert cell.result is None

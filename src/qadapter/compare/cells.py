@@ -12,13 +12,16 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 from qadapter.errors import UserError
 from qadapter.files import write_jsonl, write_text
+
+UNSEEN = -1000
+"""Exit code of a cell whose directory is not there on the machine that was to run it."""
 
 _ASKED = 50
 """Held-out pairs that an endpoint is validated on: each is two calls."""
@@ -55,8 +58,11 @@ class Cell:
         except (OSError, ValueError):
             return None
 
-    def run(self) -> dict[str, Any]:
+    def run(self, launch: Callable[[Path], int]) -> dict[str, Any]:
         """Return its result, computed in a process of its own unless it is there already.
+
+        Args:
+            launch: as the function of that name, which runs it here.
 
         Raises:
             CellFailed: the process ended without a result.
@@ -66,19 +72,25 @@ class Cell:
         self.directory.mkdir(parents=True, exist_ok=True)
         spec = {"kind": self.kind, "label": self.label, "spec": self.spec}
         write_text(self.directory / "spec.json", json.dumps(spec, indent=1) + "\n")
-        log = self.directory / "log.txt"
-        with log.open("w", encoding="utf-8") as out:
-            code = _launch(self.directory, out)
+        code = launch(self.directory)
         if (found := self.result) is None:
+            if code == UNSEEN:
+                raise CellFailed(f"{self.directory} is not on a file system that all nodes share")
+            log = self.directory / "log.txt"
             said = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
             raise CellFailed(f"exit code {code}: {said[-1] if said else 'no output'} (see {log})")
         return found
 
 
-def _launch(directory: Path, log: TextIO) -> int:
-    """Run a cell in a process of its own; return its exit code."""
+def launch(directory: Path, *, cwd: str | None = None) -> int:
+    """Run a cell in a process of its own, which speaks into `log.txt`; return its exit code."""
+    with (directory / "log.txt").open("w", encoding="utf-8") as log:
+        return _launch(directory, log, cwd)
+
+
+def _launch(directory: Path, log: TextIO, cwd: str | None) -> int:
     words = [sys.executable, "-m", "qadapter.compare", str(directory)]
-    return subprocess.run(words, stdout=log, stderr=log, check=False).returncode
+    return subprocess.run(words, stdout=log, stderr=log, cwd=cwd, check=False).returncode
 
 
 # ── the work, in the cell's own process ─────────────────────────────────────────────────────────

@@ -8,16 +8,19 @@ import json
 import os
 import platform
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from qadapter.compare.cells import Cell, CellFailed
 from qadapter.compare.config import CompareConfig, retrained
 from qadapter.compare.data import DATA_VARIATIONS, SPLITS, split, varied, write_pairs
+from qadapter.compare.fanout import Fanout, fanout
 from qadapter.compare.methods import METHODS, Choice, Method, Range
 from qadapter.errors import ConfigError
 from qadapter.files import check_writable, write_text
@@ -39,7 +42,7 @@ class Progress:
     label: str
     """The cell that begins now."""
     seconds_left: float | None
-    """From the mean of the cells run so far; None before the first."""
+    """From the pace of the cells run so far; None before the first."""
 
 
 @dataclass
@@ -48,30 +51,39 @@ class _Run:
     root: Path
     tell: Callable[[Progress], None]
     total: int
+    fanout: Fanout
     files: dict[str, dict[str, str]] = field(default_factory=dict)
     """Every file that cells read, with a digest, so that other data make other cells."""
     done: int = 0
-    timed: list[float] = field(default_factory=list)
+    fresh: int = 0
+    """Of those done, the ones that had no result before."""
+    began: float = field(default_factory=time.perf_counter)
     failures: list[dict[str, str]] = field(default_factory=list)
+    locks: defaultdict[Path, Lock] = field(default_factory=lambda: defaultdict(Lock))
+    """One a cell: two askers of the same one get the same result."""
 
     def cell(self, kind: str, label: str, **spec: Any) -> dict[str, Any] | None:
         """Return a cell's result with its `directory`, or None if it failed."""
         files = {name: self.files[of] for name, of in spec.pop("files").items()}
         shared = {name: getattr(self.config, name) for name in _SHARED}
         cell = Cell(self.root, kind, label, {"files": files, **shared, **spec})
-        mean = sum(self.timed) / len(self.timed) if self.timed else None
-        left = None if mean is None else mean * (self.total - self.done)
-        self.tell(Progress(self.done, self.total, f"{kind} {label}", left))
-        fresh, start = cell.result is None, time.perf_counter()
+        with self.locks[cell.directory]:
+            return self._run(cell)
+
+    def _run(self, cell: Cell) -> dict[str, Any] | None:
+        pace = (time.perf_counter() - self.began) / self.fresh if self.fresh else None
+        left = None if pace is None else pace * (self.total - self.done)
+        label = f"{cell.kind} {cell.label}"
+        self.tell(Progress(self.done, self.total, label, left))
+        fresh = cell.result is None
         try:
-            return {**cell.run(), "directory": str(cell.directory)}
+            return {**cell.run(self.fanout.launch), "directory": str(cell.directory)}
         except CellFailed as error:
-            self.failures.append({"cell": f"{kind} {label}", "error": str(error)})
+            self.failures.append({"cell": label, "error": str(error)})
             return None
         finally:
             self.done += 1
-            if fresh:
-                self.timed.append(time.perf_counter() - start)
+            self.fresh += fresh
 
     def add_file(self, name: str, path: Path) -> None:
         """Let cells read a file; those under the comparison's directory are told relative to it."""
@@ -83,13 +95,31 @@ class _Run:
         }
 
 
-def compare(config: CompareConfig, tell: Callable[[Progress], None], *, command: str) -> Path:
+def compare(
+    config: CompareConfig,
+    tell: Callable[[Progress], None],
+    *,
+    command: str,
+    ray: str | None = None,
+) -> Path:
     """Run what is not done yet and write `comparison.json`; return its path.
 
+    Args:
+        tell: hears of every cell that begins; on Ray from several threads.
+        command: that made the comparison, for the report.
+        ray: address of a cluster to run cells on (see `fanout`); None runs them here.
+
     Raises:
-        UserError: data or settings cannot be used; nothing is run.
+        UserError: data or settings cannot be used, or Ray is not reached; nothing is run.
     """
     check_writable(config.output)
+    with fanout(ray) as ways:
+        return _compare(config, tell, ways, command)
+
+
+def _compare(
+    config: CompareConfig, tell: Callable[[Progress], None], ways: Fanout, command: str
+) -> Path:
     root = Path(config.output).resolve()
     parts = split(config)
     trained = [n for n in config.methods if METHODS[n].trainer]
@@ -102,7 +132,7 @@ def compare(config: CompareConfig, tell: Callable[[Progress], None], *, command:
         + sum(2 * len(config.seeds) * len(retrained(text)[2]) for text in config.retrain)
         + 2 * len(variations) * len(varied_methods)
     )
-    run = _Run(config, root, tell, total)
+    run = _Run(config, root, tell, total, ways)
     for name in SPLITS:
         path = root / "data" / f"{name}.jsonl"
         write_pairs(path, getattr(parts, name))
@@ -120,17 +150,17 @@ def compare(config: CompareConfig, tell: Callable[[Progress], None], *, command:
     if answers is None:
         raise ConfigError(f"the base cannot answer: {run.failures[-1]['error']}.")
     run.add_file("answers", Path(answers["directory"]) / "answers.jsonl")
-    methods = {name: _method(run, name, METHODS[name]) for name in config.methods}
-    for text in config.retrain:
-        name, parameter, values = retrained(text)
-        curve = _retrained(run, name, methods[name], parameter, values)
+    told = ways.map(lambda name: _method(run, name, METHODS[name]), config.methods)
+    methods = dict(zip(config.methods, told, strict=True))
+    rows = ways.map(
+        lambda pair: _robust(run, pair[1], methods[pair[1]], pair[0]),
+        [(variation, name) for variation in variations for name in varied_methods],
+    )
+    robustness = [row for row in rows if row]
+    curves = [retrained(text) for text in config.retrain]
+    told = ways.map(lambda curve: _retrained(run, curve[0], methods[curve[0]], *curve[1:]), curves)
+    for (name, parameter, _), curve in zip(curves, told, strict=True):
         methods[f"{name}.{parameter}"] = curve
-    robustness = [
-        row
-        for variation in variations
-        for name in varied_methods
-        if (row := _robust(run, name, methods[name], variation))
-    ]
     return _write(run, methods, robustness, command)
 
 
@@ -155,10 +185,13 @@ def _method(run: _Run, name: str, method: Method) -> dict[str, Any]:
     told["search"] = search = _search(run, name, method)
     if search["best"] is None:
         return told
-    for seed in run.config.seeds:
-        label, strengths = f"{name} seed {seed}", run.config.strengths
-        options: dict[str, Any] = {"strengths": strengths, "split": "test", "whole": True}
-        if found := _tried(run, name, search["best"], seed, label, **options):
+    options: dict[str, Any] = {"strengths": run.config.strengths, "split": "test", "whole": True}
+
+    def of(seed: int) -> dict[str, Any] | None:
+        return _tried(run, name, search["best"], seed, f"{name} seed {seed}", **options)
+
+    for seed, found in zip(run.config.seeds, run.fanout.map(of, run.config.seeds), strict=True):
+        if found:
             runs.append({"seed": seed, "params": search["best"], **found})
     return told
 
@@ -394,7 +427,7 @@ def _write(run: _Run, methods: Mapping[str, Any], robustness: Sequence[Any], com
         "length_baseline": baselines[0] if baselines else None,
         "reference": config.reference,
         "methods": methods,
-        "failures": run.failures,
+        "failures": sorted(run.failures, key=lambda failure: failure["cell"]),
         "robustness": robustness,
     }
     path = run.root / "comparison.json"
