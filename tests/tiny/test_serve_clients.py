@@ -18,7 +18,7 @@ from qadapter.policy import Policy
 
 @pytest.fixture(scope="module")
 def running(adapter: str) -> Iterator[Running]:
-    running = Running(Policy.from_pretrained(adapter), api_key="right")
+    running = Running(Policy.from_pretrained({"tiny": adapter}), api_key="right")
     yield running
     running.stop()
 
