@@ -97,7 +97,7 @@ def explain_html(policy: Policy, pairs: Sequence[Pair], *, strength: Strength = 
         f"<title>Token rewards</title><style>{_STYLE}</style></head><body>"
         "<h1>Which tokens does the preference reward?</h1>"
         f"<p>Blue is rewarded, orange penalised; full colour from ±{scale:.3f} nats. Strength "
-        f"{told(strength)}. Rewards of single tokens are known up to potential shaping: what a prefix "
-        "gains, its continuation may lose; the difference of the two sums R is what was learned."
-        f"</p>{sections}</body></html>\n"
+        f"{told(strength)}. Rewards of single tokens are known up to potential shaping: what a "
+        "prefix gains, its continuation may lose; the difference of the two sums R is what was "
+        f"learned.</p>{sections}</body></html>\n"
     )

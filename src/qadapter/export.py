@@ -161,8 +161,8 @@ def _require_alone(model: QAdapterModel, strength: Strength, name: str) -> None:
     if weights != [1.0, 0.0]:
         raise ConfigError(
             f"--format {name}: is the policy only at strength 1 with alpha_0 = alpha_tilde "
-            f"(residual), and this one is {q.parameterization} with strength {told(strength)}, alpha_0 "
-            f"{q.alpha_0:g} and alpha_tilde {q.alpha_tilde:g}; use --format policy."
+            f"(residual), and this one is {q.parameterization} with strength {told(strength)}, "
+            f"alpha_0 {q.alpha_0:g} and alpha_tilde {q.alpha_tilde:g}; use --format policy."
         )
 
 

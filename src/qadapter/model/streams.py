@@ -73,7 +73,8 @@ class Streams(NamedTuple):
     @staticmethod
     def cat(parts: Sequence[Streams]) -> Streams:
         """Return parts that hold the base's states, one after another."""
-        first, *more = (torch.cat(states) for states in zip(*(p.branches for p in parts)))
+        branches = zip(*(p.branches for p in parts), strict=True)
+        first, *more = (torch.cat(states) for states in branches)
         return Streams(first, torch.cat([p.base for p in parts]), None, tuple(more))
 
 

@@ -276,8 +276,8 @@ class Desk:
                 )
             if model is not None and (silent := [n for n in names if n not in strength]):
                 raise Refused(
-                    f"strength says nothing of {silent[0]!r}, which the model has; give it a number "
-                    "or leave the model out",
+                    f"strength says nothing of {silent[0]!r}, which the model has; give it a "
+                    "number or leave the model out",
                     param="strength",
                 )
             by_name = strength
