@@ -184,7 +184,8 @@ class Policy:
         Raises:
             ArtefactError, ConfigError: as `QAdapterModel.add`; nothing is changed then.
         """
-        return self.model.add(directory, name, check_base=self.check_base)
+        added: Adapter = self.model.add(directory, name, check_base=self.check_base)
+        return added
 
     @property
     def names(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import VOCAB, tiny_adapter, tiny_base
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from qadapter import functional
+from qadapter.cli import main
+from qadapter.data import read_pairs
 from qadapter.errors import ArtefactError, ConfigError
 from qadapter.model import QAdapterModel
+from qadapter.policy import Policy
 
 TOLERANCE = 6e-5  # float32, four layers of width 32, logits of order one, of three branches
 
@@ -266,3 +270,109 @@ def test_an_adapter_that_fails_to_load_or_leaves_changes_nothing(
         assert torch.equal(both(input_ids=ids).logits, before)
     assert torch.equal(both.generate(input_ids=ids, **options), said)
     assert both.config.num_hidden_layers == 4 + 1
+
+
+# ── commands ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def policy(adapter: str, second: str) -> Policy:
+    return Policy.from_pretrained({"tiny": adapter, "deep": second})
+
+
+def test_score_and_generate_take_several(
+    adapter: str, second: str, data: str, policy: Policy, tmp_path: Path, capsys: Any
+) -> None:
+    def score(*words: str) -> dict[str, Any]:
+        assert main(["score", *words, "--json"]) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    both = score(adapter, second, data, "--strength", "1,0")
+    one = score(adapter, data)
+    assert both.pop("strength") == [1.0, 0.0]
+    assert one.pop("strength") == 1.0
+    assert both == {k: pytest.approx(v, abs=1e-4) for k, v in one.items()}
+    mixed = score(adapter, f"b={second}", data, "--strength", "1.0,0.5")
+    assert abs(mixed["margin"] - one["margin"]) > 0.1
+
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
+    prompts.write_text("Say 1\nSay 2\n")
+    words = ["--prompts", str(prompts), "--output", str(output), "--max-new-tokens", "8"]
+    assert main(["generate", adapter, second, "--strength", "1.0,0.5", *words]) == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    asked = [[{"role": "user", "content": f"Say {i}"}] for i in (1, 2)]
+    expected = policy.answer(asked, strength=(1.0, 0.5), max_new_tokens=8)
+    assert [row["response"] for row in rows] == expected
+    assert [row["strength"] for row in rows] == [[1.0, 0.5]] * 2
+
+
+def test_chat_takes_several_and_a_strength_for_each(
+    adapter: str, second: str, policy: Policy, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    lines = iter(["Say 3", "/strength 1", "/strength 0,2", "/strength 1,2,3", "/reset", "Say 3"])
+
+    def ask(prompt: str) -> str:
+        print(prompt)
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", ask)
+    words = ["chat", adapter, second, "--strength", "1.0,0.5", "--max-new-tokens", "8"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    for strength in ((1.0, 0.5), (0.0, 2.0)):
+        asked = [[{"role": "user", "content": "Say 3"}]]
+        assert policy.answer(asked, strength=strength, max_new_tokens=8)[0] in printed
+    assert "[1,0.5] >" in printed
+    assert "[0,2] >" in printed
+    assert "/strength: strength: 3 numbers (1,2,3) for 2 adapters (adapter, second)" in printed
+
+
+def test_explain_colours_the_rewards_of_the_sum(
+    adapter: str, second: str, data: str, policy: Policy, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    words = ["explain", adapter, second, data, "--output", str(page), "--strength", "0.5,1"]
+    assert main([*words, "--max-pairs", "1"]) == 0
+    score = policy.score(list(read_pairs(data))[:1], strength=(0.5, 1.0))
+    html = page.read_text()
+    assert "Strength 0.5,1." in html
+    assert f"chosen: R = {score.chosen_rewards[0]:+.3f} nats" in html
+
+
+def test_rewards_of_two_kinds_have_no_sum(
+    adapter: str, second: str, data: str, tmp_path: Path, capsys: Any
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(second, other)
+    config = other / "qadapter_config.json"
+    fields = json.loads(config.read_text()) | {"gamma": 0.9}
+    config.write_text(json.dumps(fields))
+    assert main(["score", adapter, str(other), data]) == 2
+    told = capsys.readouterr().err
+    assert "other: was trained with gamma 0.9 and adapter with 1.0" in told
+
+
+def test_several_are_exported_as_one_policy(
+    adapter: str, second: str, policy: Policy, tmp_path: Path, capsys: Any
+) -> None:
+    output = tmp_path / "out"
+    words = ["export", adapter, second, str(output), "--strength", "0.7,0.4"]
+    assert main(words) == 0
+    found = AutoModelForCausalLM.from_pretrained(output)
+    assert found.config.branch_layers == [1, 2]
+    assert found.config.strength == [0.7, 0.4]
+    ids = torch.arange(4, 40)[None]
+    for strength in ([0.7, 0.4], [1.0, 0.0], [0.2, 1.5]):
+        found.config.strength = strength
+        with torch.no_grad():
+            theirs = found.eval()(input_ids=ids).logits
+            ours = policy.model(input_ids=ids, strength=strength).logits
+        assert torch.allclose(theirs, ours, atol=1e-4)
+    for name in ("merged", "peft", "gguf"):
+        assert main(["export", adapter, second, str(tmp_path / name), "--format", name]) == 2
+        assert f"--format {name}: is one adapter's" in capsys.readouterr().err
+        assert not (tmp_path / name).exists()

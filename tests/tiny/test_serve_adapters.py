@@ -177,10 +177,12 @@ def test_an_adapter_comes_and_goes_while_others_are_answered(
     first = ask("first")
     until(lambda: one.engine.running == 1)
     coming = ordered("load", lambda: load(one, "new", "deep"))
+    until(lambda: bool(one.engine._orders))
     step.release(3)
     coming.join(60)
     assert found["load"].json()["id"] == "new"
     both = ask("both", strength={"new": 1.0, "tiny": 0.5})
+    until(lambda: one.engine.waiting == 1)
     step.release(3)
     until(lambda: one.engine.running == 2)
     assert "first" not in found
@@ -204,33 +206,15 @@ def test_an_adapter_comes_and_goes_while_others_are_answered(
     assert not [name for name, _ in at.named_parameters() if "more" in name]
 
 
-@pytest.mark.parametrize(
-    ("name", "path", "param"),
-    [
-        ("tiny", "deep", "lora_name"),
-        ("a+b", "deep", "lora_name"),
-        ("../x", "deep", "lora_name"),
-        ("", "deep", "lora_name"),
-        ("new", "nowhere", "lora_path"),
-        ("new", "", "lora_path"),
-        ("new", "sub", "lora_path"),
-        ("new", "deep\x00", "lora_path"),
-        ("new", "../outside", "lora_path"),
-        ("new", "deep/../../outside", "lora_path"),
-        ("new", "outside", "lora_path"),
-        ("new", "link", "lora_path"),
-        ("new", "half", "lora_path"),
-        ("new", "ring", "lora_path"),
-        ("new", "cut", "lora_path"),
-        ("new", "other base", "lora_path"),
-    ],
-)
-def test_what_lies_outside_or_cannot_be_used_is_not_loaded(
-    adapter: str, second: str, tmp_path: Path, name: str, path: str, param: str, alone: Any
-) -> None:
-    outside, root = tmp_path / "outside", tmp_path / "root"
-    for place in (outside, root / "deep", root / "half", root / "cut", root / "other base"):
-        shutil.copytree(second, place)
+@pytest.fixture(scope="module")
+def guarded(
+    adapter: str, second: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Running, Path]]:
+    """A server whose shelf holds all that must not be loaded, and where the shelf is."""
+    place = tmp_path_factory.mktemp("guarded")
+    outside, root = place / "outside", place / "root"
+    for directory in (outside, *(root / n for n in ("deep", "half", "cut", "other base"))):
+        shutil.copytree(second, directory)
     (root / "sub").mkdir()
     (root / "link").symlink_to(outside)
     (root / "ring").symlink_to(root / "ring")
@@ -241,28 +225,57 @@ def test_what_lies_outside_or_cannot_be_used_is_not_loaded(
     cut.write_bytes(cut.read_bytes()[:99])
     config = root / "other base" / "qadapter_config.json"
     config.write_text(config.read_text().replace('"base_hash": "', '"base_hash": "0'))
-    policy = _kept(adapter)
-    running = Running(policy, shelf=Shelf(root))
-    try:
-        response = load(running, name, str(outside) if path == "outside" else path)
-        error = response.json()["error"]
-        assert response.status_code in (400, 404)
-        assert error["param"] == param
-        assert str(tmp_path) not in error["message"].replace(str(outside), "")
-        assert [m["id"] for m in running.client.get("/v1/models").json()["data"]] == ["tiny"]
-        assert unload(running, "tiny").status_code == 400
-        assert unload(running, "new").status_code == 404
-    finally:
-        running.stop()
-    assert policy.names == ["tiny"]
+    running = Running(Policy.from_pretrained({"tiny": adapter}), shelf=Shelf(root))
+    yield running, place
+    running.stop()
 
 
-_POLICIES: dict[str, Policy] = {}
+@pytest.mark.parametrize(
+    ("name", "path", "param"),
+    [
+        ("tiny", "deep", "lora_name"),
+        ("a+b", "deep", "lora_name"),
+        ("../x", "deep", "lora_name"),
+        ("new\n", "deep", "lora_name"),
+        ("", "deep", "lora_name"),
+        ("new", "nowhere", "lora_path"),
+        ("new", "", "lora_path"),
+        ("new", "sub", "lora_path"),
+        ("new", "deep\x00", "lora_path"),
+        ("new", "../outside", "lora_path"),
+        ("new", "deep/../../outside", "lora_path"),
+        ("new", "OUTSIDE", "lora_path"),
+        ("new", "link", "lora_path"),
+        ("new", "half", "lora_path"),
+        ("new", "ring", "lora_path"),
+        ("new", "cut", "lora_path"),
+        ("new", "other base", "lora_path"),
+    ],
+)
+def test_what_lies_outside_or_cannot_be_used_is_not_loaded(
+    guarded: tuple[Running, Path], name: str, path: str, param: str
+) -> None:
+    running, place = guarded
+    path = path.replace("OUTSIDE", str(place / "outside"))
+    response = load(running, name, path)
+    error = response.json()["error"]
+    assert response.status_code in (400, 404)
+    assert error["param"] == param
+    assert str(place) not in error["message"].replace(path or "-", "")
+    assert [m["id"] for m in running.client.get("/v1/models").json()["data"]] == ["tiny"]
+    assert running.engine.policy.names == ["tiny"]
 
 
-def _kept(adapter: str) -> Policy:
-    """Return one policy for all: a failed load leaves nothing."""
-    return _POLICIES.setdefault(adapter, Policy.from_pretrained({"tiny": adapter}))
+def test_the_first_adapters_stay_and_what_is_not_there_cannot_leave(
+    guarded: tuple[Running, Path],
+) -> None:
+    running, _ = guarded
+    assert unload(running, "tiny").status_code == 400
+    assert unload(running, "new").status_code == 404
+    # What nothing is wrong with is loaded, by its whole path, too.
+    whole = guarded[1] / "root" / "deep"
+    assert load(running, "new", str(whole)).status_code == 200
+    assert unload(running, "new").status_code == 200
 
 
 def test_a_shelf_holds_so_many(one: Running) -> None:

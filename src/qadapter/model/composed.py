@@ -9,7 +9,7 @@ which needs one α0/α̃, the base's weight, that all of them were trained with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,8 +137,7 @@ class Composed:
         config: Any
         training: bool
         adapters: tuple[Adapter, ...]
-        lengthened: Any
-        head_weight: Any
+        lengthened: Callable[..., Any]
         _base: PreTrainedModel
         _layers: nn.ModuleList
         _n_layers: int
