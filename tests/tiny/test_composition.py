@@ -376,3 +376,25 @@ def test_several_are_exported_as_one_policy(
         assert main(["export", adapter, second, str(tmp_path / name), "--format", name]) == 2
         assert f"--format {name}: is one adapter's" in capsys.readouterr().err
         assert not (tmp_path / name).exists()
+
+
+def test_how_far_a_sum_is_from_training_on_both() -> None:
+    """docs/method.md: Σ s_k·V_k − V is a covariance under the base, and not negative at Σ s_k = 1."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(50, 97, generator=generator, dtype=torch.float64).log_softmax(-1)
+    one, other = torch.randn(2, 50, 97, generator=generator, dtype=torch.float64)
+    other = other + 0.5 * one
+    alphas = {"alpha_0": 0.4, "alpha_tilde": 0.4}
+
+    def value(q: torch.Tensor) -> torch.Tensor:
+        return functional.soft_value(q, base, **alphas)
+
+    a, b = 1e-3 * one, 1e-3 * other
+    mean = [(base.exp() * x).sum(-1, keepdim=True) for x in (a, b)]
+    covariance = (base.exp() * (a - mean[0]) * (b - mean[1])).sum(-1) / 0.4**2
+    bracket = value(a) + value(b) - value(a + b)
+    assert covariance.abs().min() > 0
+    assert torch.allclose(bracket, -0.4 * covariance, rtol=0.02)
+    for s in (0.2, 0.5):
+        gap = s * value(one) + (1 - s) * value(other) - value(s * one + (1 - s) * other)
+        assert (gap > 0).all()
