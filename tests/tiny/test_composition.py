@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import VOCAB, tiny_adapter, tiny_base
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from qadapter import functional
@@ -229,7 +230,9 @@ def test_raw_ones_of_other_temperatures_are_refused(tmp_path: Path) -> None:
         both.add(tmp_path / "new", "new")
 
 
-@pytest.mark.parametrize("damage", ["cut", "lacks", "nan", "more than LoRA", "no json", "none"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "lacks", "nan", "norm", "head", "more than LoRA", "no json", "none"]
+)
 def test_an_adapter_that_fails_to_load_or_leaves_changes_nothing(
     damage: str, tmp_path: Path
 ) -> None:
@@ -250,6 +253,11 @@ def test_an_adapter_that_fails_to_load_or_leaves_changes_nothing(
         if damage == "lacks":
             del state[name]
         save_file(state, weights)
+    elif damage in ("norm", "head"):
+        # The first is no linear map, which peft finds out in the middle; the second's is not there.
+        fields = json.loads(config.read_text())
+        name = "input_layernorm" if damage == "norm" else "lm_head"
+        config.write_text(json.dumps(fields | {"target_modules": ["q_proj", name]}))
     elif damage == "more than LoRA":
         fields = json.loads(config.read_text()) | {"modules_to_save": ["embed_tokens"]}
         config.write_text(json.dumps(fields))
@@ -270,6 +278,9 @@ def test_an_adapter_that_fails_to_load_or_leaves_changes_nothing(
         assert torch.equal(both(input_ids=ids).logits, before)
     assert torch.equal(both.generate(input_ids=ids, **options), said)
     assert both.config.num_hidden_layers == 4 + 1
+    wrapped = [n for n, m in both.base.named_modules() if isinstance(m, BaseTunerLayer)]
+    assert wrapped
+    assert all(".layers.3." in name for name in wrapped)
 
 
 # ── commands ────────────────────────────────────────────────────────────────────────────────────
@@ -379,7 +390,7 @@ def test_several_are_exported_as_one_policy(
 
 
 def test_how_far_a_sum_is_from_training_on_both() -> None:
-    """docs/method.md: Σ s_k·V_k − V is a covariance under the base, and not negative at Σ s_k = 1."""
+    """docs/method.md: Σ s_k·V_k − V is a covariance under the base, and from 0 at Σ s_k = 1."""
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(50, 97, generator=generator, dtype=torch.float64).log_softmax(-1)
     one, other = torch.randn(2, 50, 97, generator=generator, dtype=torch.float64)

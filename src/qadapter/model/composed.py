@@ -99,6 +99,18 @@ def check_composes(
         )
 
 
+_SPECIAL = (
+    "alora_invocation_tokens",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_dora",
+)
+"""Settings of peft's that make more of LoRA than a pair of maps beside each linear one."""
+
+
 def _lora_config(directory: str | Path) -> LoraConfig:
     """Return the peft config of an adapter that is nothing but LoRA on linear maps.
 
@@ -111,12 +123,8 @@ def _lora_config(directory: str | Path) -> LoraConfig:
         config = PeftConfig.from_pretrained(str(directory))
     except Exception as error:  # json and peft each raise their own
         raise ArtefactError(f"{path}: is damaged ({error}); copy or train again.") from error
-    special = ("modules_to_save", "trainable_token_indices", "target_parameters", "use_dora")
-    if (
-        not isinstance(config, LoraConfig)
-        or config.bias != "none"
-        or any(getattr(config, name, None) for name in special)
-    ):
+    plain = type(config) is LoraConfig and config.bias == "none"
+    if not plain or any(getattr(config, name, None) for name in _SPECIAL):
         raise ArtefactError(f"{path}: is more than plain LoRA, which does not compose.")
     config.inference_mode = True
     # Some ways to begin change the base's weights; these are overwritten in any case.
@@ -205,14 +213,15 @@ class Composed:
 
     def _forget(self, key: str) -> None:
         """Leave nothing of an adapter: maps that only it had changed are the base's own again."""
-        if key in self.peft_model.peft_config:
-            self._see_modules()
-            self.peft_model.delete_adapter(key)
-            for parent in list(self._base.modules()):
-                for name, child in list(parent.named_children()):
-                    if isinstance(child, BaseTunerLayer) and not _has_adapters(child):
+        self._see_modules()
+        self.peft_model.peft_config.pop(key, None)
+        for parent in list(self._base.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, BaseTunerLayer):
+                    child.delete_adapter(key)
+                    if not _has_adapters(child):
                         setattr(parent, name, child.get_base_layer())
-            self._see_modules()
+        self._see_modules()
 
     def _see_modules(self) -> None:
         """Look anew at what peft has wrapped, with the first adapter as peft's active one."""
