@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
@@ -565,26 +566,68 @@ def _extra(name: str) -> Iterator[None]:
 
 
 def _serve(args: argparse.Namespace) -> None:
+    key = os.environ.get("QADAPTER_API_KEY") if args.api_key is None else args.api_key
+    if key == "":
+        raise ConfigError("--api-key: is empty, which any client could guess; give one or none.")
+    if args.engine == "vllm":
+        _serve_on_vllm(args, key)
+        return
+    if args.vllm_args is not None:
+        raise ConfigError("--vllm-args: goes with --engine vllm; leave it out or add that.")
     with _extra("serve"):
         from qadapter.serve.asking import Limits
         from qadapter.serve.run import listen, run
         from qadapter.serve.shelf import Shelf
 
-    key = os.environ.get("QADAPTER_API_KEY") if args.api_key is None else args.api_key
-    if key == "":
-        raise ConfigError("--api-key: is empty, which any client could guess; give one or none.")
+    limits = {n: getattr(args, n) for n in _LIMITS if getattr(args, n) is not None}
     shelf = None if args.adapter_dir is None else Shelf(args.adapter_dir)
     with closing(listen(args.host, args.port)) as bound:
         run(
             _load_policy(args),
             bound,
             strength=args.strength,
-            limits=Limits(args.max_context, args.max_tokens, args.max_body),
+            limits=Limits(**limits),
             max_batch=args.max_batch,
-            max_queue=args.max_queue,
+            max_queue=64 if args.max_queue is None else args.max_queue,
             api_key=key,
             shelf=shelf,
         )
+
+
+_LIMITS = ("max_context", "max_tokens", "max_body")
+
+
+def _serve_on_vllm(args: argparse.Namespace, key: str | None) -> None:
+    from qadapter.serve import on_vllm
+
+    for name in ("max_tokens", "max_body", "max_queue", "adapter_dir"):
+        if getattr(args, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            what = "reads no adapters" if name == "adapter_dir" else "has no such limit"
+            raise ConfigError(f"{flag}: vLLM {what}; leave it out, or --engine vllm.")
+    if args.port == 0:
+        raise ConfigError("--port: vLLM takes no 0 for any free one; name a port.")
+    on_vllm.check_installed()
+    with tempfile.TemporaryDirectory(prefix="qadapter-vllm.") as made:
+        adapters = _named(args.adapter)
+        export = Path(next(iter(adapters.values())))
+        if len(adapters) > 1 or not on_vllm.is_export(export):
+            from qadapter.export import export_policy
+
+            export = export_policy(_load_policy(args), Path(made) / "export").directory
+        words = on_vllm.command(
+            export,
+            name="+".join(adapters),
+            host=args.host,
+            port=args.port,
+            strength=args.strength,
+            dtype=args.dtype,
+            max_batch=args.max_batch,
+            max_context=args.max_context,
+            more=args.vllm_args or "",
+        )
+        print(shlex.join(words), flush=True)
+        on_vllm.run(words, api_key=key)
 
 
 def _play(args: argparse.Namespace) -> None:
@@ -650,6 +693,9 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="serve a policy behind OpenAI's endpoints")
     _add_policy(serve)
     _add_address(serve, 8000)
+    serve.add_argument(
+        "--engine", choices=["embedded", "vllm"], default="embedded", help="vllm: its own server"
+    )
     serve.add_argument("--api-key", help="ask clients for it; default $QADAPTER_API_KEY, or none")
     serve.add_argument(
         "--adapter-dir",
@@ -657,10 +703,11 @@ def _parser() -> argparse.ArgumentParser:
         help="let clients load adapters from under D (/v1/load_lora_adapter); default nobody may",
     )
     serve.add_argument("--max-batch", type=_count, default=16, help="answers made together")
-    serve.add_argument("--max-queue", type=_count, default=64, help="answers that may wait")
-    serve.add_argument("--max-tokens", type=_count, default=1024, help="tokens of an answer")
-    serve.add_argument("--max-context", type=_count, default=4096, help="of prompt and answer")
-    serve.add_argument("--max-body", type=_count, default=2**20, help="bytes of a request")
+    serve.add_argument("--max-queue", type=_count, help="answers that may wait, default 64")
+    serve.add_argument("--max-tokens", type=_count, help="tokens of an answer, default 1024")
+    serve.add_argument("--max-context", type=_count, help="of prompt and answer, default 4096")
+    serve.add_argument("--max-body", type=_count, help="bytes of a request, default 1 MiB")
+    serve.add_argument("--vllm-args", metavar="FLAGS", help="further flags of vLLM's, quoted")
     serve.set_defaults(run=_serve)
 
     play = commands.add_parser("play", help="a page with base and policy side by side")

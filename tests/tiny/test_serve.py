@@ -354,6 +354,10 @@ def test_no_request_of_a_mixed_run_is_lost_or_wrong(policy: Policy, load: Any) -
     ("words", "told"),
     [
         (["--api-key", ""], "--api-key: is empty"),
+        (["--vllm-args=-x"], "--vllm-args: goes with --engine vllm"),
+        (["--engine", "vllm", "--max-queue", "9"], "--max-queue: vLLM has no such limit"),
+        (["--engine", "vllm", "--port", "0"], "--port: vLLM takes no 0"),
+        (["--engine", "vllm", "--port", "9"], "--engine vllm: vLLM is not installed here"),
         (["--host", "192.0.2.1"], "192.0.2.1:8000: cannot be listened on"),
         (["--host", "no.such.host.invalid"], "cannot be listened on"),
         (["--port", "0"], "nowhere"),

@@ -292,6 +292,7 @@ def test_a_shelf_holds_so_many(one: Running) -> None:
         (["x", "a/x"], "another adapter is named 'x', too; name it, as in other=a/x"),
         (["a+b=x"], "'a+b' is no name"),
         (["x", "--adapter-dir", "nowhere"], "--adapter-dir: nowhere is no directory"),
+        (["x", "--adapter-dir", ".", "--engine", "vllm"], "--adapter-dir: vLLM reads no adapters"),
         (["x", "--strength", "1,-1"], "is not a finite number from 0"),
     ],
 )

