@@ -119,7 +119,7 @@ class LoadRequest(_Asked):
         description="Its name to clients, which no other adapter may have."
     )
     lora_path: Text = Field(
-        min_length=1, max_length=4096, description="Its directory, in the one that was allowed."
+        min_length=1, max_length=1024, description="Its directory, in the one that was allowed."
     )
 
 
