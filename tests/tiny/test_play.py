@@ -58,6 +58,28 @@ def test_answers_are_the_policys_and_a_long_message_is_told(adapter: str) -> Non
         engine.close()
 
 
+def test_each_adapter_has_a_slider_and_their_residuals_add(adapter: str, second: str) -> None:
+    pytest.importorskip("gradio", reason="gradio is not installed (make install does)")
+    policy = Policy.from_pretrained({"tiny": adapter, "deep": second})
+    engine = Engine(policy)
+    try:
+        blocks = play.page(engine, strength=(1.0, 0.5), max_tokens=20)
+        sliders = {
+            part["id"]: (part["props"]["label"], part["props"]["value"])
+            for part in blocks.config["components"]
+            if part["type"] == "slider"
+        }
+        assert list(sliders.values()) == [("Strength: tiny", 1.0), ("Strength: deep", 0.5)]
+        asked = [event for event in blocks.config["dependencies"] if event["inputs"]]
+        assert len(asked) == 4  # the button, the message, both sliders
+        assert all(set(event["inputs"]) > set(sliders) for event in asked)
+        *_, (_, ours) = play.answers(engine, "Say 3", (1.0, 0.5), 20)
+    finally:
+        engine.close()
+    (expected,) = policy.answer([MESSAGES], strength=(1.0, 0.5), max_new_tokens=20)
+    assert re.sub("<[^>]*>", "", ours).strip() == play.escape(expected)
+
+
 def test_a_missing_gradio_is_told_before_anything_is_loaded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
