@@ -34,7 +34,7 @@ def main(adapter: str, output: str) -> None:
             page.goto(found.group(), timeout=120_000)
             page.locator("#message textarea").fill(MESSAGE)
             for name, strength in (("play.png", "1"), ("play-low.png", "0.3")):
-                page.locator("#strength input[type=number]").fill(strength)
+                page.locator("#strength-1 input[type=number]").fill(strength)
                 page.locator("#ask").click()
                 # Until neither answer has grown for two seconds.
                 before, now = [""], page.locator(".answer").all_inner_texts()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qadapter.errors import ConfigError, DataError, TrainingError, UserError
+from qadapter.strength import NAME, Strength, each, parse, told
 
 if TYPE_CHECKING:
     from qadapter.config import QAdapterConfig
@@ -32,6 +33,7 @@ Teach an aligned language model a new preference without losing what it knows.
   qadapter check prefs.jsonl                         look at the pairs before training
   qadapter train --data prefs.jsonl --output DIR     learn a Q-adapter from them
   qadapter chat DIR --strength 0.7                   talk to it
+  qadapter chat DIR DIR2 --strength 1.0,0.5          to two adapters of one base at once
   qadapter score DIR held_out.jsonl --json           how well it learned, how far it drifted
   qadapter tune DIR --max-kl 0.05 --text F           the largest strength that drifts no further
   qadapter generate DIR --prompts F --output F2      answer a file of prompts
@@ -79,16 +81,42 @@ def _level(text: str) -> float:
     return number
 
 
-def _add_policy(parser: argparse.ArgumentParser, *, strength: bool = True) -> None:
-    _add_adapter(parser, strength=strength)
+def _strength(text: str) -> Strength:
+    """Return one number, or several with commas between them, for argparse."""
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _add_policy(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a command that takes several adapters whose residuals add."""
+    parser.add_argument(
+        "adapter",
+        nargs="+",
+        help="directory that `qadapter train` wrote, or NAME=DIR; several of one base add up",
+    )
+    _add_loading(parser)
+    parser.add_argument(
+        "--strength",
+        type=_strength,
+        default=1.0,
+        help="0 the base, 1 the policy; of several adapters one for all, or one each: 1.0,0.5",
+    )
+    _add_device(parser)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cuda, mps, cpu; default the first there is")
 
 
-def _add_adapter(parser: argparse._ActionsContainer, *, strength: bool = True) -> None:
+def _add_adapter(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("adapter", help="directory that `qadapter train` wrote")
+    _add_loading(parser)
+
+
+def _add_loading(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--base", help="where the base is, if not where the artefact says")
-    if strength:
-        parser.add_argument("--strength", type=_level, default=1.0, help="0 the base, 1 the policy")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument(
         "--no-check-base", action="store_true", help="accept another base, tokenizer or template"
@@ -102,14 +130,42 @@ def _add_trust(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def _named(words: Sequence[str]) -> dict[str, str]:
+    """Return directories of adapters by name: what stands before a `=`, or the directory's own.
+
+    Raises:
+        ConfigError: two have one name, or one is none that may stand among others.
+    """
+    found: dict[str, str] = {}
+    for word in words:
+        name, given, place = word.partition("=")
+        if not given or Path(word).is_dir():
+            name, place = Path(word).resolve().name, word
+        if name in found:
+            raise ConfigError(
+                f"{place}: another adapter is named {name!r}, too; name it, as in other={place}."
+            )
+        if (len(words) > 1 or place != word) and not NAME.fullmatch(name):
+            raise ConfigError(
+                f"{place}: {name!r} is no name for one of several adapters (letters, digits, "
+                f"'.', '_' and '-'); name it, as in mine={place}."
+            )
+        found[name] = place
+    return found
+
+
 def _load_policy(args: argparse.Namespace) -> Policy:
     import torch
 
     from qadapter import hub
     from qadapter.policy import Policy
 
+    adapters = args.adapter
+    if isinstance(adapters, list):
+        adapters = _named(adapters)
+        each(args.strength, list(adapters))
     return Policy.from_pretrained(
-        args.adapter,
+        adapters,
         args.base,
         dtype=getattr(torch, args.dtype),
         device=hub.pick_device(args.device),
@@ -404,6 +460,7 @@ def _evaluate(argv: Sequence[str]) -> None:
     parser.epilog = None
     ours = parser.add_argument_group("qadapter")
     _add_adapter(ours)
+    ours.add_argument("--strength", type=_level, default=1.0, help="0 the base, 1 the policy")
     ours.add_argument("--suite", choices=["local", "paper"], help="a set of tasks")
     ours.add_argument("--suite-data", metavar="D", help="directory of the local suite's files")
     options = parser.parse_args(list(argv))
@@ -484,7 +541,7 @@ def _chat(args: argparse.Namespace) -> None:
     print("/strength S changes it, /base shows the base's answer, /reset forgets, Ctrl-D leaves.")
     while True:
         try:
-            line = input(f"[{chat.strength:g}] > ").strip()
+            line = input(f"[{told(chat.strength)}] > ").strip()
         except EOFError:
             print()
             return
@@ -521,18 +578,20 @@ def _serve(args: argparse.Namespace) -> None:
     with _extra("serve"):
         from qadapter.serve.asking import Limits
         from qadapter.serve.run import listen, run
+        from qadapter.serve.shelf import Shelf
 
     limits = {n: getattr(args, n) for n in _LIMITS if getattr(args, n) is not None}
+    shelf = None if args.adapter_dir is None else Shelf(args.adapter_dir)
     with closing(listen(args.host, args.port)) as bound:
         run(
             _load_policy(args),
             bound,
-            name=Path(args.adapter).resolve().name,
             strength=args.strength,
             limits=Limits(**limits),
             max_batch=args.max_batch,
             max_queue=64 if args.max_queue is None else args.max_queue,
             api_key=key,
+            shelf=shelf,
         )
 
 
@@ -542,22 +601,24 @@ _LIMITS = ("max_context", "max_tokens", "max_body")
 def _serve_on_vllm(args: argparse.Namespace, key: str | None) -> None:
     from qadapter.serve import on_vllm
 
-    for name in ("max_tokens", "max_body", "max_queue"):
+    for name in ("max_tokens", "max_body", "max_queue", "adapter_dir"):
         if getattr(args, name) is not None:
             flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag}: vLLM has no such limit; leave it out, or --engine vllm.")
+            what = "reads no adapters" if name == "adapter_dir" else "has no such limit"
+            raise ConfigError(f"{flag}: vLLM {what}; leave it out, or --engine vllm.")
     if args.port == 0:
         raise ConfigError("--port: vLLM takes no 0 for any free one; name a port.")
     on_vllm.check_installed()
     with tempfile.TemporaryDirectory(prefix="qadapter-vllm.") as made:
-        export = Path(args.adapter)
-        if not on_vllm.is_export(export):
+        adapters = _named(args.adapter)
+        export = Path(next(iter(adapters.values())))
+        if len(adapters) > 1 or not on_vllm.is_export(export):
             from qadapter.export import export_policy
 
             export = export_policy(_load_policy(args), Path(made) / "export").directory
         words = on_vllm.command(
             export,
-            name=Path(args.adapter).resolve().name,
+            name="+".join(adapters),
             host=args.host,
             port=args.port,
             strength=args.strength,
@@ -580,8 +641,7 @@ def _play(args: argparse.Namespace) -> None:
         policy = _load_policy(args)
         host, port = bound.getsockname()[:2]
         print(f"http://{host}:{port}  (Ctrl-C ends it)", flush=True)
-        name = Path(args.adapter).resolve().name
-        play.run(policy, bound, name=name, strength=args.strength, max_tokens=args.max_new_tokens)
+        play.run(policy, bound, strength=args.strength, max_tokens=args.max_new_tokens)
 
 
 def _add_address(parser: argparse.ArgumentParser, port: int) -> None:
@@ -638,6 +698,11 @@ def _parser() -> argparse.ArgumentParser:
         "--engine", choices=["embedded", "vllm"], default="embedded", help="vllm: its own server"
     )
     serve.add_argument("--api-key", help="ask clients for it; default $QADAPTER_API_KEY, or none")
+    serve.add_argument(
+        "--adapter-dir",
+        metavar="D",
+        help="let clients load adapters from under D (/v1/load_lora_adapter); default nobody may",
+    )
     serve.add_argument("--max-batch", type=_count, default=16, help="answers made together")
     serve.add_argument("--max-queue", type=_count, help="answers that may wait, default 64")
     serve.add_argument("--max-tokens", type=_count, help="tokens of an answer, default 1024")
@@ -663,7 +728,8 @@ def _parser() -> argparse.ArgumentParser:
     score.set_defaults(run=_score)
 
     tune = commands.add_parser("tune", help="the largest strength inside a forgetting budget")
-    _add_policy(tune, strength=False)
+    _add_adapter(tune)
+    _add_device(tune)
     tune.add_argument(
         "--max-kl", type=_level, required=True, help="KL(base || policy), nats a token"
     )

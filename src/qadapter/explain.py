@@ -8,6 +8,7 @@ from typing import cast
 
 from qadapter.data import Pair, tokenize_pairs
 from qadapter.policy import Policy
+from qadapter.strength import Strength, told
 
 Piece = tuple[str, float, int]
 """Text, its reward in nats, and how many tokens it is."""
@@ -62,7 +63,7 @@ def _response_html(name: str, pieces: Sequence[Piece], scale: float) -> str:
     return f'<div class="response"><b>{name}: R = {total:+.3f} nats</b>{spans}</div>'
 
 
-def explain_html(policy: Policy, pairs: Sequence[Pair], *, strength: float = 1.0) -> str:
+def explain_html(policy: Policy, pairs: Sequence[Pair], *, strength: Strength = 1.0) -> str:
     """Return a page in which every response token is coloured by its reward r2 (METHOD M4).
 
     Blue tokens are rewarded, orange ones penalised; the scale is shared by the whole page.
@@ -96,7 +97,7 @@ def explain_html(policy: Policy, pairs: Sequence[Pair], *, strength: float = 1.0
         f"<title>Token rewards</title><style>{_STYLE}</style></head><body>"
         "<h1>Which tokens does the preference reward?</h1>"
         f"<p>Blue is rewarded, orange penalised; full colour from ±{scale:.3f} nats. Strength "
-        f"{strength:g}. Rewards of single tokens are known up to potential shaping: what a prefix "
-        "gains, its continuation may lose; the difference of the two sums R is what was learned."
-        f"</p>{sections}</body></html>\n"
+        f"{told(strength)}. Rewards of single tokens are known up to potential shaping: what a "
+        "prefix gains, its continuation may lose; the difference of the two sums R is what was "
+        f"learned.</p>{sections}</body></html>\n"
     )

@@ -23,18 +23,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from qadapter import hub
-from qadapter.config import QConfig
 from qadapter.decoder import decoder_layers
 from qadapter.errors import ConfigError, ModelError, UserError
 from qadapter.files import check_new, check_writable, whole_directory
 from qadapter.functional import mixing_weights
 from qadapter.model import QAdapterModel
 from qadapter.model.adapter import load_plain, save_plain
-from qadapter.model.branches import rounding
 from qadapter.model.merge import base_state, merged_state
+from qadapter.model.stacked import cache_shifts, rounding
 from qadapter.policy import Policy
 from qadapter.standalone.config import QAdapterPolicyConfig
 from qadapter.standalone.model import QAdapterForCausalLM
+from qadapter.strength import Strength, each, told
 
 CONVERTER = "convert_hf_to_gguf.py"
 GGUF_NAME = "model.gguf"
@@ -58,7 +58,7 @@ class Export:
     """What rounding explains of it, nats."""
 
 
-def export_policy(policy: Policy, output: str | Path, *, strength: float = 1.0) -> Export:
+def export_policy(policy: Policy, output: str | Path, *, strength: Strength = 1.0) -> Export:
     """Write a transformers model directory of a `QAdapterForCausalLM`; `strength` is its default.
 
     Raises:
@@ -81,24 +81,24 @@ def export_policy(policy: Policy, output: str | Path, *, strength: float = 1.0) 
     return _checked(policy, output, strength, write, _reload)
 
 
-def export_merged(policy: Policy, output: str | Path, *, strength: float = 1.0) -> Export:
+def export_merged(policy: Policy, output: str | Path, *, strength: Strength = 1.0) -> Export:
     """Write the base with the adapter merged: one plain model of the base's architecture.
 
     Raises:
         ConfigError: the policy is not that model at this strength.
         ModelError, UserError: as `export_policy`.
     """
-    _require_alone(policy.model.q_config, strength, "merged")
+    _require_alone(policy.model, strength, "merged")
     return _checked(policy, output, strength, lambda at: _write_merged(policy, at), _reload)
 
 
-def export_peft(policy: Policy, output: str | Path, *, strength: float = 1.0) -> Export:
+def export_peft(policy: Policy, output: str | Path, *, strength: Strength = 1.0) -> Export:
     """Write the adapter alone, as peft and stock LoRA loaders read it.
 
     Raises:
         ConfigError, UserError: as `export_merged`.
     """
-    _require_alone(policy.model.q_config, strength, "peft")
+    _require_alone(policy.model, strength, "peft")
     base = policy.model.base
 
     def reload(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -115,14 +115,14 @@ def export_peft(policy: Policy, output: str | Path, *, strength: float = 1.0) ->
     return _checked(policy, output, strength, write, reload)
 
 
-def export_gguf(policy: Policy, output: str | Path, *, strength: float = 1.0) -> Export:
+def export_gguf(policy: Policy, output: str | Path, *, strength: Strength = 1.0) -> Export:
     """Write the merged model as `model.gguf`, by llama.cpp's own converter.
 
     Raises:
         ConfigError: as `export_merged`; or the converter is not found.
         UserError: as `export_merged`; or the converter fails.
     """
-    _require_alone(policy.model.q_config, strength, "gguf")
+    _require_alone(policy.model, strength, "gguf")
     converter = _find_converter()
 
     def write(directory: Path) -> None:
@@ -148,15 +148,21 @@ FORMATS: dict[str, Callable[..., Export]] = {
 """What `qadapter export --format` chooses from."""
 
 
-def _require_alone(q: QConfig, strength: float, name: str) -> None:
+def _require_alone(model: QAdapterModel, strength: Strength, name: str) -> None:
     """Raise ConfigError unless the adapted model's logits are the policy's."""
+    if len(model.adapters) > 1:
+        raise ConfigError(
+            f"--format {name}: is one adapter's, and the hidden states of {len(model.adapters)} "
+            "are mixed; use --format policy."
+        )
+    q, (strength,) = model.q_config, each(strength, [model.adapters[0].name])
     alphas = {"alpha_0": q.alpha_0, "alpha_tilde": q.alpha_tilde}
     weights = mixing_weights([strength], parameterization=q.parameterization, **alphas)
     if weights != [1.0, 0.0]:
         raise ConfigError(
             f"--format {name}: is the policy only at strength 1 with alpha_0 = alpha_tilde "
-            f"(residual), and this one is {q.parameterization} with strength {strength:g}, alpha_0 "
-            f"{q.alpha_0:g} and alpha_tilde {q.alpha_tilde:g}; use --format policy."
+            f"(residual), and this one is {q.parameterization} with strength {told(strength)}, "
+            f"alpha_0 {q.alpha_0:g} and alpha_tilde {q.alpha_tilde:g}; use --format policy."
         )
 
 
@@ -164,15 +170,15 @@ def _brings_code(model: PreTrainedModel) -> bool:
     return type(model).__module__.startswith("transformers_modules")
 
 
-def _policy_config(model: QAdapterModel, strength: float) -> QAdapterPolicyConfig:
-    """Return the config of a model with one branch."""
-    text = model.config.to_dict()  # which says L + K layers already
+def _policy_config(model: QAdapterModel, strength: Strength) -> QAdapterPolicyConfig:
+    """Return the config of a model with a branch for each adapter."""
+    text = model.config.to_dict()  # which says L + ΣK layers already
     text.pop("_name_or_path", None)  # a place on this machine
     q = model.q_config
     return QAdapterPolicyConfig(
         text_config=text,
-        branch_layers=[model.branch_depth],
-        strength=strength,
+        branch_layers=[adapter.depth for adapter in model.adapters],
+        strength=list(strength) if isinstance(strength, tuple) else strength,
         alpha_0=q.alpha_0,
         alpha_tilde=q.alpha_tilde,
         parameterization=q.parameterization,
@@ -180,10 +186,10 @@ def _policy_config(model: QAdapterModel, strength: float) -> QAdapterPolicyConfi
 
 
 def _policy_state(model: QAdapterModel) -> dict[str, Tensor]:
-    """Return the tensors of a `QAdapterForCausalLM`: layer `i` of the branch at `i + K`."""
+    """Return the tensors of a `QAdapterForCausalLM`, its layers where a cache has theirs."""
     base, decoder = model.base, model.base.get_decoder()
     names = {id(m): n for n, m in base.named_modules()}
-    depth, n_layers = model.branch_depth, int(base.config.num_hidden_layers)
+    n_layers = int(base.config.num_hidden_layers)
     inside = names[id(decoder)] + "."
     layers = names[id(decoder_layers(decoder, n_layers))]
     state = {
@@ -191,13 +197,14 @@ def _policy_state(model: QAdapterModel) -> dict[str, Tensor]:
         for n, t in base_state(model).items()
         if n.startswith(inside)
     }
-    for name, tensor in merged_state(model).items():
-        if name.startswith(layers + "."):
-            index, rest = name.removeprefix(layers + ".").split(".", 1)
-            if int(index) >= n_layers - depth:
-                place = f"{layers}.{int(index) + depth}.{rest}"
-                # Cloned: safetensors holds no tensor under two names.
-                state["model." + place.removeprefix(inside)] = tensor.clone()
+    for adapter, shift in cache_shifts(model.adapters).items():
+        for name, tensor in merged_state(model, adapter).items():
+            if name.startswith(layers + "."):
+                index, rest = name.removeprefix(layers + ".").split(".", 1)
+                if int(index) >= adapter.first:
+                    place = f"{layers}.{int(index) + shift}.{rest}"
+                    # Cloned: safetensors holds no tensor under two names.
+                    state["model." + place.removeprefix(inside)] = tensor.clone()
     return state | {"lm_head.weight": cast(Tensor, model.head_weight).detach()}
 
 
@@ -206,7 +213,8 @@ def _write_merged(policy: Policy, directory: Path) -> None:
     with torch.device("meta"):
         # Through its fields, and so without what `let_pack` set in it.
         merged = type(base)(type(base.config).from_dict(base.config.to_dict()))
-    _save(policy, merged, merged_state(policy.model), directory)
+    (adapter,) = policy.model.adapters
+    _save(policy, merged, merged_state(policy.model, adapter), directory)
 
 
 def _save(
@@ -241,7 +249,7 @@ def _reload(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
 def _checked(
     policy: Policy,
     output: str | Path,
-    strength: float,
+    strength: Strength,
     write: Callable[[Path], None],
     reload: Callable[[Path, torch.dtype], PreTrainedModel],
 ) -> Export:
@@ -261,7 +269,7 @@ def _checked(
     return Export(Path(output), difference, allowed)
 
 
-def _compare(policy: Policy, exported: Any, strength: float) -> tuple[float, float]:
+def _compare(policy: Policy, exported: Any, strength: Strength) -> tuple[float, float]:
     """Return the largest difference of log-probs on `PROMPTS`, and what rounding explains, nats.
 
     The export reads each prompt in two parts, so that its cache is checked too.

@@ -11,6 +11,7 @@ from qadapter import functional
 from qadapter.config import QConfig
 from qadapter.functional import LossSums, Transitions
 from qadapter.model import BaseScalars, QAdapterModel, Streams
+from qadapter.strength import Strength
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,12 @@ def batch_streams(model: Callable[..., Streams], batch: Mapping[str, Tensor]) ->
 
 
 def pair_loss(
-    model: QAdapterModel, streams: Streams, batch: Mapping[str, Tensor], *, strength: float = 1.0
+    model: QAdapterModel, streams: Streams, batch: Mapping[str, Tensor], *, strength: Strength = 1.0
 ) -> PairLoss:
     """Return the loss of a batch of pairs from its hidden states `[R, T, D]` (METHOD M5).
 
-    At a strength other than 1, Q̂ is scaled by it (METHOD §5). The objective, γ and the
-    parameterisation are the model's `q_config`.
+    At a strength other than 1, Q̂ is scaled by it, and of several adapters summed (METHOD §5). The
+    objective, γ and the parameterisation are the model's `q_config`.
 
     Args:
         batch: a `PackedBatch`, or a `PairBatch` (which the `authors` objective needs). A packed one

@@ -21,6 +21,7 @@ from qadapter.policy import Policy
 from qadapter.serve.answer import Piece, Token
 from qadapter.serve.engine import Engine, EngineBusy, Request
 from qadapter.serve.run import server
+from qadapter.strength import Strength, each
 
 if TYPE_CHECKING:
     from gradio import Blocks
@@ -68,7 +69,7 @@ def moved_html(text: str, tokens: Sequence[Token]) -> str:
 
 
 def answers(
-    engine: Engine, message: str, strength: float, max_tokens: int
+    engine: Engine, message: str, strength: Strength, max_tokens: int
 ) -> Iterator[tuple[str, str]]:
     """Yield the pages of base and policy as they grow.
 
@@ -85,7 +86,7 @@ def answers(
         yield too_long, too_long
         return
 
-    def request(index: int, strength: float) -> Request:
+    def request(index: int, strength: Strength) -> Request:
         def emit(piece: Piece) -> None:
             pieces.put((index, piece))
 
@@ -108,34 +109,40 @@ def answers(
             ticket.cancel()
 
 
-def page(engine: Engine, *, name: str, strength: float, max_tokens: int) -> Blocks:
-    """Return the page.
+def page(engine: Engine, *, strength: Strength, max_tokens: int) -> Blocks:
+    """Return the page, with a slider for each adapter.
 
     Args:
-        name: of the adapter, above its slider.
-        strength: where the slider starts.
+        strength: where the sliders start.
     """
     import gradio
 
-    def answer(message: str, strength: float) -> Iterator[tuple[str, str]]:
+    names = engine.policy.names
+
+    def answer(message: str, *strengths: float) -> Iterator[tuple[str, str]]:
         if not message.strip():
             raise gradio.Error("Write a message first.")
         try:
-            yield from answers(engine, message, strength, max_tokens)
+            yield from answers(engine, message, strengths, max_tokens)
         except EngineBusy:
             raise gradio.Error("Too many are asking at once; try again.") from None
 
-    with gradio.Blocks(title=f"qadapter: {name}", analytics_enabled=False) as blocks:
+    with gradio.Blocks(title=f"qadapter: {' + '.join(names)}", analytics_enabled=False) as blocks:
         gradio.Markdown(_ABOUT)
         message = gradio.Textbox(label="Message", lines=2, elem_id="message")
-        slider = gradio.Slider(
-            0,
-            max(2.0, strength),
-            strength,
-            step=0.05,
-            label=f"Strength: {name}",
-            elem_id="strength",
-        )
+        sliders = [
+            gradio.Slider(
+                0,
+                max(2.0, start),
+                start,
+                step=0.05,
+                label=f"Strength: {name}",
+                elem_id=f"strength-{i}",
+            )
+            for i, (name, start) in enumerate(
+                zip(names, each(strength, names), strict=True), start=1
+            )
+        ]
         button = gradio.Button("Answer", variant="primary", elem_id="ask")
         with gradio.Row():
             shown = []
@@ -143,9 +150,9 @@ def page(engine: Engine, *, name: str, strength: float, max_tokens: int) -> Bloc
                 with gradio.Column():
                     gradio.Markdown(f"### {title}")
                     shown.append(gradio.HTML('<div class="answer"></div>', elem_id=place))
-        asked: dict[str, Any] = {"inputs": [message, slider], "outputs": shown}
+        asked: dict[str, Any] = {"inputs": [message, *sliders], "outputs": shown}
         asked |= {"trigger_mode": "always_last", "show_progress": "hidden", "api_name": "answer"}
-        for event in (button.click, message.submit, slider.release):
+        for event in (button.click, message.submit, *(slider.release for slider in sliders)):
             event(answer, **asked)
     return blocks
 
@@ -169,12 +176,10 @@ def create_app(blocks: Blocks) -> FastAPI:
     return app
 
 
-def run(
-    policy: Policy, bound: socket.socket, *, name: str, strength: float, max_tokens: int
-) -> None:
+def run(policy: Policy, bound: socket.socket, *, strength: Strength, max_tokens: int) -> None:
     """Show the page on a bound socket until a signal."""
     logging.getLogger("httpx").setLevel(logging.WARNING)
     engine = Engine(policy)
-    app = create_app(page(engine, name=name, strength=strength, max_tokens=max_tokens))
+    app = create_app(page(engine, strength=strength, max_tokens=max_tokens))
     # A page that is open keeps a connection for ever.
     server(app, engine, patience=1).run([bound])

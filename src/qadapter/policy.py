@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,11 +18,12 @@ from transformers import PreTrainedTokenizerBase
 from qadapter import hub
 from qadapter.config import QConfig
 from qadapter.data import Pair, TokenizedPair, tokenize_pairs, tokenize_prompt
-from qadapter.errors import ArtefactError, DataError
-from qadapter.model import QAdapterModel, Streams
+from qadapter.errors import ArtefactError, ConfigError, DataError
+from qadapter.model import Adapter, QAdapterModel, Streams
 from qadapter.objective import PairLoss, batch_streams, packable, pair_loss
 from qadapter.packing import PairCollator, pack_pairs, pad_rows
 from qadapter.stats import half_ties, wilson_interval
+from qadapter.strength import Strength, each, parse, told
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Score:
     """Mean of R_w − R_l, nats of reward."""
     kl: float
     """Mean KL(π1 ‖ π_s) per response token, nats."""
-    strength: float
-    """s."""
+    strength: Strength
+    """s, or s of each adapter."""
     chosen_rewards: tuple[float, ...]
     """R_w of each pair."""
     rejected_rewards: tuple[float, ...]
@@ -93,11 +95,12 @@ class KLCurve:
 
     def by_row(self, strength: float) -> list[float]:
         """Return the mean KL per token of each row, nats."""
-        adapted, base = (t.split(self.lengths) for t in (self.streams.adapted, self.streams.base))
+        ends = accumulate(self.lengths)
+        rows = [slice(end - n, end) for n, end in zip(self.lengths, ends, strict=True)]
         with torch.no_grad():
             return [
-                float(self.model.kl_from_base(Streams(*row), strength).double().mean())
-                for row in zip(adapted, base, strict=True)
+                float(self.model.kl_from_base(self.streams.at(row), strength).double().mean())
+                for row in rows
             ]
 
     def __call__(self, strength: float) -> float:
@@ -110,10 +113,12 @@ class KLCurve:
 
 
 class Policy:
-    """A Q-adapter with its tokenizer.
+    """A Q-adapter, or several on one base whose residuals add, with their tokenizer.
+
+    Where a strength is asked for it is one number, or one for each of several adapters.
 
     Args:
-        model: the adapter on its base.
+        model: the adapters on their base.
         tokenizer: the base's own tokenizer.
     """
 
@@ -123,11 +128,13 @@ class Policy:
         self.end_ids = hub.end_of_turn_ids(tokenizer, model.generation_config)
         self.context: int = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
         """Tokens that the base can look at."""
+        self.check_base = True
+        """Whether an adapter of another base, tokenizer or template is refused."""
 
     @classmethod
     def from_pretrained(
         cls,
-        directory: str | Path,
+        directory: str | Path | Mapping[str, str | Path],
         base: str | None = None,
         *,
         dtype: torch.dtype = torch.float32,
@@ -135,9 +142,10 @@ class Policy:
         check_base: bool = True,
         trust_remote_code: bool = False,
     ) -> Policy:
-        """Load a saved Q-adapter with its base and tokenizer.
+        """Load a saved Q-adapter, or several of one base, with base and tokenizer.
 
         Args:
+            directory: the adapter's; or of several by name, in their order.
             base: another place of the same base; default the one the artefact names.
             check_base: refuse another base, tokenizer or template.
             trust_remote_code: let the base run the Python code that comes with it.
@@ -145,33 +153,58 @@ class Policy:
         Raises:
             ArtefactError, ModelError: as `QAdapterModel.from_pretrained`; or the tokenizer or its
                 chat template is not the one the adapter was trained with.
+            ConfigError: the residuals of several cannot be added.
         """
+        if isinstance(directory, Mapping):
+            (name, directory), *more = directory.items()
+        else:
+            name, more = Path(directory).resolve().name, []
         q_config = QConfig.load(directory)
-        name = base or q_config.base_model
-        tokenizer = hub.load_tokenizer(name, trust_remote_code=trust_remote_code)
+        place = base or q_config.base_model
+        tokenizer = hub.load_tokenizer(place, trust_remote_code=trust_remote_code)
         if check_base and q_config.tokenizer_hash not in ("", hub.tokenizer_hash(tokenizer)):
             raise ArtefactError(
-                f"{directory}: was trained with another tokenizer or chat template than {name!r} "
+                f"{directory}: was trained with another tokenizer or chat template than {place!r} "
                 "has now; restore it, or pass --no-check-base if you know better."
             )
         loaded = hub.load_base(
-            name, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            place, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
         model = QAdapterModel.from_pretrained(directory, loaded, check_base=check_base)
-        return cls(model, tokenizer)
+        model.rename(name)
+        for other, where in more:
+            model.add(where, other, check_base=check_base)
+        policy = cls(model, tokenizer)
+        policy.check_base = check_base
+        return policy
+
+    def add(self, directory: str | Path, name: str) -> Adapter:
+        """Load one more adapter of the same base and tokenizer; their residuals add.
+
+        Raises:
+            ArtefactError, ConfigError: as `QAdapterModel.add`; nothing is changed then.
+        """
+        added: Adapter = self.model.add(directory, name, check_base=self.check_base)
+        return added
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters' names."""
+        return [adapter.name for adapter in self.model.adapters]
 
     def answer(
         self,
         prompts: Sequence[str | list[dict[str, str]]],
         *,
-        strength: float | Sequence[float] = 1.0,
+        strength: float | Sequence[float] | Sequence[Sequence[float]] = 1.0,
         **generate: Any,
     ) -> list[str]:
         """Return one answer a prompt; greedy unless `generate` asks transformers otherwise.
 
         Args:
             prompts: conversations (lists of messages), or plain text to be continued.
-            strength: s, one number or one a prompt.
+            strength: s, one number or one a prompt; of several adapters one number, one each, or
+                so many for each prompt.
             generate: passed on to `transformers`' `generate`.
 
         Raises:
@@ -203,8 +236,20 @@ class Policy:
         texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def judge(self, pairs: Sequence[TokenizedPair], *, strength: float = 1.0) -> PairLoss:
-        """Return the rewards of one batch of pairs at a strength."""
+    def judge(self, pairs: Sequence[TokenizedPair], *, strength: Strength = 1.0) -> PairLoss:
+        """Return the rewards of one batch of pairs at a strength.
+
+        Raises:
+            ConfigError: of several adapters, rewards were defined in different ways.
+        """
+        for name in ("gamma", "objective", "returns"):
+            values = {getattr(a.q_config, name): a.name for a in self.model.adapters}
+            if len(values) > 1:
+                (one, first), (other, second), *_ = values.items()
+                raise ConfigError(
+                    f"{second}: was trained with {name} {other} and {first} with {one}, so their "
+                    "sum has no one reward of a token; score and explain them one at a time."
+                )
         collate = PairCollator(cast(int, self.tokenizer.pad_token_id))
         batch = (pack_pairs if packable(self.model) else collate)(pairs)
         inputs = {k: cast(torch.Tensor, v).to(self.model.device) for k, v in batch.items()}
@@ -217,7 +262,7 @@ class Policy:
         self,
         pairs: Sequence[Pair],
         *,
-        strength: float = 1.0,
+        strength: Strength = 1.0,
         max_length: int = 1024,
         batch_size: int = 8,
     ) -> Score:
@@ -267,7 +312,7 @@ class Policy:
         self,
         texts: Sequence[str],
         *,
-        strength: float = 1.0,
+        strength: Strength = 1.0,
         window: int = 256,
         max_tokens: int = 50_000,
         batch_size: int = 8,
@@ -321,10 +366,7 @@ class Policy:
         It holds the hidden states, 2·D numbers a token, on the model's device.
         """
         streams = [states for states, _ in self._read(rows, batch_size)]
-        kept = Streams(
-            torch.cat([s.adapted for s in streams]), torch.cat([s.base for s in streams])
-        )
-        return KLCurve(self.model, kept, tuple(len(row) - 1 for row in rows))
+        return KLCurve(self.model, Streams.cat(streams), tuple(len(row) - 1 for row in rows))
 
     def _read(
         self, rows: Sequence[Sequence[int]], batch_size: int
@@ -361,7 +403,9 @@ def _length(pair: TokenizedPair) -> int:
 class Chat:
     """A conversation with a policy, with commands: /strength S, /base, /reset."""
 
-    def __init__(self, policy: Policy, *, strength: float = 1.0, max_new_tokens: int = 256) -> None:
+    def __init__(
+        self, policy: Policy, *, strength: Strength = 1.0, max_new_tokens: int = 256
+    ) -> None:
         self.policy = policy
         self.strength = strength
         self.max_new_tokens = max_new_tokens
@@ -378,8 +422,8 @@ class Chat:
             self.messages = []
             yield "forgotten"
         elif command == "/strength":
-            self.strength = self._number(rest)
-            yield f"strength {self.strength:g}"
+            self.strength = self._asked(rest)
+            yield f"strength {told(self.strength)}"
         elif command == "/base":
             yield from self._base()
         elif command.startswith("/"):
@@ -387,15 +431,17 @@ class Chat:
         else:
             yield from self._reply(line)
 
-    @staticmethod
-    def _number(text: str) -> float:
+    def _asked(self, text: str) -> Strength:
         try:
-            number = float(text)
+            strength = parse(text)
+            each(strength, self.policy.names)
+        except ConfigError as error:
+            raise DataError(f"/strength: {error}") from error
         except ValueError:
-            number = math.nan
-        if not (math.isfinite(number) and number >= 0):
-            raise DataError(f"/strength: {text!r} is not a number from 0; try /strength 0.5.")
-        return number
+            raise DataError(
+                f"/strength: {text!r} is not a number from 0; try /strength 0.5."
+            ) from None
+        return strength
 
     def _base(self) -> Iterator[str]:
         asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
@@ -413,7 +459,7 @@ class Chat:
         answer = {"role": "assistant", "content": "".join(pieces).strip()}
         self.messages = [*conversation, answer]
 
-    def stream(self, messages: list[dict[str, str]], *, strength: float) -> Iterator[str]:
+    def stream(self, messages: list[dict[str, str]], *, strength: Strength) -> Iterator[str]:
         """Yield the greedy answer to a conversation as text, while it is made."""
         from threading import Thread
 

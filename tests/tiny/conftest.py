@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 
 import pytest
 import torch
 from fakes import VOCABULARY, tiny_tokenizer
+from models import disturbed
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from qadapter import hub
 from qadapter.cli import main
+from qadapter.config import QConfig
+from qadapter.model import QAdapterModel
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,4 +69,15 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, base: str, data: str) -> s
     words = ["--data", data, "--model", base, "--output", str(directory)]
     code = main(["train", *words, *options.split(), *quiet.split()])
     assert code == 0
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def second(tmp_path_factory: pytest.TempPathFactory, adapter: str, base: str) -> str:
+    """An adapter on the same base, deeper than the first and with other alphas."""
+    q_config = dataclasses.replace(QConfig.load(adapter), alpha_0=0.8, alpha_tilde=0.8)
+    loaded = hub.load_base(base, dtype=torch.float32)
+    model = disturbed(QAdapterModel.create(loaded, q_config, lora_r=4, trunk=0.5), 0.4)
+    directory = tmp_path_factory.mktemp("second") / "second"
+    model.save_pretrained(directory)
     return str(directory)

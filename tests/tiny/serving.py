@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx2
@@ -14,6 +14,7 @@ from qadapter.serve.app import create_app
 from qadapter.serve.asking import Desk, Limits
 from qadapter.serve.engine import Engine
 from qadapter.serve.run import listen, server
+from qadapter.serve.shelf import Shelf
 
 MESSAGES = [{"role": "user", "content": "Say 3"}]
 LIMITS = Limits(max_context=200, max_tokens=64, max_body=20_000)
@@ -22,12 +23,20 @@ LIMITS = Limits(max_context=200, max_tokens=64, max_body=20_000)
 class Running:
     """A server in a thread of this process."""
 
-    def __init__(self, policy: Policy, *, api_key: str | None = None, **engine: int) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        api_key: str | None = None,
+        strength: float | Sequence[float] = 1.0,
+        shelf: Shelf | None = None,
+        **engine: int,
+    ) -> None:
         self.engine = Engine(policy, **engine)
-        self.desk = Desk(self.engine, name="tiny", strength=1.0, limits=LIMITS)
+        self.desk = Desk(self.engine, strength=strength, limits=LIMITS)
         bound = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-        self.server = server(create_app(self.desk, api_key=api_key), self.engine)
+        self.server = server(create_app(self.desk, api_key=api_key, shelf=shelf), self.engine)
         self.thread = threading.Thread(target=self.server.run, args=([bound],))
         self.thread.start()
         until(lambda: self.server.started)

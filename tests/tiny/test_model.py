@@ -148,8 +148,12 @@ def test_one_stacked_pass_is_two_passes(
             "use_cache": True,
         }
         with torch.no_grad():
-            one = model._stacked({**inputs, "past_key_values": caches[0]}, caches[0])
-            two = model._two_passes({**inputs, "past_key_values": caches[1]}, caches[1])
+            one = model._stacked(
+                {**inputs, "past_key_values": caches[0]}, caches[0], model.adapters
+            )
+            two = model._two_passes(
+                {**inputs, "past_key_values": caches[1]}, caches[1], model.adapters
+            )
         seen = mask[:, start:end].bool()
         # In float64 they are equal; RMSNorm magnifies the rounding of a state that is nearly 0.
         assert torch.allclose(one.base[seen], two.base[seen], atol=5e-4)
@@ -168,8 +172,8 @@ def test_a_stacked_pass_rounds_as_two_passes_do_in_bfloat16() -> None:
     ids, caches = tokens(), [DynamicCache(config=model.config) for _ in range(2)]
     inputs = {"input_ids": ids, "use_cache": True}
     with torch.no_grad():
-        one = model._stacked({**inputs, "past_key_values": caches[0]}, caches[0])
-        two = model._two_passes({**inputs, "past_key_values": caches[1]}, caches[1])
+        one = model._stacked({**inputs, "past_key_values": caches[0]}, caches[0], model.adapters)
+        two = model._two_passes({**inputs, "past_key_values": caches[1]}, caches[1], model.adapters)
     assert torch.equal(one.adapted, two.adapted)
     assert torch.equal(one.base, two.base)
     assert not torch.allclose(one.base, one.adapted, atol=0.1)
@@ -200,7 +204,7 @@ def test_what_a_stacked_pass_keeps_of_the_adapter_is_made_anew_when_it_changes()
 
 def test_an_adapter_that_is_more_than_low_rank_maps_is_not_stacked() -> None:
     model = tiny_adapter()
-    model._inside[0].lora_variant["default"] = object()
+    model._inside[0][1].lora_variant["default"] = object()
     assert not model.stacks
 
 

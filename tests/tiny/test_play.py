@@ -44,7 +44,7 @@ def test_colours_titles_and_escapes_of_an_answer() -> None:
 
 
 def test_answers_are_the_policys_and_a_long_message_is_told(adapter: str) -> None:
-    policy = Policy.from_pretrained(adapter)
+    policy = Policy.from_pretrained({"tiny": adapter})
     engine = Engine(policy)
     try:
         *_, (base, ours) = play.answers(engine, "Say 3", 1.0, 20)
@@ -58,6 +58,28 @@ def test_answers_are_the_policys_and_a_long_message_is_told(adapter: str) -> Non
         engine.close()
 
 
+def test_each_adapter_has_a_slider_and_their_residuals_add(adapter: str, second: str) -> None:
+    pytest.importorskip("gradio", reason="gradio is not installed (make install does)")
+    policy = Policy.from_pretrained({"tiny": adapter, "deep": second})
+    engine = Engine(policy)
+    try:
+        blocks = play.page(engine, strength=(1.0, 0.5), max_tokens=20)
+        sliders = {
+            part["id"]: (part["props"]["label"], part["props"]["value"])
+            for part in blocks.config["components"]
+            if part["type"] == "slider"
+        }
+        assert list(sliders.values()) == [("Strength: tiny", 1.0), ("Strength: deep", 0.5)]
+        asked = [event for event in blocks.config["dependencies"] if event["inputs"]]
+        assert len(asked) == 4  # the button, the message, both sliders
+        assert all(set(event["inputs"]) > set(sliders) for event in asked)
+        *_, (_, ours) = play.answers(engine, "Say 3", (1.0, 0.5), 20)
+    finally:
+        engine.close()
+    (expected,) = policy.answer([MESSAGES], strength=(1.0, 0.5), max_new_tokens=20)
+    assert re.sub("<[^>]*>", "", ours).strip() == play.escape(expected)
+
+
 def test_a_missing_gradio_is_told_before_anything_is_loaded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -69,14 +91,14 @@ def test_a_missing_gradio_is_told_before_anything_is_loaded(
 
 @pytest.fixture(scope="module")
 def policy(adapter: str) -> Policy:
-    return Policy.from_pretrained(adapter)
+    return Policy.from_pretrained({"tiny": adapter})
 
 
 @pytest.fixture(scope="module")
 def address(policy: Policy) -> Iterator[str]:
     pytest.importorskip("gradio", reason="gradio is not installed (make install does)")
     engine, bound = Engine(policy), listen("127.0.0.1", 0)
-    app = play.create_app(play.page(engine, name="tiny", strength=1.0, max_tokens=20))
+    app = play.create_app(play.page(engine, strength=1.0, max_tokens=20))
     running = server(app, engine, patience=1)
     thread = threading.Thread(target=running.run, args=([bound],))
     thread.start()
@@ -142,7 +164,7 @@ def test_type_slide_see_the_answer_change_and_read_its_colours(
         if alpha:
             assert ("37, 99, 235" in colour) == (float(found[1]) > 0)
     # To the left end: strength 0 is the base, and nothing is moved.
-    slider = page.locator("#strength input[type=range]")
+    slider = page.locator("#strength-1 input[type=range]")
     box = slider.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.mouse.down()

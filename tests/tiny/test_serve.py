@@ -26,7 +26,7 @@ from qadapter.serve.gate import JsonLines
 
 @pytest.fixture(scope="module")
 def policy(adapter: str) -> Policy:
-    return Policy.from_pretrained(adapter)
+    return Policy.from_pretrained({"tiny": adapter})
 
 
 @pytest.fixture(scope="module")

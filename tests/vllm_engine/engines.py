@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qadapter.config import QConfig
 from qadapter.model import QAdapterModel
 from qadapter.policy import Policy
+from qadapter.strength import Strength
 
 # vLLM's attention on CPUs takes heads of 32 and more; two ranks want two of them for keys.
 SIZES: dict[str, Any] = {
@@ -34,7 +35,9 @@ SIZES: dict[str, Any] = {
 }
 
 
-def tiny_policy(family: str, *, base_at: Path | None = None, **fields: Any) -> Policy:
+def tiny_policy(
+    family: str, *, trunk: float = 0.5, base_at: Path | None = None, **fields: Any
+) -> Policy:
     """Return a policy on a random base, written if asked, whose adapter has a visible effect."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **SIZES, tie_word_embeddings=family == "qwen2")
@@ -43,7 +46,7 @@ def tiny_policy(family: str, *, base_at: Path | None = None, **fields: Any) -> P
         base.save_pretrained(base_at)
         tiny_tokenizer().save_pretrained(base_at)
     q_config = QConfig(**{"alpha_0": 0.5, "alpha_tilde": 0.5, **fields})
-    model = QAdapterModel.create(base, q_config, lora_r=4, trunk=0.5)
+    model = QAdapterModel.create(base, q_config, lora_r=4, trunk=trunk)
     return Policy(disturbed(model, 0.15), tiny_tokenizer())
 
 
@@ -94,7 +97,7 @@ def answers(llm: Any, rows: Sequence[Sequence[int]], *, logprobs: int, tokens: i
     return llm.generate(inputs, params, use_tqdm=False)
 
 
-def difference(policy: Policy, found: Any, *, strength: float) -> float:
+def difference(policy: Policy, found: Any, *, strength: Strength) -> float:
     """Return how far the answers' log-probs are at most from the policy's, nats."""
     largest = 0.0
     for answer in found:

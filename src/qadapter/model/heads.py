@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, cast
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qadapter import functional, fused
 from qadapter.config import QConfig
 from qadapter.model.streams import BaseScalars, QAndV, Streams
+from qadapter.strength import each
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,6 +26,31 @@ def _wide(x: Tensor) -> Tensor:
 def _placed(values: Tensor, where: Tensor) -> Tensor:
     """Return `[N]` zeros with `values` where the mask `[N]` is True."""
     return values.new_zeros(len(where)).masked_scatter(where, values)
+
+
+def _weighted(values: Sequence[Tensor], weights: Sequence[float | Tensor]) -> Tensor:
+    """Return `Σ w·x`."""
+    total = weights[0] * values[0]
+    for weight, more in zip(weights[1:], values[1:], strict=True):
+        total = total + weight * more
+    return total
+
+
+def _each(strength: float | Sequence[float] | Tensor, streams: Streams) -> list[float | Tensor]:
+    """Return s of each branch: a number, or one a row, shaped to multiply its states.
+
+    Raises:
+        ValueError: a tensor with one number a row of text does not say whose they are.
+    """
+    n = len(streams.branches)
+    if isinstance(strength, Tensor):
+        by_branch = strength if strength.dim() == 2 else strength[:, None]
+        if by_branch.shape[1] != n:
+            raise ValueError(f"strength: {by_branch.shape[1]} a row, for {n} adapters")
+        shape = (-1,) + (1,) * (streams.adapted.dim() - 1)
+        by_branch = by_branch.to(streams.adapted.device, torch.float32)
+        return [column.reshape(shape) for column in by_branch.unbind(1)]
+    return list(each(strength, [str(i) for i in range(1, n + 1)]))
 
 
 class Heads:
@@ -57,41 +83,49 @@ class Heads:
         plain = type(head) is nn.Linear and head.bias is None and not self._softcap
         return head.weight if plain else None
 
-    def mix(self, streams: Streams, strength: float | Tensor) -> Tensor:
+    def mix(self, streams: Streams, strength: float | Sequence[float] | Tensor) -> Tensor:
         """Return the hidden state whose logits are the policy's, up to a constant per position.
 
-        `s·h_θ + (α0/α̃ − s)·h_1` for residual, `(s·h_θ + α0·h_1)/α̃` for raw (METHOD M2).
+        `s·h_θ + (α0/α̃ − s)·h_1` for residual, `(s·h_θ + α0·h_1)/α̃` for raw (METHOD M2); sums over
+        the adapters where there are several (see `functional.mixing_weights`).
+
+        Args:
+            strength: s, one number; or one for each adapter; or a tensor, `[B]` with one a row, or
+                `[B, A]` with one for each row and adapter.
         """
         q = self.q_config
         weights = functional.mixing_weights(
-            [strength],
+            _each(strength, streams),
             alpha_0=q.alpha_0,
             alpha_tilde=q.alpha_tilde,
             parameterization=q.parameterization,
         )
         if streams.base_states is None and weights == [1.0, 0.0]:
             return streams.adapted
-        return functional.mix([streams.adapted, streams.base], weights)
+        return functional.mix([*streams.branches, streams.base], weights)
 
-    def policy_logits(self, streams: Streams, strength: float | Tensor = 1.0) -> Tensor:
-        """Return logits of π_s for final hidden states `[B, T, D]` (or `[M, D]`): `[B, T, V]`."""
-        if isinstance(strength, Tensor):
-            shape = (-1,) + (1,) * (streams.adapted.dim() - 1)
-            strength = strength.to(streams.adapted.device, torch.float32).reshape(shape)
+    def policy_logits(
+        self, streams: Streams, strength: float | Sequence[float] | Tensor = 1.0
+    ) -> Tensor:
+        """Return logits of π_s for final hidden states `[B, T, D]` (or `[M, D]`): `[B, T, V]`.
+
+        `strength` as in `mix`.
+        """
         if self.head_weight is not None:
             return self.head(self.mix(streams, strength))
         with self.adapter_off():
             base_logits = self.head(streams.base)
-        # Two heads: the same mix, of logits.
-        return self.mix(Streams(self.head(streams.adapted), base_logits), strength)
+        # A head for each: the same mix, of logits.
+        logits = Streams(self.head(streams.adapted), base_logits)
+        return self.mix(logits._replace(more=tuple(map(self.head, streams.more))), strength)
 
-    def kl_from_base(self, streams: Streams, strength: float = 1.0) -> Tensor:
+    def kl_from_base(self, streams: Streams, strength: float | Sequence[float] = 1.0) -> Tensor:
         """Return KL(π1 ‖ π_s) in nats at M states `[M, D]`; gradients flow to the policy."""
         weight = self.head_weight
         if weight is not None:
             # Not in the head's dtype yet: a mix of close states would lose what tells them apart.
-            base, adapted = _wide(streams.base), _wide(streams.adapted)
-            return fused.linear_kl(base, self.mix(Streams(adapted, base), strength), weight)
+            wide = streams.map(_wide)
+            return fused.linear_kl(wide.base, self.mix(wide, strength), weight)
         with torch.no_grad(), self.adapter_off():
             logp = _wide(self.head(streams.base)).log_softmax(-1)
         logq = _wide(self.policy_logits(streams, strength)).log_softmax(-1)
@@ -106,11 +140,12 @@ class Heads:
         continues: Tensor,
         *,
         base: BaseScalars | None = None,
-        strength: float = 1.0,
+        strength: float | Sequence[float] = 1.0,
     ) -> QAndV:
         """Return s·Q̂(s_t, a_t) and V̂(s_{t+1}) of N response tokens from M states (METHOD M1, §2).
 
-        V̂ is 0 where a response has ended; it is computed nowhere else but where it is used.
+        V̂ is 0 where a response has ended; it is computed nowhere else but where it is used. Of
+        several adapters it is Σ s_k·Q̂_k (METHOD §5), in units of the first one's α̃.
 
         Args:
             streams: final hidden states `[M, D]` of both branches.
@@ -128,7 +163,7 @@ class Heads:
         streams = streams.to(weight.dtype)
         # At least float32 from here on: rewards are differences of close numbers.
         rows = _wide(weight[actions])
-        z_theta = (_wide(streams.adapted[taken]) * rows).sum(-1)
+        z_thetas = [(_wide(states[taken]) * rows).sum(-1) for states in streams.branches]
         later = streams.at(following[continues])
         lse_mix = fused.linear_logsumexp(self.mix(later, strength), weight)
         if base is None:
@@ -138,10 +173,12 @@ class Heads:
             base = BaseScalars(z_base, _placed(lse_base, continues))
         scale = q.alpha_0 / q.alpha_tilde
         value = q.alpha_tilde * (lse_mix - scale * base.following[continues])
-        q_taken = (
-            q.alpha_tilde * (z_theta - base.taken) if q.parameterization == "residual" else z_theta
-        )
-        return QAndV(strength * q_taken, _placed(value, continues), base)
+        values = [
+            q.alpha_tilde * (z - base.taken) if q.parameterization == "residual" else z
+            for z in z_thetas
+        ]
+        q_taken = _weighted(values, _each(strength, streams))
+        return QAndV(q_taken, _placed(value, continues), base)
 
     def _q_and_v_two_heads(
         self,
@@ -150,17 +187,19 @@ class Heads:
         taken: Tensor,
         following: Tensor,
         continues: Tensor,
-        strength: float,
+        strength: float | Sequence[float],
     ) -> QAndV:
         q = self.q_config
-        logits = _wide(self.head(streams.adapted))
+        logits = [_wide(self.head(states)) for states in streams.branches]
         with torch.no_grad(), self.adapter_off():
             base_logits = _wide(self.head(streams.base))
-        if q.parameterization == "residual":
-            values = functional.residual_q(logits, base_logits, alpha_tilde=q.alpha_tilde)
-        else:
-            values = functional.raw_q(logits)
-        values = strength * values
+        by_branch = [
+            functional.residual_q(z, base_logits, alpha_tilde=q.alpha_tilde)
+            if q.parameterization == "residual"
+            else functional.raw_q(z)
+            for z in logits
+        ]
+        values = _weighted(by_branch, _each(strength, streams))
         soft = functional.soft_value(
             values,
             base_logits.log_softmax(-1),

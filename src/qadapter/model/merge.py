@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qadapter.errors import ModelError
 from qadapter.model.qadapter import QAdapterModel
+from qadapter.model.streams import Adapter
 
 
 def base_state(model: QAdapterModel) -> dict[str, Tensor]:
@@ -17,8 +18,8 @@ def base_state(model: QAdapterModel) -> dict[str, Tensor]:
     return {n.replace(".base_layer.", "."): t for n, t in state.items() if "lora_" not in n}
 
 
-def merged_state(model: QAdapterModel) -> dict[str, Tensor]:
-    """Return the base's tensors with `W + s·B·A` in the place of each adapted `W`.
+def merged_state(model: QAdapterModel, adapter: Adapter) -> dict[str, Tensor]:
+    """Return the base's tensors with `W + s·B·A` in the place of each `W` that the adapter changes.
 
     The sum is taken in float32 or wider and rounded once.
 
@@ -26,15 +27,20 @@ def merged_state(model: QAdapterModel) -> dict[str, Tensor]:
         ModelError: the adapter is more than low-rank maps on plain linear ones.
     """
     tuned = {n: m for n, m in model.base.named_modules() if isinstance(m, BaseTunerLayer)}
-    return base_state(model) | {f"{n}.weight": _merged(n, m) for n, m in tuned.items()}
+    # With one adapter, what peft has switched on is that one.
+    alone = len(model.adapters) == 1
+    changed = {n: m for n, m in tuned.items() if alone or adapter.key in m.lora_A}
+    return base_state(model) | {
+        f"{n}.weight": _merged(n, m, adapter.key, alone=alone) for n, m in changed.items()
+    }
 
 
-def _merged(name: str, layer: BaseTunerLayer) -> Tensor:
+def _merged(name: str, layer: BaseTunerLayer, adapter: str, *, alone: bool) -> Tensor:
     from transformers.pytorch_utils import Conv1D
 
-    (adapter, *others) = layer.active_adapters
     base = layer.get_base_layer()
-    special = bool(others) or layer.merged or adapter in layer.lora_variant
+    others = alone and layer.active_adapters != [adapter]
+    special = others or layer.merged or adapter in layer.lora_variant
     if special or layer.lora_bias[adapter] or type(base) not in (nn.Linear, Conv1D):
         raise ModelError(
             f"{name}: its adapter is not one pair of low-rank maps on a plain linear map and "

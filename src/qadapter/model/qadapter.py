@@ -25,29 +25,42 @@ from qadapter.errors import ArtefactError, ConfigError, ModelError, TrainingErro
 from qadapter.files import whole_files
 from qadapter.lora import speed_up
 from qadapter.model.adapter import check_adapter_config, check_state, lora_config, save_plain
-from qadapter.model.branches import Branches, agree
+from qadapter.model.branches import Branches
+from qadapter.model.composed import Composed, describe, tuned_modules
 from qadapter.model.heads import Heads
+from qadapter.model.stacked import agree
 from qadapter.model.streams import Streams
 
+Strengths = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
+"""s: a number; of one adapter one a row, `[B]`; of A adapters one each, `[A]`, or `[B, A]`."""
 
-def _checked_strength(strength: Any, rows: int | None = None) -> float | Tensor:
-    """Return a strength as a float or a tensor of one a row.
+
+def _checked_strength(
+    strength: Any, adapters: int, rows: int | None = None
+) -> float | tuple[float, ...] | Tensor:
+    """Return a strength as one number, one for each of several adapters, or a tensor by rows.
 
     Raises:
-        ValueError: one is negative or not finite, or their number is not the number of rows.
+        ValueError: one is negative or not finite, or there are too many or too few.
     """
-    if not isinstance(strength, (int, float)):
+    if not isinstance(strength, int | float):
         strength = torch.as_tensor(strength, dtype=torch.float32)
-        if strength.dim() == 0:
-            strength = float(strength)
-    wrong = torch.as_tensor(strength)
-    if not bool((wrong.isfinite() & (wrong >= 0)).all()):
+    numbers = torch.as_tensor(strength)
+    if not bool((numbers.isfinite() & (numbers >= 0)).all()):
         raise ValueError(f"strength: {strength} must be finite and not negative (METHOD §5)")
-    if isinstance(strength, Tensor) and (
-        strength.dim() != 1 or (rows is not None and len(strength) != rows)
-    ):
-        raise ValueError(f"strength: {tuple(strength.shape)} given, need one number or one a row")
-    return cast("float | Tensor", strength)
+    if numbers.dim() == 0:
+        return float(strength)
+    shape = tuple(numbers.shape)
+    if adapters > 1 and shape == (adapters,):
+        # No tensor: transformers would give each beam of a row one of its own.
+        return tuple(numbers.tolist())
+    row = () if adapters == 1 else (adapters,)
+    if shape != (shape[0] if rows is None else rows, *row):
+        wanted = "one number or one a row"
+        if adapters > 1:
+            wanted = f"one number, or one for each of {adapters} adapters, or so many a row"
+        raise ValueError(f"strength: {shape} given, need {wanted}")
+    return cast(Tensor, strength)
 
 
 def _end_base_dropout(peft_model: nn.Module) -> None:
@@ -64,12 +77,14 @@ def _end_base_dropout(peft_model: nn.Module) -> None:
             setattr(module, rate, 0.0)
 
 
-class QAdapterModel(Branches, Heads, PreTrainedModel, GenerationMixin):
+class QAdapterModel(Composed, Branches, Heads, PreTrainedModel, GenerationMixin):
     """A frozen base, a LoRA adapter and the policy they make together (METHOD M2).
 
     `model(**inputs, strength=s)` and `model.generate(**inputs, strength=s)` work on the composition
     `π_s ∝ exp[(s·Q̂ + α0·log π1)/α̃]`; `strength` is a number or one number a row. Build one with
-    `QAdapterModel.create` (untrained) or `QAdapterModel.from_pretrained` (saved).
+    `QAdapterModel.create` (untrained) or `QAdapterModel.from_pretrained` (saved); `add` puts more
+    saved adapters beside it, and then their residuals add: `strength` is one number for all, or
+    one for each adapter, or a list of those for each row.
     """
 
     _supports_sdpa = True
@@ -86,35 +101,17 @@ class QAdapterModel(Branches, Heads, PreTrainedModel, GenerationMixin):
         decoder = base.get_decoder()
         n_layers = int(base.config.num_hidden_layers)
         layers = decoder_layers(decoder, n_layers)
-        tuned = {n: m for n, m in peft_model.named_modules() if isinstance(m, BaseTunerLayer)}
-        inside = [
-            i
-            for i, layer in enumerate(layers)
-            for m in layer.modules()
-            if isinstance(m, BaseTunerLayer)
-        ]
-        head = base.get_output_embeddings()
-        outside = len(tuned) - len(inside) - int(isinstance(head, BaseTunerLayer))
-        if outside:
-            raise ModelError(
-                "the adapter changes modules outside the decoder layers and the head "
-                "(embeddings?); adapt linear maps of the layers instead."
-            )
-        first = min(inside) if inside else n_layers - 1
-        depth = n_layers - first
-        config = copy.deepcopy(base.config)
-        config.num_hidden_layers = n_layers + depth
-        if getattr(config, "layer_types", None) is not None:
-            config.layer_types = list(config.layer_types) + list(config.layer_types[first:])
-        super().__init__(config)
+        tuned, inside = tuned_modules(base, layers)
+        adapter = describe("adapter", peft_model.active_adapters[0], q_config, inside, n_layers)
+        super().__init__(self.lengthened(base.config, [adapter]))
         self.peft_model = peft_model
         self.q_config = q_config
+        self.adapters = (adapter,)
         self.generation_config = copy.deepcopy(base.generation_config)
-        self._n_layers, self._first = n_layers, first
-        self._rounded = {}
+        self._n_layers = n_layers
+        self._rounded, self._stackable = {}, {}
         self._off = False
-        self._tuned = list(tuned.values())
-        self._inside = [m for m in self._tuned if m is not head]
+        self._tuned, self._inside = tuned, inside
         # Held without registering them a second time as submodules.
         self.__dict__["_base"] = base
         self.__dict__["_decoder"] = decoder
@@ -229,8 +226,14 @@ class QAdapterModel(Branches, Heads, PreTrainedModel, GenerationMixin):
 
         Raises:
             TrainingError: a weight is not finite; nothing is written.
+            ConfigError: it holds several adapters; each has a directory of its own.
             UserError: the directory cannot be written or the disk is full.
         """
+        if len(self.adapters) > 1:
+            raise ConfigError(
+                f"{save_directory}: {len(self.adapters)} adapters are no adapter of their own; "
+                "export them by --format policy."
+            )
         if not all(bool(p.isfinite().all()) for p in self.adapter_parameters().values()):
             raise TrainingError(
                 f"{save_directory}: the adapter's weights are no longer finite and are not saved; "
@@ -295,7 +298,7 @@ class QAdapterModel(Branches, Heads, PreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        strength: float | Sequence[float] | Tensor = 1.0,
+        strength: Strengths = 1.0,
         logits_to_keep: int | Tensor = 0,
         output_streams: bool = False,
         labels: None = None,
@@ -305,8 +308,9 @@ class QAdapterModel(Branches, Heads, PreTrainedModel, GenerationMixin):
         """Return the policy's next-token logits `[B, T, V]` at `strength` (METHOD M2).
 
         Args:
-            strength: s, one number or `[B]`; 0 is the base (α0 = α̃), 1 the trained policy, other
-                values approximate retraining with another weight, token by token.
+            strength: s, one number or `[B]`; of A adapters one number, `[A]` or `[B, A]`. 0 is the
+                base (α0 = α̃), 1 the trained policy, other values approximate retraining with
+                another weight, token by token; so do sums of several adapters.
             logits_to_keep: as in transformers: only the last so many positions.
             output_streams: return the hidden states `Streams` instead, for the loss.
 
@@ -326,15 +330,13 @@ class QAdapterModel(Branches, Heads, PreTrainedModel, GenerationMixin):
         if output_streams:
             return streams
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        checked = _checked_strength(strength, len(streams.base))
+        checked = _checked_strength(strength, len(self.adapters), len(streams.base))
         logits = self.policy_logits(streams.at((slice(None), keep)), checked)
         out = CausalLMOutputWithPast(logits=cast(Any, logits), past_key_values=past_key_values)
         return cast(tuple[Any, ...], out.to_tuple()) if return_dict is False else out
 
-    def generate(
-        self, *args: Any, strength: float | Sequence[float] | Tensor = 1.0, **kwargs: Any
-    ) -> Any:
-        """Run transformers' `generate` on the policy; `strength` is a number or one a row.
+    def generate(self, *args: Any, strength: Strengths = 1.0, **kwargs: Any) -> Any:
+        """Run transformers' `generate` on the policy; `strength` as in `forward`.
 
         Raises:
             ValueError: a strength is negative or not finite, or classifier-free guidance is asked
@@ -343,7 +345,7 @@ class QAdapterModel(Branches, Heads, PreTrainedModel, GenerationMixin):
         config = kwargs.get("generation_config") or self.generation_config
         if kwargs.get("guidance_scale", getattr(config, "guidance_scale", None)) not in (None, 1):
             raise ValueError("guidance_scale: not supported on a Q-adapter; use strength instead")
-        strength = _checked_strength(strength)
+        strength = _checked_strength(strength, len(self.adapters))
         return super().generate(*args, strength=strength, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:

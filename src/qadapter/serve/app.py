@@ -23,6 +23,7 @@ from qadapter.serve.answer import Piece
 from qadapter.serve.asking import Asked, ClientLeft, Desk, Refused, closing
 from qadapter.serve.gate import Gate, Metrics, refusal
 from qadapter.serve.replies import ChatReply, Reply, TextReply
+from qadapter.serve.shelf import Shelf
 
 _ERRORS = {
     400: "The request cannot be answered as it stands.",
@@ -67,10 +68,11 @@ def _plain(part: str | int) -> str:
     return str(part).encode("utf-8", "replace").decode()
 
 
-def create_app(desk: Desk, *, api_key: str | None = None) -> FastAPI:
+def create_app(desk: Desk, *, api_key: str | None = None, shelf: Shelf | None = None) -> FastAPI:
     """Return the application.
 
     Args:
+        shelf: where adapters may be loaded from while it runs; None lets nobody.
         api_key: what clients must send as bearer token; None lets everybody in.
     """
     # The pages that show the schema would fetch scripts from elsewhere.
@@ -84,7 +86,7 @@ def create_app(desk: Desk, *, api_key: str | None = None) -> FastAPI:
     )
     async def chat_completions(body: schema.ChatRequest, http: Request) -> Any:
         """Go on with a conversation."""
-        desk.check_model(body.model)
+        desk.choose(body.model, body.strength)
         if body.top_logprobs and not body.logprobs:
             raise Refused("top_logprobs needs logprobs", param="top_logprobs")
         if None not in (body.max_tokens, body.max_completion_tokens):
@@ -95,7 +97,9 @@ def create_app(desk: Desk, *, api_key: str | None = None) -> FastAPI:
             max_tokens=body.max_completion_tokens or body.max_tokens,
             top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )
-        return await reply(ChatReply(head("chatcmpl", http), body.logprobs), body, asked, http)
+        return await reply(
+            ChatReply(head("chatcmpl", asked, http), body.logprobs), body, asked, http
+        )
 
     @app.post(
         "/v1/completions",
@@ -104,22 +108,36 @@ def create_app(desk: Desk, *, api_key: str | None = None) -> FastAPI:
     )
     async def completions(body: schema.CompletionRequest, http: Request) -> Any:
         """Go on with a text."""
-        desk.check_model(body.model)
+        desk.choose(body.model, body.strength)
         prompts = await run_in_threadpool(desk.text_prompts, body.prompt)
         asked = desk.ask(body, prompts, max_tokens=body.max_tokens, top_logprobs=body.logprobs)
         wanted = body.logprobs is not None
-        return await reply(TextReply(head("cmpl", http), wanted), body, asked, http)
+        return await reply(TextReply(head("cmpl", asked, http), wanted), body, asked, http)
 
     @app.get("/v1/models", responses=_responses(401, 503))
     async def models() -> schema.Models:
         """List what is served."""
-        return schema.Models(data=[described()])
+        return schema.Models(data=[described(*model) for model in desk.models.items()])
 
     @app.get("/v1/models/{model:path}", responses=_responses(401, 404, 503))
     async def model(model: str) -> schema.Model:
         """Describe one of what is served."""
-        desk.check_model(model)
-        return described()
+        chosen = desk.choose(model).adapters
+        return described(model, max(desk.served[adapter.name].created for adapter in chosen))
+
+    if shelf is not None:
+
+        @app.post("/v1/load_lora_adapter", responses=_responses(400, 401, 404, 413, 500, 503))
+        async def load(body: schema.LoadRequest) -> schema.Model:
+            """Serve one more adapter; requests are answered meanwhile."""
+            served = await shelf.load(desk, body.lora_name, body.lora_path)
+            return described(body.lora_name, served.created)
+
+        @app.post("/v1/unload_lora_adapter", responses=_responses(400, 401, 404, 413, 500, 503))
+        async def unload(body: schema.UnloadRequest) -> schema.Unloaded:
+            """Serve an adapter no longer; answers that were begun with it are finished."""
+            shelf.unload(desk, body.lora_name)
+            return schema.Unloaded(id=body.lora_name)
 
     @app.get("/health", responses=_responses(503))
     async def health() -> schema.Health:
@@ -137,12 +155,12 @@ def create_app(desk: Desk, *, api_key: str | None = None) -> FastAPI:
         """Return Prometheus metrics."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    def described() -> schema.Model:
-        return schema.Model(id=desk.name, created=desk.created, max_model_len=desk.context)
+    def described(name: str, created: int) -> schema.Model:
+        return schema.Model(id=name, created=created, max_model_len=desk.context)
 
-    def head(kind: str, http: Request) -> dict[str, Any]:
+    def head(kind: str, asked: Asked, http: Request) -> dict[str, Any]:
         name = f"{kind}-{http.scope['state']['request_id']}"
-        return {"id": name, "created": int(time.time()), "model": desk.name}
+        return {"id": name, "created": int(time.time()), "model": asked.chosen.model}
 
     async def reply(
         reply: Reply,

@@ -6,15 +6,17 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from jinja2 import TemplateError
 
 from qadapter.data import tokenize_prompt
 from qadapter.errors import UserError
+from qadapter.model import Adapter
 from qadapter.serve import schema
 from qadapter.serve.answer import Piece
 from qadapter.serve.engine import Engine, EngineBusy, EngineClosed, Request, Ticket
+from qadapter.strength import each
 
 _KINDS = {
     401: "authentication_error",
@@ -53,6 +55,29 @@ class Limits:
     """Bytes of a request."""
 
 
+class Chosen(NamedTuple):
+    """Adapters that a request asks for, and how strong each is to be."""
+
+    adapters: tuple[Adapter, ...]
+    strengths: tuple[float, ...]
+
+    @property
+    def model(self) -> str:
+        """Their names as a model's."""
+        return "+".join(adapter.name for adapter in self.adapters)
+
+
+@dataclass(frozen=True)
+class Served:
+    """An adapter that clients may ask for."""
+
+    adapter: Adapter
+    strength: float
+    """s where a request says nothing of it."""
+    created: int
+    """Seconds since 1970."""
+
+
 @dataclass
 class Asked:
     """A request's answers while they are made."""
@@ -60,7 +85,7 @@ class Asked:
     tickets: Sequence[Ticket]
     queue: asyncio.Queue[tuple[int, Piece]]
     prompt_tokens: int
-    strength: float
+    chosen: Chosen
     began: float = field(default_factory=time.monotonic)
     first: float | None = None
     """Seconds from asking to the first piece."""
@@ -117,17 +142,31 @@ class Asked:
 
 
 class Desk:
-    """Takes requests for the one policy that an engine has.
+    """Takes requests for the adapters of the policy that an engine has.
 
     Args:
-        name: under which it is served.
-        strength: of requests that name none.
+        strength: of requests that name none: one number, or one for each adapter.
     """
 
-    def __init__(self, engine: Engine, *, name: str, strength: float, limits: Limits) -> None:
-        self.engine, self.name, self.strength, self.limits = engine, name, strength, limits
-        self.created = int(time.time())
+    def __init__(
+        self, engine: Engine, *, strength: float | Sequence[float], limits: Limits
+    ) -> None:
+        self.engine, self.limits = engine, limits
         self.context = min(engine.policy.context, limits.max_context)
+        now, adapters = int(time.time()), engine.policy.model.adapters
+        strengths = each(strength, engine.policy.names)
+        self.served = {
+            adapter.name: Served(adapter, s, now)
+            for adapter, s in zip(adapters, strengths, strict=True)
+        }
+        self.first = tuple(self.served)
+        """Names of the adapters that stay, and that are asked where a request names none."""
+
+    @property
+    def models(self) -> dict[str, int]:
+        """What is served, the default first, and since when."""
+        whole = {"+".join(self.first): self.served[self.first[0]].created}
+        return whole | {name: served.created for name, served in self.served.items()}
 
     def chat_prompt(self, messages: Sequence[schema.Message]) -> list[int]:
         """Return a conversation's tokens.
@@ -191,14 +230,15 @@ class Desk:
         def into(index: int) -> Callable[[Piece], object]:
             return lambda piece: loop.call_soon_threadsafe(queue.put_nowait, (index, piece))
 
-        strength = self._strength(body.strength)
+        chosen = self.choose(body.model, body.strength)
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         requests = [
             Request(
                 prompt,
                 into(row * body.n + i),
                 max_tokens=self._room(len(prompt), max_tokens),
-                strength=strength,
+                adapters=chosen.adapters,
+                strength=chosen.strengths,
                 temperature=body.temperature,
                 top_p=body.top_p,
                 seed=None if body.seed is None else body.seed + i,
@@ -215,28 +255,64 @@ class Desk:
             raise Refused("the queue is full; try again", code="busy", status=429) from None
         except EngineClosed:
             raise closing() from None
-        return Asked(tickets, queue, sum(map(len, prompts)), strength)
+        return Asked(tickets, queue, sum(map(len, prompts)), chosen)
 
-    def check_model(self, name: str | None) -> None:
-        """Raise Refused if there is no model of that name."""
-        if name not in (None, self.name):
+    def choose(
+        self, model: str | None, strength: float | list[float] | dict[str, float] | None = None
+    ) -> Chosen:
+        """Return the adapters that a model's name and a strength ask for.
+
+        A model is an adapter's name, or several with `+` between them. Strengths by name may bring
+        in more adapters than the model has, but say something of each of those.
+
+        Raises:
+            Refused: there is no such adapter, or numbers are missing.
+        """
+        names = self.first if model is None else self._names(model)
+        if isinstance(strength, dict):
+            if unknown := [name for name in strength if name not in self.served]:
+                raise Refused(
+                    f"there is no adapter {unknown[0]!r}; {self._known}", param="strength"
+                )
+            if model is not None and (silent := [n for n in names if n not in strength]):
+                raise Refused(
+                    f"strength says nothing of {silent[0]!r}, which the model has; give it a "
+                    "number or leave the model out",
+                    param="strength",
+                )
+            by_name = strength
+        elif strength is None:
+            by_name = {name: self.served[name].strength for name in names}
+        elif isinstance(strength, list) and len(strength) != len(names):
             raise Refused(
-                f"there is no model {name!r}; {self.name!r} is served",
+                f"{len(strength)} strengths were given for {len(names)} adapters "
+                f"({', '.join(names)})",
+                param="strength",
+            )
+        else:
+            by_name = dict(zip(names, each(strength, names), strict=True))
+        # In one order, whoever asks: requests for the same adapters are decoded together.
+        ordered = [name for name in self.served if name in by_name]
+        return Chosen(
+            tuple(self.served[name].adapter for name in ordered),
+            tuple(by_name[name] for name in ordered),
+        )
+
+    def _names(self, model: str) -> tuple[str, ...]:
+        names = (model,) if model in self.served else tuple(model.split("+"))
+        if len(set(names)) != len(names) or not self.served.keys() >= set(names):
+            raise Refused(
+                f"there is no model {model!r}; {self._known}",
                 param="model",
                 code="model_not_found",
                 status=404,
             )
+        return names
 
-    def _strength(self, asked: float | list[float] | None) -> float:
-        if asked is None:
-            return self.strength
-        if isinstance(asked, list):
-            if len(asked) != 1:
-                raise Refused(
-                    f"{len(asked)} strengths were given and one adapter is loaded", param="strength"
-                )
-            return asked[0]
-        return asked
+    @property
+    def _known(self) -> str:
+        names = [repr(name) for name in self.models]
+        return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} served"
 
     def _room(self, prompt: int, asked: int | None) -> int:
         """Return how many tokens may follow so many of a prompt."""

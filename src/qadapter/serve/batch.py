@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from qadapter.model import QAdapterModel
+from qadapter.model import Adapter, QAdapterModel
 from qadapter.packing import pad_rows
 
 _ROOM = 64
@@ -74,25 +74,33 @@ class Batch:
 
     Args:
         prompts: rows of tokens; each is read at the first call of `logits`.
+        adapters: those of the model that have a branch here.
     """
 
-    def __init__(self, model: QAdapterModel, prompts: Sequence[Sequence[int]]) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: QAdapterModel,
+        prompts: Sequence[Sequence[int]],
+        adapters: tuple[Adapter, ...],
+    ) -> None:
+        self._model, self._adapters = model, adapters
         # Padded on the left: reverse, pad right, reverse.
         ids, mask = (t.flip(1) for t in pad_rows([list(row)[::-1] for row in prompts], 0))
         self._next, self._mask = ids.to(model.device), mask.to(model.device)
-        layers = model.config.num_hidden_layers
+        layers = model.base.config.num_hidden_layers + sum(a.depth for a in adapters)
         self._cache = Cache(layers=[_Roomy() for _ in range(layers)])
 
     def __len__(self) -> int:
         return len(self._mask)
 
     @torch.no_grad()
-    def logits(self, strengths: Sequence[float], *, base: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def logits(
+        self, strengths: Sequence[Sequence[float]], *, base: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
         """Read the tokens that were not read yet; return logits of the ones to come, float32.
 
         Args:
-            strengths: s of each row.
+            strengths: of each row, s of each adapter.
             base: rows whose base logits are wanted, too.
 
         Returns:
@@ -104,6 +112,7 @@ class Batch:
             self._mask,
             self._cache,
             position_ids=positions[:, -self._next.shape[1] :],
+            adapters=self._adapters,
         ).at((slice(None), -1))
         logits = self._model.policy_logits(streams, torch.tensor(strengths)).float()
         with self._model.adapter_off():

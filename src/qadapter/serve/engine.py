@@ -1,20 +1,30 @@
-"""Continuous batching: one thread owns the model, requests join and leave between tokens."""
+"""Continuous batching: one thread owns the model, requests join and leave between tokens.
+
+Requests for the same adapters are one batch; what is asked of one adapter runs no other's branch.
+Adapters come and go between tokens, too.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from threading import Condition, Thread
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
+from qadapter.model import Adapter
 from qadapter.policy import Policy
 from qadapter.serve.answer import Answer, Piece, Token
 from qadapter.serve.batch import Batch
+from qadapter.strength import each
 
 GREEDY_BELOW = 1e-5
 """Temperatures under it take the likeliest token."""
@@ -42,7 +52,10 @@ class Request:
     emit: Callable[[Piece], object]
     """Called with each piece, from the engine's thread; must return at once."""
     max_tokens: int
-    strength: float = 1.0
+    strength: float | Sequence[float] = 1.0
+    """s of all adapters, or of each."""
+    adapters: tuple[Adapter, ...] = ()
+    """Those that are asked, in the policy's order; default all that it had at first."""
     temperature: float = 0.0
     """Below 1e-5 is greedy."""
     top_p: float = 1.0
@@ -63,6 +76,9 @@ class Ticket:
     answer: Answer
     generator: torch.Generator
     warpers: LogitsProcessorList
+    adapters: tuple[Adapter, ...]
+    strengths: tuple[float, ...]
+    """s of each of these adapters."""
     cancelled: bool = False
 
     def cancel(self) -> None:
@@ -71,12 +87,20 @@ class Ticket:
 
 
 @dataclass
+class _Group:
+    """Rows that are decoded together."""
+
+    tickets: list[Ticket]
+    batch: Batch
+
+
+@dataclass
 class Engine:
     """Answers requests, many at a time; what an answer is does not depend on the others.
 
     Args:
         policy: its model is the engine's alone, as a model is one thread's at a time.
-        max_batch: rows that are decoded together.
+        max_batch: rows that are decoded at a time.
         max_queue: rows that may wait for a place.
     """
 
@@ -84,13 +108,15 @@ class Engine:
     max_batch: int = 16
     max_queue: int = 64
     _waiting: deque[Ticket] = field(default_factory=deque)
-    _running: list[Ticket] = field(default_factory=list)
+    _groups: dict[tuple[Adapter, ...], _Group] = field(default_factory=dict)
     _joining: list[Ticket] = field(default_factory=list)
-    _batch: Batch | None = None
+    _orders: deque[tuple[Callable[[], Any], Future[Any]]] = field(default_factory=deque)
+    _leaving: list[Adapter] = field(default_factory=list)
     _changed: Condition = field(default_factory=Condition)
     _closed: bool = False
 
     def __post_init__(self) -> None:
+        self._first = self.policy.model.adapters
         self._thread = Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -102,7 +128,7 @@ class Engine:
     @property
     def running(self) -> int:
         """Requests that are being answered."""
-        return len(self._running) + len(self._joining)
+        return sum(len(group.tickets) for group in [*self._groups.values()]) + len(self._joining)
 
     @property
     def closed(self) -> bool:
@@ -126,6 +152,26 @@ class Engine:
             self._waiting.extend(tickets)
             self._changed.notify()
         return tickets
+
+    def load(self, name: str, directory: str | Path) -> Future[Adapter]:
+        """Add an adapter to the policy between two tokens; the future has it, or a UserError.
+
+        Raises:
+            EngineClosed: `close` was called.
+        """
+        future: Future[Adapter] = Future()
+        with self._changed:
+            if self._closed:
+                raise EngineClosed
+            self._orders.append((partial(self.policy.add, directory, name), future))
+            self._changed.notify()
+        return future
+
+    def unload(self, adapter: Adapter) -> None:
+        """Take an adapter away as soon as none of the requests that were taken asks for it."""
+        with self._changed:
+            self._leaving.append(adapter)
+            self._changed.notify()
 
     def close(self, *, wait: bool = True) -> None:
         """Take no more requests; those taken are finished, and waited for if `wait`."""
@@ -154,26 +200,61 @@ class Engine:
             warpers.append(TemperatureLogitsWarper(request.temperature))
             if request.top_p < 1:
                 warpers.append(TopPLogitsWarper(request.top_p))
-        return Ticket(request, answer, generator, warpers)
+        adapters = request.adapters or self._first
+        strengths = each(request.strength, [adapter.name for adapter in adapters])
+        return Ticket(request, answer, generator, warpers, adapters, strengths)
 
     # ── the engine's own thread ─────────────────────────────────────────────────────────────────
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not (self._waiting or self._running or self._closed):
+                while not (self._busy or self._orders or self._leaving or self._closed):
                     self._changed.wait()
-                if not (self._waiting or self._running):
+                if self._closed and not (self._busy or self._orders):
                     return
                 self._take()
+                orders, self._orders = self._orders, deque()
+            for work, future in orders:
+                self._carry_out(work, future)
             try:
                 self._turn()
             except Exception:  # memory, or a fault of ours: these requests fail, the next may not
                 _log.exception("a step failed")
-                for ticket in [*self._running, *self._joining]:
+                for ticket in self._asked():
                     if not ticket.answer.finished:
                         self._emit(ticket, Piece(finish="error", generated=ticket.answer.generated))
-                self._running, self._joining, self._batch = [], [], None
+                self._groups, self._joining = {}, []
+            self._let_go()
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._waiting or self._groups)
+
+    def _asked(self) -> Iterator[Ticket]:
+        for group in self._groups.values():
+            yield from group.tickets
+        yield from self._joining
+
+    @staticmethod
+    def _carry_out(work: Callable[[], Any], future: Future[Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(work())
+        except Exception as error:  # told to who ordered it; the answers go on
+            future.set_exception(error)
+
+    def _let_go(self) -> None:
+        """Take away the adapters that are to leave and that no request asks for any more."""
+        if not self._leaving:
+            return
+        with self._changed:
+            asked = {a for t in [*self._waiting, *self._asked()] for a in t.adapters}
+            gone = [adapter for adapter in self._leaving if adapter not in asked]
+            self._leaving = [adapter for adapter in self._leaving if adapter in asked]
+        for adapter in gone:
+            self.policy.model.remove(adapter)
 
     def _take(self) -> None:
         """Let the requests join that have waited longest, as many as there are places for."""
@@ -187,20 +268,31 @@ class Engine:
 
     def _turn(self) -> None:
         """Give each running request a token, then let the new ones join with their first."""
-        if self._batch is not None:
-            self._running, self._batch = self._step(self._running, self._batch)
-        if self._joining:
-            prompts = [ticket.request.prompt for ticket in self._joining]
-            started, batch = self._step(self._joining, Batch(self.policy.model, prompts))
-            if self._batch is not None and batch is not None:
-                self._batch.join(batch)
-            self._batch = self._batch or batch
-            self._running, self._joining = [*self._running, *started], []
+        for adapters, group in [*self._groups.items()]:
+            self._keep(adapters, self._step(group))
+        for adapters in dict.fromkeys(ticket.adapters for ticket in self._joining):
+            joining = [ticket for ticket in self._joining if ticket.adapters == adapters]
+            prompts = [ticket.request.prompt for ticket in joining]
+            batch = Batch(self.policy.model, prompts, adapters)
+            started = self._step(_Group(joining, batch))
+            there = self._groups.get(adapters)
+            if there is not None and started is not None:
+                there.batch.join(started.batch)
+                started = _Group([*there.tickets, *started.tickets], there.batch)
+            self._joining = [ticket for ticket in self._joining if ticket.adapters != adapters]
+            self._keep(adapters, started or there)
 
-    def _step(self, tickets: list[Ticket], batch: Batch) -> tuple[list[Ticket], Batch | None]:
-        """Give each row a token; return the rows that go on."""
+    def _keep(self, adapters: tuple[Adapter, ...], group: _Group | None) -> None:
+        if group is None:
+            self._groups.pop(adapters, None)
+        else:
+            self._groups[adapters] = group
+
+    def _step(self, group: _Group) -> _Group | None:
+        """Give each row a token; return the rows that go on, if any do."""
+        tickets, batch = group.tickets, group.batch
         wanted = [i for i, ticket in enumerate(tickets) if ticket.request.compare]
-        logits, base = batch.logits([t.request.strength for t in tickets], base=wanted)
+        logits, base = batch.logits([t.strengths for t in tickets], base=wanted)
         greedy = logits.argmax(-1).tolist()
         drawn = [
             self._draw(ticket, row) if len(ticket.warpers) else best
@@ -216,11 +308,11 @@ class Engine:
                 self._emit(ticket, piece)
         left = [i for i, t in enumerate(tickets) if not (t.cancelled or t.answer.finished)]
         if not left:
-            return [], None
+            return None
         batch.append(drawn)
         if len(left) < len(tickets):
             batch.keep(left)
-        return [tickets[i] for i in left], batch
+        return _Group([tickets[i] for i in left], batch)
 
     @staticmethod
     def _draw(ticket: Ticket, logits: Tensor) -> int:

@@ -58,14 +58,15 @@ class Metrics:
 
     def count(self, asked: Asked) -> dict[str, Any]:
         """Count a request that was answered, or given up; return what the log tells of it."""
-        usage = asked.usage
+        usage, strengths = asked.usage, asked.chosen.strengths
         self.tokens.labels("prompt").inc(usage.prompt_tokens)
         self.tokens.labels("completion").inc(usage.completion_tokens)
         told: dict[str, Any] = {
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
             "answers": len(asked.tickets),
-            "strength": asked.strength,
+            "model": asked.chosen.model,
+            "strength": strengths[0] if len(strengths) == 1 else list(strengths),
         }
         if asked.first is not None:
             self.first_token_seconds.observe(asked.first)

@@ -15,6 +15,8 @@ from qadapter.serve.app import create_app
 from qadapter.serve.asking import Desk, Limits
 from qadapter.serve.engine import Engine
 from qadapter.serve.gate import JsonLines
+from qadapter.serve.shelf import Shelf
+from qadapter.strength import Strength
 
 _log = logging.getLogger(__name__)
 
@@ -62,12 +64,12 @@ def run(
     policy: Policy,
     bound: socket.socket,
     *,
-    name: str,
-    strength: float,
+    strength: Strength,
     limits: Limits,
     max_batch: int,
     max_queue: int,
     api_key: str | None,
+    shelf: Shelf | None = None,
 ) -> None:
     """Serve until a signal; then finish the answers that were begun, and return.
 
@@ -75,18 +77,19 @@ def run(
 
     Args:
         bound: what `listen` returned; it is closed at the end.
-        name: of the policy, to clients.
         strength: of requests that name none.
-        api_key: as in `create_app`.
+        api_key, shelf: as in `create_app`.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     engine = Engine(policy, max_batch=max_batch, max_queue=max_queue)
-    app = create_app(Desk(engine, name=name, strength=strength, limits=limits), api_key=api_key)
+    desk = Desk(engine, strength=strength, limits=limits)
+    app = create_app(desk, api_key=api_key, shelf=shelf)
     host, port = bound.getsockname()[:2]
-    _log.info("listening", extra={"fields": {"host": host, "port": port, "model": name}})
+    listening = {"host": host, "port": port, "model": next(iter(desk.models))}
+    _log.info("listening", extra={"fields": listening})
     server(app, engine).run([bound])
     _log.info("closed")
 

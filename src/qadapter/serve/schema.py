@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from qadapter.strength import NAME
+
 
 def _encodable(text: str) -> str:
     """Return the text; JSON can spell halves of characters, which no tokenizer takes."""
@@ -42,7 +44,10 @@ class StreamOptions(_Asked):
 
 class _Generation(_Asked):
     model: Text | None = Field(
-        None, max_length=1024, description="A name that /v1/models lists; default the first."
+        None,
+        max_length=1024,
+        description="A name that /v1/models lists, or several with + between them, whose residuals "
+        "add; default the first of the list.",
     )
     max_tokens: Tokens | None = Field(None, description="Tokens that an answer may have.")
     n: int = Field(1, ge=1, le=16, description="Answers to each prompt.")
@@ -57,13 +62,16 @@ class _Generation(_Asked):
     temperature: float = Field(1.0, ge=0, le=2, description="Below 1e-5 is greedy.")
     top_p: float = Field(1.0, ge=0, le=1, description="Draw from the likeliest of this mass.")
     user: Text | None = Field(None, max_length=1024, description="Accepted and not used.")
-    strength: Strength | Annotated[list[Strength], Field(min_length=1, max_length=16)] | None = (
-        Field(
-            None,
-            description="How far the adapter moves the base: 0 the base, 1 what was trained. One "
-            "number, or one for each adapter in the order in which they were loaded; default the "
-            "server's.",
-        )
+    strength: (
+        Strength
+        | Annotated[list[Strength], Field(min_length=1, max_length=16)]
+        | Annotated[dict[Text, Strength], Field(min_length=1, max_length=16)]
+        | None
+    ) = Field(
+        None,
+        description="How far the adapters move the base: 0 the base, 1 what was trained. One "
+        "number, one for each adapter of the model in its order, or numbers by the adapters' "
+        "names, whose residuals then add; default the server's.",
     )
 
 
@@ -102,6 +110,23 @@ class CompletionRequest(_Generation):
     logprobs: int | None = Field(
         None, ge=0, le=20, description="Tell each token's log-prob, and so many of the likeliest."
     )
+
+
+class LoadRequest(_Asked):
+    """An adapter that is to be served from now on."""
+
+    lora_name: Annotated[str, Field(pattern=rf"^{NAME.pattern}$")] = Field(
+        description="Its name to clients, which no other adapter may have."
+    )
+    lora_path: Text = Field(
+        min_length=1, max_length=1024, description="Its directory, in the one that was allowed."
+    )
+
+
+class UnloadRequest(_Asked):
+    """An adapter that was loaded and is to go; answers that were begun with it are finished."""
+
+    lora_name: Text = Field(min_length=1, max_length=1024)
 
 
 class Usage(BaseModel):
@@ -223,6 +248,14 @@ class Model(BaseModel):
     created: int
     owned_by: str = "qadapter"
     max_model_len: int = Field(description="Tokens of prompt and answer together.")
+
+
+class Unloaded(BaseModel):
+    """An adapter that is served no longer."""
+
+    id: str
+    object: Literal["model"] = "model"
+    deleted: Literal[True] = True
 
 
 class Models(BaseModel):

@@ -15,8 +15,8 @@ class QAdapterPolicyConfig(PreTrainedConfig):
     """Config of a `QAdapterForCausalLM`.
 
     Of a decoder with L layers and one adapter on the last K, `text_config` says L + K layers: first
-    the base's own, then the adapted ones, which start from what enters the base's layer L − K. A
-    second adapter's layers would follow.
+    the base's own, then the adapted ones, which start from what enters the base's layer L − K. The
+    layers of further adapters follow, each adapter's from its own K.
     """
 
     model_type = MODEL_TYPE
@@ -31,7 +31,7 @@ class QAdapterPolicyConfig(PreTrainedConfig):
     alpha_0: float = 1.0
     """Weight of log π1 in the policy (METHOD M2)."""
     alpha_tilde: float = 1.0
-    """Temperature of the policy (METHOD M2)."""
+    """Temperature of the policy (METHOD M2); of several residual adapters only α0/α̃ counts."""
     parameterization: str = "residual"
     """How the logits spell Q̂ (METHOD §2)."""
     tie_word_embeddings: bool = False

@@ -1,0 +1,307 @@
+"""Several adapters behind one server: asked for by name, composed, loaded while it runs."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from serving import MESSAGES, Running, until
+
+from qadapter.cli import main
+from qadapter.policy import Policy
+from qadapter.serve.shelf import MOST, Shelf
+
+
+@pytest.fixture(scope="module")
+def alone(adapter: str, second: str) -> Any:
+    """Return a function that says what adapters answer, on a model that no server has."""
+    policy = Policy.from_pretrained({"tiny": adapter, "deep": second})
+
+    def answer(tiny: float, deep: float, max_tokens: int = 12) -> str:
+        (text,) = policy.answer([MESSAGES], strength=[tiny, deep], max_new_tokens=max_tokens)
+        return text
+
+    assert len({answer(*s) for s in ((1, 0), (0, 1), (1, 1), (0, 0), (1, 0.5))}) == 5
+    return answer
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory, second: str, adapter: str) -> Path:
+    root = tmp_path_factory.mktemp("shelf")
+    shutil.copytree(second, root / "deep")
+    shutil.copytree(adapter, root / "sub" / "tiny")
+    return root
+
+
+@pytest.fixture(scope="module")
+def two(adapter: str, second: str) -> Iterator[Running]:
+    policy = Policy.from_pretrained({"tiny": adapter, "deep": second})
+    running = Running(policy, strength=(1.0, 0.5), max_batch=4)
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def one(adapter: str, shelf: Path) -> Iterator[Running]:
+    running = Running(Policy.from_pretrained({"tiny": adapter}), shelf=Shelf(shelf), max_batch=4)
+    yield running
+    running.stop()
+
+
+def said(response: httpx2.Response) -> tuple[str, str]:
+    """Return who answered what."""
+    assert response.status_code == 200, response.text
+    found = response.json()
+    return found["model"], found["choices"][0]["message"]["content"].strip()
+
+
+@pytest.mark.parametrize(
+    ("body", "model", "strengths"),
+    [
+        ({}, "tiny+deep", (1.0, 0.5)),
+        ({"model": "tiny"}, "tiny", (1.0, 0.0)),
+        ({"model": "deep"}, "deep", (0.0, 0.5)),
+        ({"model": "deep", "strength": 1}, "deep", (0.0, 1.0)),
+        ({"model": "tiny+deep", "strength": 1}, "tiny+deep", (1.0, 1.0)),
+        ({"model": "deep+tiny", "strength": [0, 1]}, "tiny+deep", (1.0, 0.0)),
+        ({"strength": [0.0, 1.0]}, "tiny+deep", (0.0, 1.0)),
+        ({"strength": {"deep": 1.0}}, "deep", (0.0, 1.0)),
+        ({"model": "tiny", "strength": {"deep": 0.5, "tiny": 1}}, "tiny+deep", (1.0, 0.5)),
+    ],
+)
+def test_a_request_names_its_adapters_and_their_strengths(
+    two: Running, alone: Any, body: dict[str, Any], model: str, strengths: tuple[float, float]
+) -> None:
+    assert said(two.chat(**body)) == (model, alone(*strengths))
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({"model": "other"}, 404, "model"),
+        ({"model": "tiny+tiny"}, 404, "model"),
+        ({"model": "tiny+"}, 404, "model"),
+        ({"strength": {"other": 1}}, 400, "strength"),
+        ({"strength": {}}, 400, "strength"),
+        ({"strength": {"tiny": -1}}, 400, "strength"),
+        ({"strength": [1]}, 400, "strength"),
+        ({"model": "tiny", "strength": [1, 1]}, 400, "strength"),
+        ({"model": "tiny", "strength": {"deep": 1}}, 400, "strength"),
+    ],
+)
+def test_what_names_no_adapters_is_told(
+    two: Running, body: dict[str, Any], status: int, param: str
+) -> None:
+    response = two.chat(**body)
+    assert response.status_code == status
+    assert response.json()["error"]["param"] == param
+
+
+def test_requests_for_different_adapters_do_not_disturb_each_other(
+    two: Running, alone: Any
+) -> None:
+    asked: list[tuple[dict[str, Any], tuple[float, float]]] = [
+        ({"model": "tiny"}, (1, 0)),
+        ({"model": "deep", "strength": 1}, (0, 1)),
+        ({"strength": {"tiny": 1, "deep": 1}}, (1, 1)),
+        ({"strength": 0}, (0, 0)),
+        ({"model": "tiny", "strength": 0}, (0, 0)),
+        ({"strength": [1, 0.5]}, (1, 0.5)),
+    ] * 2
+    expected = [alone(*s, max_tokens=8 + i) for i, (_, s) in enumerate(asked)]
+    found: dict[int, str] = {}
+
+    def ask(i: int, body: dict[str, Any]) -> None:
+        found[i] = said(two.chat(**body, max_tokens=8 + i))[1]
+
+    threads = [threading.Thread(target=ask, args=(i, b)) for i, (b, _) in enumerate(asked)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert [found[i] for i in range(len(asked))] == expected
+
+
+def test_the_list_of_models_begins_with_what_is_the_default(two: Running) -> None:
+    listed = [model["id"] for model in two.client.get("/v1/models").json()["data"]]
+    assert listed == ["tiny+deep", "tiny", "deep"]
+    for name in listed:
+        assert two.client.get(f"/v1/models/{name}").json()["id"] == name
+    # Nobody said that adapters may be loaded.
+    for path in ("load", "unload"):
+        assert two.client.post(f"/v1/{path}_lora_adapter", json={}).status_code == 404
+
+
+def load(running: Running, name: str, path: str) -> httpx2.Response:
+    body = {"lora_name": name, "lora_path": path}
+    return running.client.post("/v1/load_lora_adapter", json=body)
+
+
+def unload(running: Running, name: str) -> httpx2.Response:
+    return running.client.post("/v1/unload_lora_adapter", json={"lora_name": name})
+
+
+def test_an_adapter_comes_and_goes_while_others_are_answered(
+    one: Running, alone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [alone(1, 0, 60), alone(0.5, 1, 60)]
+    step, at = threading.Semaphore(0), one.engine.policy.model
+    inner, free = at.policy_logits, threading.Event()
+
+    def wait(*args: Any) -> Any:
+        if not free.is_set():
+            step.acquire(timeout=60)
+        return inner(*args)
+
+    monkeypatch.setattr(at, "policy_logits", wait)
+    found: dict[str, Any] = {}
+
+    def ask(name: str, **body: Any) -> threading.Thread:
+        def work() -> None:
+            found[name] = one.chat(max_tokens=60, **body)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        return thread
+
+    def ordered(name: str, call: Any) -> threading.Thread:
+        thread = threading.Thread(target=lambda: found.update({name: call()}))
+        thread.start()
+        return thread
+
+    first = ask("first")
+    until(lambda: one.engine.running == 1)
+    coming = ordered("load", lambda: load(one, "new", "deep"))
+    until(lambda: bool(one.engine._orders))
+    step.release(3)
+    coming.join(60)
+    assert found["load"].json()["id"] == "new"
+    both = ask("both", strength={"new": 1.0, "tiny": 0.5})
+    until(lambda: one.engine.waiting == 1)
+    step.release(3)
+    until(lambda: one.engine.running == 2)
+    assert "first" not in found
+    # It is not to be had any more, but those who have it are answered.
+    assert unload(one, "new").json() == {"id": "new", "object": "model", "deleted": True}
+    assert one.chat(model="new").status_code == 404
+    assert [adapter.name for adapter in at.adapters] == ["tiny", "new"]
+    # Its name is free, and another adapter's at once.
+    again = ordered("again", lambda: load(one, "new", "sub/tiny"))
+    free.set()
+    step.release(9)
+    for thread in (again, first, both):
+        thread.join(60)
+    assert [said(found[name])[1] for name in ("first", "both")] == expected
+    until(lambda: len(at.adapters) == 2)
+    assert found["again"].status_code == 200
+    assert said(one.chat(model="new", max_tokens=12)) == ("new", alone(1, 0))
+    assert unload(one, "new").status_code == 200
+    until(lambda: len(at.adapters) == 1)
+    assert said(one.chat()) == ("tiny", alone(1, 0))
+    assert not [name for name, _ in at.named_parameters() if "more" in name]
+
+
+@pytest.fixture(scope="module")
+def guarded(
+    adapter: str, second: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Running, Path]]:
+    """A server whose shelf holds all that must not be loaded, and where the shelf is."""
+    place = tmp_path_factory.mktemp("guarded")
+    outside, root = place / "outside", place / "root"
+    for directory in (outside, *(root / n for n in ("deep", "half", "cut", "other base"))):
+        shutil.copytree(second, directory)
+    (root / "sub").mkdir()
+    (root / "link").symlink_to(outside)
+    (root / "ring").symlink_to(root / "ring")
+    weights = root / "half" / "adapter_model.safetensors"
+    weights.unlink()
+    weights.symlink_to(outside / "adapter_model.safetensors")
+    cut = root / "cut" / "adapter_model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:99])
+    config = root / "other base" / "qadapter_config.json"
+    config.write_text(config.read_text().replace('"base_hash": "', '"base_hash": "0'))
+    running = Running(Policy.from_pretrained({"tiny": adapter}), shelf=Shelf(root))
+    yield running, place
+    running.stop()
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "param"),
+    [
+        ("tiny", "deep", "lora_name"),
+        ("a+b", "deep", "lora_name"),
+        ("../x", "deep", "lora_name"),
+        ("new\n", "deep", "lora_name"),
+        ("", "deep", "lora_name"),
+        ("new", "nowhere", "lora_path"),
+        ("new", "", "lora_path"),
+        ("new", "sub", "lora_path"),
+        ("new", "deep\x00", "lora_path"),
+        ("new", "../outside", "lora_path"),
+        ("new", "deep/../../outside", "lora_path"),
+        ("new", "OUTSIDE", "lora_path"),
+        ("new", "link", "lora_path"),
+        ("new", "half", "lora_path"),
+        ("new", "ring", "lora_path"),
+        ("new", "cut", "lora_path"),
+        ("new", "other base", "lora_path"),
+    ],
+)
+def test_what_lies_outside_or_cannot_be_used_is_not_loaded(
+    guarded: tuple[Running, Path], name: str, path: str, param: str
+) -> None:
+    running, place = guarded
+    path = path.replace("OUTSIDE", str(place / "outside"))
+    response = load(running, name, path)
+    error = response.json()["error"]
+    assert response.status_code in (400, 404)
+    assert error["param"] == param
+    assert str(place) not in error["message"].replace(path or "-", "")
+    assert [m["id"] for m in running.client.get("/v1/models").json()["data"]] == ["tiny"]
+    assert running.engine.policy.names == ["tiny"]
+
+
+def test_the_first_adapters_stay_and_what_is_not_there_cannot_leave(
+    guarded: tuple[Running, Path],
+) -> None:
+    running, _ = guarded
+    assert unload(running, "tiny").status_code == 400
+    assert unload(running, "new").status_code == 404
+    # What nothing is wrong with is loaded, by its whole path, too.
+    whole = guarded[1] / "root" / "deep"
+    assert load(running, "new", str(whole)).status_code == 200
+    assert unload(running, "new").status_code == 200
+
+
+def test_a_shelf_holds_so_many(one: Running) -> None:
+    one.desk.served |= {f"n{i}": one.desk.served["tiny"] for i in range(MOST - 1)}
+    response = load(one, "new", "deep")
+    assert response.status_code == 400
+    assert "unload one first" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["x", "y", "--strength", "1,2,3"], "3 numbers (1,2,3) for 2 adapters (x, y)"),
+        (["x", "a/x"], "another adapter is named 'x', too; name it, as in other=a/x"),
+        (["a+b=x"], "'a+b' is no name"),
+        (["x", "--adapter-dir", "nowhere"], "--adapter-dir: nowhere is no directory"),
+        (["x", "--adapter-dir", ".", "--engine", "vllm"], "--adapter-dir: vLLM reads no adapters"),
+        (["x", "--strength", "1,-1"], "is not a finite number from 0"),
+    ],
+)
+def test_adapters_that_cannot_be_served_are_told_in_one_sentence(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(["serve", *words, "--port", "0"])
+    except SystemExit as left:
+        code = left.code
+    assert code == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
