@@ -240,6 +240,9 @@ class QAdapterConfig(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Kept off: the columns are the pair."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Kept off: every trained weight is used in every step."}
+    )
 
     def __post_init__(self) -> None:
         _check_method(self)
@@ -329,6 +332,11 @@ class QAdapterConfig(TrainingArguments):
                 "add --eval_data F --eval_strategy epoch --save_strategy epoch "
                 "--load_best_model_at_end true."
             )
+
+    @property
+    def wants_trunk_cache(self) -> bool:
+        """Whether a trunk cache is asked for, or pays: the second epoch reads it."""
+        return self.num_train_epochs > 1 if self.cache_trunk is None else self.cache_trunk
 
     def q_config(self, **identity: str) -> QConfig:
         """Return the artefact's part of this run; `identity` fills base and tokenizer fields."""

@@ -248,12 +248,20 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor of which each process may hold a part; then all processes must ask."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def _fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
     import torch
 
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     digest = hashlib.sha256()
-    for name, tensor in sorted(named, key=lambda item: item[0]):
+    for name, part in sorted(named, key=lambda item: item[0]):
+        tensor = whole(part)
         bits = tensor.detach().contiguous().view(integers[tensor.element_size()]).flatten()
         # The sum sees every element, the sample sees their order.
         total = int(bits.sum(dtype=torch.int64))
