@@ -277,7 +277,7 @@ class QAdapterConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_supported()
         # Where there is nothing else, transformers still wants to be told before it allows bf16.
-        self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
+        self.use_cpu: bool = self.use_cpu or not (torch.accelerator.is_available() or self.ddp_backend)
         try:
             super().__post_init__()
         except (ImportError, LookupError, OSError, TypeError, ValueError) as error:

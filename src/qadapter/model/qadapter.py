@@ -129,6 +129,7 @@ class QAdapterModel(Branches, Heads, PreTrainedModel, GenerationMixin):
         self.__dict__["_layers"] = layers
         self.__dict__["_norm"] = final_norm(decoder, layers)
         self._softcap = getattr(base.config, "final_logit_softcapping", None)
+        self._plain_head = self._has_plain_head()
         _end_base_dropout(peft_model)
         self._check_streams()
 
