@@ -67,7 +67,8 @@ def main() -> None:
             data.write_text("".join(islice(lines, 8)), encoding="utf-8")
         one = work / "one"
         train(one, data, "--per_device_train_batch_size", "2")
-        largest = max(float(t.abs().max()) for t in load_file(one / "adapter_model.safetensors").values())
+        learned = load_file(one / "adapter_model.safetensors")
+        largest = max(float(tensor.abs().max()) for tensor in learned.values())
         for name in ("ddp", "fsdp"):
             out, again = work / name, work / f"{name}_resumed"
             launch = ["--launch", str(ROOT / "configs" / f"{name}.yaml")]

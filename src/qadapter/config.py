@@ -76,6 +76,8 @@ class QConfig:
     """Identity of the base's weights, whatever dtype they are loaded in."""
     tokenizer_hash: str = ""
     """Identity of the tokenizer and its chat template."""
+    base_quantization: str = ""
+    """How the base's weights were quantised in training: `4bit`, `8bit` (bitsandbytes), or not."""
     qadapter_version: str = ""
     """Version of this package that wrote the file."""
 
@@ -148,6 +150,9 @@ class QAdapterConfig(TrainingArguments):
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Let a base run the Python code that comes with it."}
+    )
+    quantize_base: str | None = field(
+        default=None, metadata={"help": "Hold the base in 4bit (NF4) or 8bit, by bitsandbytes."}
     )
     alpha_0: float = field(default=0.5, metadata={"help": "Weight of the base's log-probs (M2)."})
     alpha_tilde: float = field(default=0.5, metadata={"help": "Temperature of the policy (M1)."})
@@ -246,6 +251,8 @@ class QAdapterConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         _check_method(self)
+        if self.quantize_base not in (None, "4bit", "8bit"):
+            raise ConfigError(f"quantize_base: {self.quantize_base!r} is not one of 4bit, 8bit.")
         if not 0 <= self.trunk < 1:
             raise ConfigError(f"trunk: {self.trunk} must lie in [0, 1).")
         if self.lora_r < 1:
@@ -277,7 +284,7 @@ class QAdapterConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_supported()
         # Where there is nothing else, transformers still wants to be told before it allows bf16.
-        self.use_cpu: bool = self.use_cpu or not (torch.accelerator.is_available() or self.ddp_backend)
+        self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
         try:
             super().__post_init__()
         except (ImportError, LookupError, OSError, TypeError, ValueError) as error:

@@ -30,34 +30,28 @@ _NO_READING = (
 _NO_FP16 = "float16's loss scaling is not tried with sharded gradients; use bf16"
 _WHOLE = "the quantised base is not tried in parts, and is small enough to be whole; use ddp"
 
+_NO_ZERO3 = (
+    "ZeRO-3 splits the head, which the loss reads whole; use --launch configs/fsdp.yaml, which "
+    "splits the layers"
+)
+_OPTIONS = (
+    "float32",
+    "bfloat16",
+    "float16",
+    "quantised base",
+    "gradient checkpointing",
+    "trunk cache",
+    "forgetting budget",
+)
+
 SUPPORT: dict[str, dict[str, str]] = {
-    "one process": {
-        "float32": TESTED,
-        "bfloat16": TESTED,
-        "float16": UNTRIED,
-        "quantised base": TESTED,
-        "gradient checkpointing": TESTED,
-        "trunk cache": TESTED,
-        "forgetting budget": TESTED,
-    },
-    "ddp": {
-        "float32": TESTED,
-        "bfloat16": TESTED,
-        "float16": UNTRIED,
-        "quantised base": TESTED,
-        "gradient checkpointing": TESTED,
-        "trunk cache": TESTED,
-        "forgetting budget": TESTED,
-    },
-    "fsdp2": {
-        "float32": TESTED,
-        "bfloat16": TESTED,
-        "float16": _NO_FP16,
-        "quantised base": _WHOLE,
-        "gradient checkpointing": TESTED,
-        "trunk cache": TESTED,
-        "forgetting budget": _NO_READING,
-    },
+    "one process": dict.fromkeys(_OPTIONS, TESTED) | {"float16": UNTRIED},
+    "ddp": dict.fromkeys(_OPTIONS, TESTED) | {"float16": UNTRIED},
+    "fsdp2": dict.fromkeys(_OPTIONS, TESTED)
+    | {"float16": _NO_FP16, "quantised base": _WHOLE, "forgetting budget": _NO_READING},
+    "zero2": dict.fromkeys(_OPTIONS, UNTRIED)
+    | {"float16": _NO_FP16, "quantised base": _WHOLE, "forgetting budget": _NO_READING},
+    "zero3": dict.fromkeys(_OPTIONS, _NO_ZERO3),
 }
 """Engine → option → TESTED, UNTRIED, or why it is refused. Options of a row may be combined."""
 
@@ -80,7 +74,7 @@ def _options(config: QAdapterConfig) -> list[str]:
     """Return the options of the table that a run uses."""
     precision = "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
     used = {
-        "quantised base": False,
+        "quantised base": config.quantize_base is not None,
         "gradient checkpointing": config.gradient_checkpointing,
         "trunk cache": config.wants_trunk_cache,
         "forgetting budget": config.max_kl is not None or config.max_drop is not None,
@@ -114,8 +108,8 @@ def check(config: QAdapterConfig) -> str:
     own = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
     if mixed not in ("no", own):
         raise ConfigError(
-            f"mixed_precision: the launcher's file says {mixed} and the run {own}; write 'no' there "
-            "and say it by --bf16 or --fp16."
+            f"mixed_precision: the launcher's file says {mixed} and the run {own}; write 'no' "
+            "there and say it by --bf16 or --fp16."
         )
     if name == "fsdp2":
         _check_fsdp(config)

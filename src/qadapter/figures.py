@@ -1,4 +1,4 @@
-"""What a run logs of its pairs, kept pair by pair, so that means over several processes are exact."""
+"""What a run logs of its pairs, kept by pair, so that means over several processes are exact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The processes of one run: who goes first, what they agree on, and which of them tells an error."""
+"""The processes of one run: who goes first, what they agree on, which of them tells an error."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def first_to_tell() -> bool:
     """
     if not several():
         return True
-    from torch.distributed import TCPStore
+    import torch.distributed as dist
 
     host, port = os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("MASTER_PORT")
     if port is None:
         return number() == 0
     try:
-        store = TCPStore(host, int(port), is_master=False, timeout=_PATIENCE)
+        store = dist.TCPStore(host, int(port), is_master=False, timeout=_PATIENCE)
         return bool(store.add(_TOLD, 1) == 1)
     except (OSError, RuntimeError):  # it is gone with the process that held it
         return number() == 0

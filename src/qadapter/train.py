@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -74,7 +73,7 @@ class _TrainsTheAdapter(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
     def on_train_begin(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
         trainer = self._trainer
-        if trainer.shards or optimizer is None:
+        if trainer.shards or trainer.is_deepspeed_enabled or optimizer is None:
             return
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         adapter = cast(QAdapterModel, trainer.model).adapter_parameters()
@@ -501,6 +500,7 @@ def prepare(config: QAdapterConfig) -> Prepared:
         config.model,
         dtype=torch.bfloat16 if config.bf16 else torch.float32,
         trust_remote_code=config.trust_remote_code,
+        quantization=config.quantize_base or "",
     )
     context = getattr(base.config, "max_position_embeddings", None)
     if context and config.max_length > context:
@@ -519,6 +519,7 @@ def prepare(config: QAdapterConfig) -> Prepared:
     q_config = config.q_config(
         base_model=hub.portable_name(config.model),
         base_hash=hub.weights_hash(base),
+        base_quantization=hub.quantization_of(base),
         tokenizer_hash=hub.tokenizer_hash(tokenizer),
     )
     _tell(alarms.near_uniform(q_config))

@@ -17,7 +17,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import qadapter.engines
 import qadapter.train
 from qadapter.cli import main
 
@@ -71,6 +70,6 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    assert qadapter.train and qadapter.engines  # imported before the first fork
+    assert qadapter.train  # imported before the first fork
     for line in json.load(sys.stdin):
         print(json.dumps(run(line)), flush=True)

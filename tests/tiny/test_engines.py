@@ -28,8 +28,21 @@ SHARED = (
 )
 FLEET = {
     "one": ("", 1, "--per_device_train_batch_size 4 --cache_trunk false"),
-    "ddp": ("ddp", 2, "--cache_trunk true"),
-    "fsdp": ("fsdp", 2, "--cache_trunk true --gradient_checkpointing true"),
+    "ddp": ("ddp", 2, "--per_device_train_batch_size 2 --cache_trunk true"),
+    "fsdp": (
+        "fsdp",
+        2,
+        "--per_device_train_batch_size 2 --cache_trunk true --gradient_checkpointing true",
+    ),
+}
+HALF = "--bf16 true --max_steps 3 --warmup_steps 0 --save_strategy no --cache_trunk false"
+FLEET |= {
+    f"{name}, bf16": (engine, processes, f"--per_device_train_batch_size {rows} {HALF}")
+    for name, engine, processes, rows in [
+        ("one", "", 1, 4),
+        ("ddp", "ddp", 2, 2),
+        ("fsdp", "fsdp", 2, 2),
+    ]
 }
 """Engine, processes and words; both of two see the global batches of the one."""
 
@@ -55,8 +68,7 @@ def runs(base: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> dict
 
     def job(name: str, out: Path, *more: str) -> dict[str, Any]:
         engine, processes, own = FLEET[name]
-        own_words = [*own.split(), "--per_device_train_batch_size", "2"] if engine else own.split()
-        given = [*words, *own_words, "--output", str(out), *more]
+        given = [*words, *own.split(), "--output", str(out), *more]
         return {"words": given, "processes": processes, "engine": engine}
 
     found = {name: work / name for name in FLEET}
@@ -81,6 +93,11 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def logged(run: Path) -> list[dict[str, float]]:
     state = json.loads((run / "checkpoint-6" / "trainer_state.json").read_text())
     return [line for line in state["log_history"] if "loss" in line]
+
+
+def figures(run: Path) -> dict[str, float]:
+    rows = re.findall(r"\| (\w\S+) \| ([\d.e+-]+) \|", (run / "README.md").read_text())
+    return {name: float(value) for name, value in rows}
 
 
 def close(one: Path, other: Path, limit: float) -> None:
@@ -108,16 +125,24 @@ def test_the_log_is_that_of_all_processes(runs: dict[str, Path], engine: str) ->
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_in_bfloat16_they_learn_alike_within_its_rounding(
+    runs: dict[str, Path], engine: str
+) -> None:
+    """Rows of other lengths round otherwise, and Adam's first steps take signs of gradients."""
+    one, two = (figures(runs[f"{name}, bf16"]) for name in ("one", engine))
+    assert one["train_loss"] < 0.6  # it fell from log 2
+    for name in ("train_loss", "eval_loss", "eval_rewards/margins"):
+        assert two[name] == pytest.approx(one[name], rel=0.05, abs=0.005), name
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_evaluation_counts_each_pair_once(runs: dict[str, Path], engine: str) -> None:
     """Twelve pairs in batches of five over two processes: the sampler repeats eight of them."""
-
-    def figures(run: Path) -> dict[str, float]:
-        rows = re.findall(r"\| (eval_\S+) \| (\S+) \|", (run / "README.md").read_text())
-        return {n: float(v) for n, v in rows if "per_second" not in n and "runtime" not in n}
-
     one, two = figures(runs["one"]), figures(runs[engine])
-    assert {"eval_loss", "eval_kl", "eval_rewards/margins"} <= one.keys()
-    assert two == pytest.approx(one, rel=2e-3)
+    names = {name for name in one if re.match("eval_(loss|kl|rewards)", name)}
+    assert {"eval_loss", "eval_kl", "eval_rewards/margins"} <= names
+    for name in names:
+        assert two[name] == pytest.approx(one[name], rel=2e-3), name
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
@@ -172,6 +197,10 @@ def test_every_refusal_of_the_table_is_made_before_anything_loads(
         "float16": ["--bf16", "false"],
         "forgetting budget": ["--max_kl", "0.1", "--budget_text", data],
         "quantised base": ["--quantize_base", "4bit"],
+        "float32": ["--bf16", "false"],
+        "bfloat16": ["--bf16", "true"],
+        "gradient checkpointing": ["--gradient_checkpointing", "true"],
+        "trunk cache": ["--cache_trunk", "true"],
     }
     for engine, row in engines.SUPPORT.items():
         for option, cell in row.items():
@@ -188,14 +217,14 @@ def test_every_refusal_of_the_table_is_made_before_anything_loads(
 
 def test_the_table_of_the_documents_is_the_one_that_refuses() -> None:
     text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in text.splitlines()
-        if line.startswith("| ") and not line.startswith("|-")
+    table = text.partition("## What goes with what\n\n")[2].partition("\n\n")[0]
+    head, _, *body = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
     ]
-    head, *body = rows[: 1 + len(next(iter(engines.SUPPORT.values())))]
     told = {
-        engine: {row[0]: row[column] for row in body} for column, engine in enumerate(head) if column
+        engine: {row[0]: row[column] for row in body}
+        for column, engine in enumerate(head)
+        if column
     }
     known = (engines.TESTED, engines.UNTRIED)
     coded = {
@@ -220,9 +249,7 @@ def test_accelerate_takes_the_shipped_files(file: Path) -> None:
         assert set(fields.get(section, {})) <= set(known)
 
 
-def test_a_refusal_is_one_sentence_from_all_processes(
-    base: str, data: str, tmp_path: Path
-) -> None:
+def test_a_refusal_is_one_sentence_from_all_processes(base: str, data: str, tmp_path: Path) -> None:
     """The launcher itself, its exit code, and that only one process tells."""
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "chosen": "b"}\n')

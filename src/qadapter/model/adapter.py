@@ -86,9 +86,7 @@ def check_state(path: Path, state: dict[str, Tensor], model: PeftModel) -> None:
         raise ArtefactError(f"{path}: {bad[0]!r} is not finite; use an older checkpoint.")
 
 
-def save_plain(
-    model: PeftModel, directory: Path, state: dict[str, Tensor] | None = None
-) -> None:
+def save_plain(model: PeftModel, directory: Path, state: dict[str, Tensor] | None = None) -> None:
     """Write the adapter's own two files, as peft reads them; `state` stands for its parameters."""
     model.save_pretrained(
         str(directory), safe_serialization=True, save_embedding_layers=False, state_dict=state

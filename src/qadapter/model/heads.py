@@ -57,7 +57,7 @@ class Heads:
         return cast(Tensor, self._base.get_output_embeddings().weight) if self._plain_head else None
 
     def _has_plain_head(self) -> bool:
-        """Return what is asked once, when the model is made: engines change the class of modules."""
+        """Return whether the head is; asked once, for engines change the class of modules."""
         head = self._base.get_output_embeddings()
         return type(head) is nn.Linear and head.bias is None and not self._softcap
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +35,8 @@ from qadapter.model.adapter import check_adapter_config, check_state, lora_confi
 from qadapter.model.branches import Branches, agree
 from qadapter.model.heads import Heads
 from qadapter.model.streams import Streams
+
+_log = logging.getLogger(__name__)
 
 
 def _checked_strength(strength: Any, rows: int | None = None) -> float | Tensor:
@@ -215,8 +218,20 @@ class QAdapterModel(Branches, Heads, PreTrainedModel, GenerationMixin):
         if not weights.is_file():
             raise ArtefactError(f"{weights}: missing; train or copy the adapter again.")
         if base is None:
-            base = hub.load_base(q_config.base_model, dtype=dtype, device=device)
-        if check_base and q_config.base_hash and hub.weights_hash(base) != q_config.base_hash:
+            asked = q_config.base_quantization if check_base else ""
+            base = hub.load_base(
+                q_config.base_model, dtype=dtype, device=device, quantization=asked
+            )
+        if (now := hub.quantization_of(base)) != q_config.base_quantization:
+            _log.warning(
+                "%s: was trained on a base held in %s and is served on one in %s: the policy is "
+                "another one, by as much as rounding moved the base; which base it is cannot be "
+                "checked",
+                directory,
+                q_config.base_quantization or "full precision",
+                now or "full precision",
+            )
+        elif check_base and q_config.base_hash and hub.weights_hash(base) != q_config.base_hash:
             raise ArtefactError(
                 f"{directory}: was trained on another base than {base.name_or_path!r}; load "
                 f"{q_config.base_model!r}, or pass check_base=False if you know better."
