@@ -56,13 +56,13 @@ def first_to_tell() -> bool:
     """
     if not several():
         return True
-    import torch.distributed as dist
+    from torch.distributed import TCPStore  # type: ignore[attr-defined,unused-ignore]
 
     host, port = os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("MASTER_PORT")
     if port is None:
         return number() == 0
     try:
-        store = dist.TCPStore(host, int(port), is_master=False, timeout=_PATIENCE)
+        store = TCPStore(host, int(port), is_master=False, timeout=_PATIENCE)
         return bool(store.add(_TOLD, 1) == 1)
     except (OSError, RuntimeError):  # it is gone with the process that held it
         return number() == 0

@@ -1,4 +1,4 @@
-"""A base held in four or eight bits: trained on, recorded, loaded again, and told where it is not."""
+"""A base held in four or eight bits: trained on, recorded, loaded again, told where it is not."""
 
 from __future__ import annotations
 
