@@ -19,12 +19,14 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qadapter import ranks
 from qadapter.errors import ConfigError, DataError, TrainingError, UserError
 from qadapter.strength import NAME, Strength, each, parse, told
 
 if TYPE_CHECKING:
     from qadapter.config import QAdapterConfig
     from qadapter.policy import Policy
+    from qadapter.train import TrainResult
 
 _DESCRIPTION = """\
 Teach an aligned language model a new preference without losing what it knows.
@@ -174,10 +176,11 @@ def _load_policy(args: argparse.Namespace) -> Policy:
     )
 
 
-def _train(argv: Sequence[str]) -> None:
+def _train(argv: Sequence[str]) -> int:
     from transformers import HfArgumentParser
 
     from qadapter.config import QAdapterConfig
+    from qadapter.launch import launch
     from qadapter.train import run_training
 
     parser = HfArgumentParser(  # type: ignore[arg-type,unused-ignore]
@@ -190,16 +193,30 @@ def _train(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print what the run will take, and do not start it"
     )
+    parser.add_argument(
+        "--launch", metavar="FILE", help="start several processes as this accelerate file says"
+    )
+    parser.add_argument("--processes", type=_count, help="with --launch: so many in all")
     known, _ = parser.parse_known_args(list(argv))
     words = [*(_yaml_words(known.config, QAdapterConfig) if known.config else []), *argv]
     values = vars(parser.parse_args(words))
     del values["config"]
+    file, processes = values.pop("launch"), values.pop("processes")
+    if file and not ranks.several():
+        return launch(file, ["train", *argv], processes=processes)
     if values.pop("dry_run"):
         _estimate(QAdapterConfig(**values))
-        return
+        return 0
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("qadapter").setLevel(logging.INFO)
+    first = ranks.number() == 0
+    logging.getLogger("qadapter").setLevel(logging.INFO if first else logging.ERROR)
     result = run_training(QAdapterConfig(**values))
+    if first:
+        _told(result, argv)
+    return 0
+
+
+def _told(result: TrainResult, argv: Sequence[str]) -> None:
     if result.stopped_at is not None:
         again = shlex.join(["qadapter", "train", *argv, "--resume_from_checkpoint", "true"])
         print(f"stopped after step {result.stopped_at}; go on by\n{again}")
@@ -788,7 +805,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command, *rest = words[int(debug) :] or [""]
         if command == "train":
-            _train(rest)
+            return _train(rest)
         elif command == "evaluate":
             _evaluate(rest)
         else:
@@ -797,7 +814,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if debug:
             raise
-        print(f"qadapter: {_printable(' '.join(str(error).split()))}", file=sys.stderr)
+        if ranks.first_to_tell():
+            print(f"qadapter: {_printable(' '.join(str(error).split()))}", file=sys.stderr)
+        return 2
+    except Exception:
+        # Of a process that ends by an error the others hear that a connection broke.
+        if ranks.first_to_tell():
+            raise
         return 2
     except KeyboardInterrupt:
         print("qadapter: stopped", file=sys.stderr)

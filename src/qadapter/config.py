@@ -76,6 +76,8 @@ class QConfig:
     """Identity of the base's weights, whatever dtype they are loaded in."""
     tokenizer_hash: str = ""
     """Identity of the tokenizer and its chat template."""
+    base_quantization: str = ""
+    """How the base's weights were quantised in training: `4bit`, `8bit` (bitsandbytes), or not."""
     qadapter_version: str = ""
     """Version of this package that wrote the file."""
 
@@ -148,6 +150,9 @@ class QAdapterConfig(TrainingArguments):
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Let a base run the Python code that comes with it."}
+    )
+    quantize_base: str | None = field(
+        default=None, metadata={"help": "Hold the base in 4bit (NF4) or 8bit, by bitsandbytes."}
     )
     alpha_0: float = field(default=0.5, metadata={"help": "Weight of the base's log-probs (M2)."})
     alpha_tilde: float = field(default=0.5, metadata={"help": "Temperature of the policy (M1)."})
@@ -240,9 +245,14 @@ class QAdapterConfig(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Kept off: the columns are the pair."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Kept off: every trained weight is used in every step."}
+    )
 
     def __post_init__(self) -> None:
         _check_method(self)
+        if self.quantize_base not in (None, "4bit", "8bit"):
+            raise ConfigError(f"quantize_base: {self.quantize_base!r} is not one of 4bit, 8bit.")
         if not 0 <= self.trunk < 1:
             raise ConfigError(f"trunk: {self.trunk} must lie in [0, 1).")
         if self.lora_r < 1:
@@ -329,6 +339,11 @@ class QAdapterConfig(TrainingArguments):
                 "add --eval_data F --eval_strategy epoch --save_strategy epoch "
                 "--load_best_model_at_end true."
             )
+
+    @property
+    def wants_trunk_cache(self) -> bool:
+        """Whether a trunk cache is asked for, or pays: the second epoch reads it."""
+        return self.num_train_epochs > 1 if self.cache_trunk is None else self.cache_trunk
 
     def q_config(self, **identity: str) -> QConfig:
         """Return the artefact's part of this run; `identity` fills base and tokenizer fields."""

@@ -254,6 +254,11 @@ def _checked(
     reload: Callable[[Path, torch.dtype], PreTrainedModel],
 ) -> Export:
     """Write, load what was written, and let it stay if it is the policy."""
+    if held := hub.quantization_of(policy.model.base):
+        raise ModelError(
+            f"{output}: the policy's base is held in {held}, which no export has; load the adapter "
+            "on the base itself by --no-check-base, measure it again, and export that."
+        )
     check_new(output)
     check_writable(output)
     with whole_directory(output) as partial:

@@ -171,17 +171,27 @@ def load_base(
     dtype: torch.dtype,
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
+    quantization: str = "",
 ) -> PreTrainedModel:
     """Load a frozen base model in eval mode, every dropout rate set to zero.
 
     Dropout in the base would make π1 random; the adapter's own is a setting of the run.
 
+    Args:
+        quantization: `4bit` or `8bit`: by bitsandbytes, all linear maps but the head.
+
     Raises:
-        ModelError: it cannot be found, is damaged, or lacks some of its safetensors weights.
+        ModelError: it cannot be found, is damaged, or lacks some of its safetensors weights; or
+            bitsandbytes is needed and not installed.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     place = resolve_base(name)
+    if quantization and importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"{name}: to hold it in {quantization} needs bitsandbytes; run `pip install "
+            "'qadapter[quant]'`."
+        )
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(place, **options)
@@ -189,6 +199,17 @@ def load_base(
             if "drop" in field and type(value) in (int, float):  # not bool
                 setattr(config, field, 0.0)
         options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+        if quantization:
+            from transformers import BitsAndBytesConfig
+
+            four = quantization == "4bit"
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=four,
+                load_in_8bit=not four,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=dtype,
+            )
+            options["device_map"] = {"": device or pick_device()}
         model, info = AutoModelForCausalLM.from_pretrained(place, config=config, **options)
         if missing := sorted(info["missing_keys"]):  # transformers would make them up at random
             raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
@@ -197,6 +218,16 @@ def load_base(
     if device is not None:
         model = model.to(device)
     return cast("PreTrainedModel", model.eval().requires_grad_(False))
+
+
+def quantization_of(base: PreTrainedModel) -> str:
+    """Return how a base's weights are quantised: `4bit`, `8bit`, another method's name, or ``."""
+    settings = getattr(base.config, "quantization_config", None)
+    if settings is None:
+        return ""
+    if getattr(settings, "load_in_4bit", False):
+        return "4bit"
+    return "8bit" if getattr(settings, "load_in_8bit", False) else str(settings.quant_method)
 
 
 def load_generation_config(name: str, *, trust_remote_code: bool = False) -> GenerationConfig:
@@ -248,12 +279,20 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor of which each process may hold a part; then all processes must ask."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def _fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
     import torch
 
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     digest = hashlib.sha256()
-    for name, tensor in sorted(named, key=lambda item: item[0]):
+    for name, part in sorted(named, key=lambda item: item[0]):
+        tensor = whole(part)
         bits = tensor.detach().contiguous().view(integers[tensor.element_size()]).flatten()
         # The sum sees every element, the sample sees their order.
         total = int(bits.sum(dtype=torch.int64))
@@ -268,11 +307,15 @@ def weights_hash(model: nn.Module) -> str:
     """Return the identity of a model's weights, the same in float32 and in bfloat16.
 
     Every weight is rounded to bfloat16 first, so neither the loading dtype nor the sharding of the
-    files matters. It tells models apart; it is no defence against an adversary.
+    files matters; quantised ones are taken as they are. It tells models apart; it is no defence
+    against an adversary.
     """
     import torch
 
-    return _fingerprint((n, p.detach().to(torch.bfloat16)) for n, p in model.named_parameters())
+    return _fingerprint(
+        (n, p.detach().to(torch.bfloat16) if p.is_floating_point() else p.detach())
+        for n, p in model.named_parameters()
+    )
 
 
 def exact_weights_hash(parameters: Iterable[tuple[str, Tensor]]) -> str:

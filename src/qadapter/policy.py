@@ -147,7 +147,8 @@ class Policy:
         Args:
             directory: the adapter's; or of several by name, in their order.
             base: another place of the same base; default the one the artefact names.
-            check_base: refuse another base, tokenizer or template.
+            check_base: refuse another base, tokenizer or template; load the base quantised as it
+                was in training.
             trust_remote_code: let the base run the Python code that comes with it.
 
         Raises:
@@ -168,7 +169,11 @@ class Policy:
                 "has now; restore it, or pass --no-check-base if you know better."
             )
         loaded = hub.load_base(
-            place, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            place,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            quantization=q_config.base_quantization if check_base else "",
         )
         model = QAdapterModel.from_pretrained(directory, loaded, check_base=check_base)
         model.rename(name)

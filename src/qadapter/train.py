@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,13 +17,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from qadapter import alarms, files, hub
+from qadapter import alarms, engines, files, hub, ranks
 from qadapter.budget import Budget, DropMeter, KLMeter, Meter, hold_out
 from qadapter.cache import Kept, Layout, TrunkCache
-from qadapter.checkpoints import SealingTrainer, damage, newest_sound
+from qadapter.checkpoints import damage, newest_sound
 from qadapter.config import QAdapterConfig
 from qadapter.data import TokenizedPair, read_pairs, read_texts, tokenize_pairs
+from qadapter.engines import EngineTrainer
 from qadapter.errors import ArtefactError, ConfigError, DataError, TrainingError, UserError
+from qadapter.figures import Figures
 from qadapter.files import check_writable, write_text
 from qadapter.model import BaseScalars, QAdapterModel
 from qadapter.objective import (
@@ -72,7 +73,7 @@ class _TrainsTheAdapter(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
     def on_train_begin(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
         trainer = self._trainer
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or optimizer is None:
+        if trainer.shards or trainer.is_deepspeed_enabled or optimizer is None:
             return
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         adapter = cast(QAdapterModel, trainer.model).adapter_parameters()
@@ -84,7 +85,7 @@ class _TrainsTheAdapter(TrainerCallback):  # type: ignore[misc,unused-ignore]
             )
 
 
-class QAdapterTrainer(SealingTrainer):
+class QAdapterTrainer(EngineTrainer):
     """transformers' Trainer with the Q-adapter loss, exact over gradient accumulation and ranks.
 
     Args:
@@ -172,7 +173,7 @@ class QAdapterTrainer(SealingTrainer):
         """Micro-batches filled beforehand; empty where the sampler makes them."""
         if args.tokens_per_batch and train_dataset is not None:
             self.rows = fill_rows(train_dataset, args.tokens_per_batch, seed=args.seed)
-        self._figures: dict[str, dict[str, list[Tensor]]] = {"train": {}, "eval": {}}
+        self._figures = {"train": Figures(), "eval": Figures()}
 
     # ── batches ────────────────────────────────────────────────────────────────────────────────
 
@@ -230,12 +231,13 @@ class QAdapterTrainer(SealingTrainer):
         else:
             pairs, tokens = sums.n_pairs, sums.n_tokens
         loss = sums.bt_sum / pairs + inner.q_config.beta * sums.r2_sq_sum / tokens
-        self._record(out)
-        if not model.training:
-            self._add("eval", {"kl": inner.kl_from_base(out.states.at(out.taken))})
+        if model.training:
+            self._figures["train"].add(out)
+        else:
+            self._figures["eval"].add(out, inner.kl_from_base(out.states.at(out.taken)))
         if self._anchors and model.training:
             kl = self._anchor_kl(model, inner)
-            self._add("train", {"kl": kl.detach()[None]})
+            self._figures["train"].add_anchors(kl.detach())
             loss = loss + self.args.anchor_weight * kl * sums.n_pairs / pairs
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
@@ -253,7 +255,10 @@ class QAdapterTrainer(SealingTrainer):
         cache = self.cache if model.training else None
         if cache is None:
             return pair_loss(inner, batch_streams(model, inputs), inputs)
-        if (kept := cache.read(inputs)) is not None:
+        kept = cache.read(inputs)
+        if self.shards and not ranks.all_agree(self.accelerator, kept is not None):
+            kept = None  # split layers run in all processes or in none
+        if kept is not None:
             trunk, base = (t.to(inner.device, non_blocking=True) for t in kept)
             known = {"base_scalars": base} if cache.scalars else {"base_states": base[None]}
             inputs = {**inputs, "trunk": trunk[None], **known}
@@ -280,7 +285,7 @@ class QAdapterTrainer(SealingTrainer):
         """Return the trunk cache that the settings ask for, if this base can use one."""
         model, args = cast(QAdapterModel, self.model), cast(QAdapterConfig, self.args)
         asked = args.cache_trunk
-        if not (args.num_train_epochs > 1 if asked is None else asked):
+        if not args.wants_trunk_cache:
             return None
         if not (packable(model) and model.caches_trunk):
             if asked:
@@ -322,39 +327,12 @@ class QAdapterTrainer(SealingTrainer):
 
     # ── figures ─────────────────────────────────────────────────────────────────────────────────
 
-    def _add(self, mode: str, figures: dict[str, Tensor]) -> None:
-        store = self._figures[mode]
-        for name, values in figures.items():
-            store.setdefault(name, []).append(values.detach().float().cpu())
-
-    def _record(self, out: PairLoss) -> None:
-        chosen, rejected = out.returns.detach().chunk(2)
-        mode = "train" if self.model.training else "eval"
-        margin = chosen - rejected
-        # A tie is half right, so an untrained adapter scores 0.5 and not 0.
-        accuracy = (margin > 0).float() + 0.5 * (margin == 0).float()
-        self._add(
-            mode,
-            {
-                "rewards/chosen": chosen,
-                "rewards/rejected": rejected,
-                "rewards/accuracies": accuracy,
-                "rewards/margins": margin,
-                "rewards/token_rms_sq": out.rewards.detach().square(),
-            },
-        )
-
-    def _take(self, mode: str) -> dict[str, float]:
-        means = {k: float(torch.cat(v).mean()) for k, v in self._figures[mode].items()}
-        self._figures[mode] = {}
-        if (square := means.pop("rewards/token_rms_sq", None)) is not None:
-            means["rewards/token_rms"] = math.sqrt(square)
-        return means
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log to a training log line."""
         if "loss" in logs:
-            logs = {**logs, **self._take("train")}
+            means = self._figures["train"].take()
+            del means["loss"]  # Trainer's own has the anchors' part
+            logs = {**logs, **means}
         super().log(logs, start_time)
 
     def prediction_step(
@@ -371,18 +349,14 @@ class QAdapterTrainer(SealingTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Run transformers' loop and add `rewards/…`, so early stopping can watch them."""
-        self._figures["eval"] = {}
+        self._figures["eval"] = Figures()
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         # Exact over all pairs and tokens, where the loop's own is a mean of means of batches.
-        margins, squares = (
-            torch.cat(self._figures["eval"][name])
-            for name in ("rewards/margins", "rewards/token_rms_sq")
+        means = self._figures["eval"].take(
+            output.num_samples, beta=cast(QAdapterModel, self.model).q_config.beta
         )
-        beta = cast(QAdapterModel, self.model).q_config.beta
-        loss = torch.nn.functional.softplus(-margins).mean() + beta * squares.mean()
-        output.metrics[f"{prefix}_loss"] = float(loss)
-        output.metrics.update({f"{prefix}_{k}": v for k, v in self._take("eval").items()})
+        output.metrics.update({f"{prefix}_{k}": v for k, v in means.items()})
         return output
 
     # ── files ───────────────────────────────────────────────────────────────────────────────────
@@ -391,7 +365,8 @@ class QAdapterTrainer(SealingTrainer):
         # transformers' hook for what a checkpoint of the model holds: ours is the peft directory,
         # and no pickled training_args.bin.
         directory = output_dir or cast(str, self.args.output_dir)
-        cast(QAdapterModel, self.model).save_pretrained(directory)
+        model = cast(QAdapterModel, self.model)
+        model.save_pretrained(directory, is_main_process=self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         cast(QAdapterModel, self.model).load_adapter(resume_from_checkpoint)
@@ -403,15 +378,16 @@ class QAdapterTrainer(SealingTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, then prove that the adapter changed and the base did not."""
         model = cast(QAdapterModel, self.model)
-        adapter = {n: p.detach().clone() for n, p in model.adapter_parameters().items()}
+        adapter = model.adapter_state()
         base = hub.exact_weights_hash(model.base_parameters())
-        self.cache = self._open_cache(base)
+        cache = self._open_cache(base)
+        self.cache = cache if ranks.all_agree(self.accelerator, cache is not None) else None
         result = super().train(*args, **kwargs)
         if hub.exact_weights_hash(model.base_parameters()) != base:
             raise TrainingError("the base's weights changed during training; do not use this run.")
         if self.stopped:  # perhaps before the warm-up's first step that moves anything
             return result
-        now = model.adapter_parameters()
+        now = model.adapter_state()
         if all(torch.equal(now[n], p) for n, p in adapter.items()):
             raise TrainingError(
                 "the adapter did not change; raise num_train_epochs or learning_rate, or lower "
@@ -507,9 +483,12 @@ def prepare(config: QAdapterConfig) -> Prepared:
         raise ConfigError("data: missing; name a file of preference pairs with --data.")
     if not config.output_dir:
         raise ConfigError("output_dir: missing; name a directory with --output.")
+    engines.check(config)
     check_writable(config.output_dir)
     checkpoint, passed = _checkpoint(config)
     set_seed(config.seed)
+    with ranks.first_alone():
+        hub.resolve_base(config.model)
     tokenizer = hub.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     pairs = read_pairs(config.data)
     train_pairs = list(pairs if config.max_pairs is None else islice(pairs, config.max_pairs))
@@ -521,6 +500,7 @@ def prepare(config: QAdapterConfig) -> Prepared:
         config.model,
         dtype=torch.bfloat16 if config.bf16 else torch.float32,
         trust_remote_code=config.trust_remote_code,
+        quantization=config.quantize_base or "",
     )
     context = getattr(base.config, "max_position_embeddings", None)
     if context and config.max_length > context:
@@ -539,6 +519,7 @@ def prepare(config: QAdapterConfig) -> Prepared:
     q_config = config.q_config(
         base_model=hub.portable_name(config.model),
         base_hash=hub.weights_hash(base),
+        base_quantization=hub.quantization_of(base),
         tokenizer_hash=hub.tokenizer_hash(tokenizer),
     )
     _tell(alarms.near_uniform(q_config))
@@ -618,10 +599,11 @@ def run_training(config: QAdapterConfig) -> TrainResult:
     finally:
         if new:
             _remove_if_empty(directory)
-    run.model.save_pretrained(directory)
+    trainer.save_model(str(directory))
     told = run.budget.summary() if run.budget else None
     outcome = TrainResult(directory, len(run.train_set), run.dropped, metrics, trainable, told)
-    write_text(directory / "README.md", model_card(config, outcome))
+    if trainer.is_world_process_zero():
+        write_text(directory / "README.md", model_card(config, outcome))
     return outcome
 
 

@@ -93,9 +93,11 @@ def check_state(
         raise ArtefactError(f"{path}: {bad[0]!r} is not finite; use an older checkpoint.")
 
 
-def save_plain(model: PeftModel, directory: Path) -> None:
-    """Write the adapter's own two files, as peft reads them."""
-    model.save_pretrained(str(directory), safe_serialization=True, save_embedding_layers=False)
+def save_plain(model: PeftModel, directory: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write the adapter's own two files, as peft reads them; `state` stands for its parameters."""
+    model.save_pretrained(
+        str(directory), safe_serialization=True, save_embedding_layers=False, state_dict=state
+    )
     # peft's template says nothing true about this adapter
     (directory / "README.md").unlink(missing_ok=True)
 

@@ -61,6 +61,7 @@ class Heads:
         adapter_off: Callable[[], AbstractContextManager[None]]
         _base: PreTrainedModel
         _softcap: float | None
+        _plain_head: bool
 
     @property
     def scalars_suffice(self) -> bool:
@@ -79,9 +80,12 @@ class Heads:
     @property
     def head_weight(self) -> Tensor | None:
         """`[V, D]` where the head is a plain linear map, so one head serves a mix; else None."""
+        return cast(Tensor, self._base.get_output_embeddings().weight) if self._plain_head else None
+
+    def _has_plain_head(self) -> bool:
+        """Return whether the head is; asked once, for engines change the class of modules."""
         head = self._base.get_output_embeddings()
-        plain = type(head) is nn.Linear and head.bias is None and not self._softcap
-        return head.weight if plain else None
+        return type(head) is nn.Linear and head.bias is None and not self._softcap
 
     def mix(self, streams: Streams, strength: float | Sequence[float] | Tensor) -> Tensor:
         """Return the hidden state whose logits are the policy's, up to a constant per position.

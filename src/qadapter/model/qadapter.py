@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -30,6 +37,8 @@ from qadapter.model.composed import Composed, describe, tuned_modules
 from qadapter.model.heads import Heads
 from qadapter.model.stacked import agree
 from qadapter.model.streams import Streams
+
+_log = logging.getLogger(__name__)
 
 Strengths = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
 """s: a number; of one adapter one a row, `[B]`; of A adapters one each, `[A]`, or `[B, A]`."""
@@ -108,6 +117,8 @@ class QAdapterModel(Composed, Branches, Heads, PreTrainedModel, GenerationMixin)
         self.q_config = q_config
         self.adapters = (adapter,)
         self.generation_config = copy.deepcopy(base.generation_config)
+        # What engines that split a model take as one piece.
+        self._no_split_modules = [type(layers[0]).__name__]
         self._n_layers = n_layers
         self._rounded, self._stackable = {}, {}
         self._off = False
@@ -118,6 +129,7 @@ class QAdapterModel(Composed, Branches, Heads, PreTrainedModel, GenerationMixin)
         self.__dict__["_layers"] = layers
         self.__dict__["_norm"] = final_norm(decoder, layers)
         self._softcap = getattr(base.config, "final_logit_softcapping", None)
+        self._plain_head = self._has_plain_head()
         _end_base_dropout(peft_model)
         self._check_streams()
 
@@ -203,8 +215,20 @@ class QAdapterModel(Composed, Branches, Heads, PreTrainedModel, GenerationMixin)
         if not weights.is_file():
             raise ArtefactError(f"{weights}: missing; train or copy the adapter again.")
         if base is None:
-            base = hub.load_base(q_config.base_model, dtype=dtype, device=device)
-        if check_base and q_config.base_hash and hub.weights_hash(base) != q_config.base_hash:
+            asked = q_config.base_quantization if check_base else ""
+            base = hub.load_base(
+                q_config.base_model, dtype=dtype, device=device, quantization=asked
+            )
+        if (now := hub.quantization_of(base)) != q_config.base_quantization:
+            _log.warning(
+                "%s: was trained on a base held in %s and is served on one in %s: the policy is "
+                "another one, by as much as rounding moved the base; which base it is cannot be "
+                "checked",
+                directory,
+                q_config.base_quantization or "full precision",
+                now or "full precision",
+            )
+        elif check_base and q_config.base_hash and hub.weights_hash(base) != q_config.base_hash:
             raise ArtefactError(
                 f"{directory}: was trained on another base than {base.name_or_path!r}; load "
                 f"{q_config.base_model!r}, or pass check_base=False if you know better."
@@ -219,10 +243,13 @@ class QAdapterModel(Composed, Branches, Heads, PreTrainedModel, GenerationMixin)
         check_state(weights, state, peft_model)
         return cls(peft_model, q_config)
 
-    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | Path, is_main_process: bool = True, **_: Any
+    ) -> None:
         """Write the adapter's files: a plain peft directory with `qadapter_config.json`.
 
-        Each file appears whole or not at all; other files of the directory stay.
+        Each file appears whole or not at all; other files of the directory stay. Where an engine
+        has split the weights, all processes must come here and the main one writes.
 
         Raises:
             TrainingError: a weight is not finite; nothing is written.
@@ -234,13 +261,16 @@ class QAdapterModel(Composed, Branches, Heads, PreTrainedModel, GenerationMixin)
                 f"{save_directory}: {len(self.adapters)} adapters are no adapter of their own; "
                 "export them by --format policy."
             )
-        if not all(bool(p.isfinite().all()) for p in self.adapter_parameters().values()):
+        state = self.adapter_state()
+        if not all(bool(t.isfinite().all()) for t in state.values()):
             raise TrainingError(
                 f"{save_directory}: the adapter's weights are no longer finite and are not saved; "
                 "go back to an older checkpoint and try a lower learning_rate or bf16=false."
             )
+        if not is_main_process:
+            return
         with whole_files(save_directory) as partial:
-            save_plain(self.peft_model, partial)
+            save_plain(self.peft_model, partial, state)
             dataclasses.replace(self.q_config, qadapter_version=version("qadapter")).save(partial)
 
     def load_adapter(self, directory: str | Path) -> None:
@@ -254,13 +284,24 @@ class QAdapterModel(Composed, Branches, Heads, PreTrainedModel, GenerationMixin)
                 raise FileNotFoundError("no such directory")
             state = load_peft_weights(str(directory), device="cpu")
             check_state(Path(directory), state, self.peft_model)
-            set_peft_model_state_dict(self.peft_model, state)
+            self._set_adapter(state)
         except ArtefactError:
             raise
         except Exception as error:  # safetensors and peft each raise their own
             raise ArtefactError(
                 f"{directory}: adapter weights cannot be loaded ({error}); use an older checkpoint."
             ) from error
+
+    def _set_adapter(self, state: dict[str, Tensor]) -> None:
+        if not any(isinstance(p, DTensor) for p in self.adapter_parameters().values()):
+            set_peft_model_state_dict(self.peft_model, state)
+            return
+        with torch.no_grad():
+            for name, held in get_peft_model_state_dict(
+                self.peft_model, save_embedding_layers=False
+            ).items():
+                full = state[name].to(held.device, held.dtype)
+                held.copy_(distribute_tensor(full, held.device_mesh, held.placements))
 
     def _check_streams(self) -> None:
         """Raise ModelError unless the streams reproduce the base's own logits, cached or not.
@@ -374,6 +415,15 @@ class QAdapterModel(Composed, Branches, Heads, PreTrainedModel, GenerationMixin)
         if not found:
             raise TrainingError("nothing to train: the model has no adapter; check lora settings.")
         return found
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Return a copy of the adapter's whole weights by name; of split ones all must ask."""
+        return {n: hub.whole(p.detach()).clone() for n, p in self.adapter_parameters().items()}
+
+    @property
+    def outer_modules(self) -> list[nn.Module]:
+        """What is not in the layers: embeddings, the final norm and the head."""
+        return [self.get_input_embeddings(), self._norm, self.get_output_embeddings()]
 
     def base_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every parameter that is not the adapter's."""

@@ -1,0 +1,182 @@
+"""Which engine runs the processes of a training run, and with what it is known to be exact.
+
+`SUPPORT` is the table of docs/scale.md and a test holds the two together. What is not in it is
+refused before the base is loaded, so that nothing is found out in the middle of a night.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, save_fsdp_optimizer
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers.trainer import SCHEDULER_NAME
+
+from qadapter.checkpoints import SealingTrainer
+from qadapter.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qadapter.config import QAdapterConfig
+
+TESTED, UNTRIED = "tested", "not run here"
+
+_NO_READING = (
+    "it is read on one process's own model, and here none has a whole one; leave it out and turn "
+    "the dial down afterwards by `qadapter tune`"
+)
+_NO_FP16 = "float16's loss scaling is not tried with sharded gradients; use bf16"
+_WHOLE = "the quantised base is not tried in parts, and is small enough to be whole; use ddp"
+
+_NO_ZERO3 = (
+    "ZeRO-3 splits the head, which the loss reads whole; use --launch configs/fsdp.yaml, which "
+    "splits the layers"
+)
+_OPTIONS = (
+    "float32",
+    "bfloat16",
+    "float16",
+    "quantised base",
+    "gradient checkpointing",
+    "trunk cache",
+    "forgetting budget",
+)
+
+SUPPORT: dict[str, dict[str, str]] = {
+    "one process": dict.fromkeys(_OPTIONS, TESTED) | {"float16": UNTRIED},
+    "ddp": dict.fromkeys(_OPTIONS, TESTED) | {"float16": UNTRIED},
+    "fsdp2": dict.fromkeys(_OPTIONS, TESTED)
+    | {"float16": _NO_FP16, "quantised base": _WHOLE, "forgetting budget": _NO_READING},
+    "zero2": dict.fromkeys(_OPTIONS, UNTRIED)
+    | {"float16": _NO_FP16, "quantised base": _WHOLE, "forgetting budget": _NO_READING},
+    "zero3": dict.fromkeys(_OPTIONS, _NO_ZERO3),
+}
+"""Engine → option → TESTED, UNTRIED, or why it is refused. Options of a row may be combined."""
+
+
+def engine(config: QAdapterConfig) -> str:
+    """Return the name of the engine that a run's launcher and settings ask for.
+
+    Raises:
+        ConfigError: it is one that cannot be used.
+    """
+    asked = os.environ.get
+    if config.deepspeed_plugin is not None:
+        return f"zero{config.deepspeed_plugin.zero_stage}"
+    if asked("ACCELERATE_USE_FSDP", "").lower() == "true" or config.fsdp:
+        return "fsdp2"
+    return "ddp" if config.world_size > 1 else "one process"
+
+
+def _options(config: QAdapterConfig) -> list[str]:
+    """Return the options of the table that a run uses."""
+    precision = "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
+    used = {
+        "quantised base": config.quantize_base is not None,
+        "gradient checkpointing": config.gradient_checkpointing,
+        "trunk cache": config.wants_trunk_cache,
+        "forgetting budget": config.max_kl is not None or config.max_drop is not None,
+    }
+    return [precision, *(name for name, on in used.items() if on)]
+
+
+_FLAGS = {
+    "float16": "fp16",
+    "quantised base": "quantize_base",
+    "trunk cache": "cache_trunk",
+    "forgetting budget": "max_kl, max_drop",
+}
+
+
+def check(config: QAdapterConfig) -> str:
+    """Return a run's engine; called before anything is loaded.
+
+    Raises:
+        ConfigError: the engine cannot do what the run asks, or its own settings would change it.
+    """
+    name = engine(config)
+    if name not in SUPPORT:
+        known = ", ".join(SUPPORT)
+        raise ConfigError(f"{name}: this engine is not supported (of {known}); see docs/scale.md.")
+    for option in _options(config):
+        cell = SUPPORT[name][option]
+        if cell not in (TESTED, UNTRIED):
+            raise ConfigError(f"{_FLAGS.get(option, option)}: {name} has it not: {cell}.")
+    mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    own = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
+    if mixed not in ("no", own):
+        raise ConfigError(
+            f"mixed_precision: the launcher's file says {mixed} and the run {own}; write 'no' "
+            "there and say it by --bf16 or --fp16."
+        )
+    if name == "fsdp2":
+        _check_fsdp(config)
+    return name
+
+
+def _check_fsdp(config: QAdapterConfig) -> None:
+    if config.fsdp:
+        raise ConfigError("fsdp: is set by accelerate's file; use --launch configs/fsdp.yaml.")
+    needed = {
+        "FSDP_VERSION": ("2", "FSDP1 cannot keep frozen and trained weights apart"),
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": (
+            "false",
+            "every process tries its base out before it trains",
+        ),
+        "FSDP_STATE_DICT_TYPE": ("FULL_STATE_DICT", "the other kind is read by pickle"),
+        "FSDP_ACTIVATION_CHECKPOINTING": ("false", "--gradient_checkpointing does the same"),
+        "FSDP_OFFLOAD_PARAMS": ("false", "offloading is not tried"),
+    }
+    default = {"FSDP_ACTIVATION_CHECKPOINTING": "false", "FSDP_OFFLOAD_PARAMS": "false"}
+    for field, (value, why) in needed.items():
+        if (found := os.environ.get(field, default.get(field, "missing"))).lower() != value.lower():
+            raise ConfigError(f"{field.lower()}: is {found} and must be {value}: {why}.")
+
+
+class EngineTrainer(SealingTrainer):
+    """A trainer of a frozen model with few trained weights on any engine of the table."""
+
+    @property
+    def shards(self) -> bool:
+        """Whether each process holds only a part of the weights."""
+        return bool(self.is_fsdp_enabled)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator; on CPUs accelerate leaves FSDP out unless it is told here."""
+        check(self.args)
+        super().create_accelerator_and_postprocess()
+        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
+            return
+        state = self.accelerator.state
+        if state.distributed_type == DistributedType.MULTI_CPU:
+            state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+        if not self.accelerator.is_fsdp2:
+            raise ConfigError(
+                f"fsdp: accelerate runs this as {state.distributed_type.value} instead; start "
+                "more than one process."
+            )
+        plugin = state.fsdp_plugin
+        # Weights keep their own precision: the base's is the run's, the adapter's is float32.
+        plugin.mixed_precision_policy = MixedPrecisionPolicy()
+        # The loss reads the head outside the forward pass, where FSDP would not gather it.
+        plugin.ignored_modules = self.model.outer_modules
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter; transformers would gather the base and write it, too."""
+        if self.shards:
+            self._save(output_dir)
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.shards:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
