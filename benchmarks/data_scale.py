@@ -31,9 +31,7 @@ def tiny_base(directory: Path) -> Path:
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
     fast.save_pretrained(directory)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -68,7 +66,9 @@ def peaks(command: list[str], cache: Path) -> dict[str, float]:
         process = subprocess.Popen(command, env=environment, stdout=told, stderr=told)
         while process.poll() is None:
             fields = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-            sizes = {f.split(":")[0]: f.split()[1] for f in fields if f.startswith(("Rss", "VmHWM"))}
+            sizes = {
+                f.split(":")[0]: f.split()[1] for f in fields if f.startswith(("Rss", "VmHWM"))
+            }
             anonymous = max(anonymous, int(sizes.get("RssAnon", 0)))
             resident = max(resident, int(sizes.get("VmHWM", 0)))
             time.sleep(0.02)
@@ -89,11 +89,12 @@ def measured(count: int, directory: Path, base: Path) -> dict[str, dict[str, flo
     quiet = "--bf16 false --use_cpu true --save_strategy no --disable_tqdm true --lora_r 4"
     out = str(directory / f"out{count}")
     both = {
-        "check": ["check", str(data), "--model", str(base), "--max_length", "64"],
-        "train": ["train", "--data", str(data), "--model", str(base), "--output", out]
-        + f"{options} {quiet}".split(),
+        "check": f"check {data} --model {base} --max-length 64",
+        "train": f"train --data {data} --model {base} --output {out} {options} {quiet}",
     }
-    return {name: peaks([*command, *words], directory / "cache") for name, words in both.items()}
+    return {
+        name: peaks([*command, *words.split()], directory / "cache") for name, words in both.items()
+    }
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ def near_uniform(q: QConfig) -> str | None:
 
 
 def shared_prompts(
-    train: NDArray[np.uint64], held_out: NDArray[np.uint64], source: Callable[[int], str]
+    train: NDArray[np.int64], held_out: NDArray[np.int64], source: Callable[[int], str]
 ) -> str | None:
     """Return how many held-out pairs have a prompt that is trained on, both as `prompt_digest`.
 

@@ -13,8 +13,8 @@ from qadapter.config import QConfig
 from qadapter.data import Pair, prompt_digest
 
 
-def digests(*prompts: str) -> NDArray[np.uint64]:
-    return np.array([prompt_digest(Pair(p, "yes", "no", "dev.jsonl:1")) for p in prompts], np.uint64)
+def digests(*prompts: str) -> NDArray[np.int64]:
+    return np.array([prompt_digest(Pair(p, "yes", "no", "dev.jsonl:1")) for p in prompts], np.int64)
 
 
 def test_prompts_that_are_also_trained_on_are_counted() -> None:

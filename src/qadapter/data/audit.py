@@ -35,7 +35,7 @@ def _digest(*texts: str) -> int:
         # Its length keeps the texts apart.
         raw = text.encode()
         digest.update(len(raw).to_bytes(8, "little") + raw)
-    return int.from_bytes(digest.digest(), "little")
+    return int.from_bytes(digest.digest(), "little", signed=True)
 
 
 def _key(text: Text) -> str:
@@ -93,9 +93,9 @@ def audit(
     """
     found = Audit(unit="words" if tokenizer is None else "tokens")
     found.lengths = {name: Counter() for name in ("prompt", "chosen", "rejected")}
-    held_out = array("Q", map(prompt_digest, read_pairs(eval_path))) if eval_path else None
+    held_out = array("q", map(prompt_digest, read_pairs(eval_path))) if eval_path else None
     # Digests instead of texts, so that millions of pairs fit.
-    prompts, pairs, turned = array("Q"), array("Q"), array("Q")
+    prompts, pairs, turned = array("q"), array("q"), array("q")
     longer = 0.0
     for row in audit_rows(path):
         found.rows += 1
@@ -129,8 +129,8 @@ def audit(
     return found
 
 
-def _numbers(digests: array[int]) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-    return np.frombuffer(digests, np.uint64)
+def _numbers(digests: array[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    return np.frombuffer(digests, np.int64)
 
 
 def _repeated(pairs: array[int], turned: array[int]) -> tuple[int, int]:

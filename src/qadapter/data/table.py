@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
@@ -63,12 +63,12 @@ class TokenTable(Sequence[TokenizedPair]):
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of prompt and both responses of each pair, without reading them."""
-        return cast(Any, self._rows.data.column("tokens").to_numpy())
+        return cast("NDArray[np.int64]", self._rows.data.column("tokens").to_numpy())
 
     @property
-    def prompts(self) -> NDArray[np.uint64]:
+    def prompts(self) -> NDArray[np.int64]:
         """Digest of each pair's prompt."""
-        return cast(Any, self._rows.data.column("prompt").to_numpy())
+        return cast("NDArray[np.int64]", self._rows.data.column("prompt").to_numpy())
 
 
 def _pair(row: dict[str, Any]) -> TokenizedPair:
@@ -101,9 +101,10 @@ def token_table(
     from datasets.arrow_writer import ArrowWriter
 
     ids, text, flag = List(Value("int32")), Value("string"), Value("bool")
+    plain = [field.name for field in fields(TokenizedPair)]
     columns = {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids}
     columns |= {"chosen_terminal": flag, "rejected_terminal": flag, "source": text}
-    columns |= {"tokens": Value("int64"), "prompt": Value("uint64")}
+    columns |= {"tokens": Value("int64"), "prompt": Value("int64")}
     dropped: dict[str, Sources] = {}
     kept = kept_pairs(
         pairs, tokenizer, dropped, end_ids=end_ids, max_length=max_length, truncate=truncate
@@ -116,7 +117,7 @@ def token_table(
             with ArrowWriter(path=file, features=Features(columns)) as writer:
                 for pair, tokens in kept:
                     more = {"tokens": tokens.tokens, "prompt": prompt_digest(pair)}
-                    writer.write(asdict(tokens) | more)
+                    writer.write({n: getattr(tokens, n) for n in plain} | more)
                 writer.finalize()
             table = TokenTable(Dataset.from_file(file))
         except BaseException:
