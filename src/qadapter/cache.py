@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from qadapter import files
-from qadapter.data import TokenizedPair
+from qadapter.data import TokenizedPair, pair_lengths
 from qadapter.errors import ConfigError, UserError
 
 _log = logging.getLogger(__name__)
@@ -133,14 +133,12 @@ class TrunkCache:
         *,
         limit: int,
     ) -> None:
-        lengths = {
-            _pair_name(p): len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids)
-            for p in pairs
-        }
+        # First by the lengths alone: what does not fit is not read.
+        check_limit(layout.size(int(pair_lengths(pairs).sum())), limit)
+        lengths = {_pair_name(p): p.tokens for p in pairs}
         self._slots = {name: i for i, name in enumerate(lengths)}
         self._ends = torch.tensor(list(lengths.values())).cumsum(0).tolist()
         size = layout.size(self._ends[-1])
-        check_limit(size, limit)
         names = hashlib.sha256("".join(lengths).encode()).hexdigest()
         told = {**key, "format": _FORMAT, "layout": repr(layout), "pairs": names}
         text = json.dumps(told, indent=2, sort_keys=True) + "\n"

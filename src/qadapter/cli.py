@@ -300,7 +300,7 @@ def _check(args: argparse.Namespace) -> None:
         _show(args, tokenizer, end_ids)
     if found.bad:
         raise DataError(
-            f"{args.data}: {len(found.bad)} of {found.rows} rows cannot be trained on, the first "
+            f"{args.data}: {found.bad_rows} of {found.rows} rows cannot be trained on, the first "
             f"is {found.bad[0].source}; mend them as said above."
         )
 

@@ -7,11 +7,13 @@ import resource
 import sys
 import tempfile
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,7 +24,7 @@ from qadapter.cache import check_limit
 from qadapter.config import QAdapterConfig
 from qadapter.data import TokenizedPair
 from qadapter.errors import ConfigError
-from qadapter.packing import flat, pack_pairs
+from qadapter.packing import Rows, flat, pack_pairs
 from qadapter.train import Prepared, QAdapterTrainer, prepare
 
 _TRIED = 6
@@ -74,20 +76,20 @@ def peak_memory() -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def _length(pair: TokenizedPair) -> int:
-    return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
-
-
 def _tokens(row: Sequence[TokenizedPair]) -> int:
-    return sum(_length(pair) for pair in row)
+    return sum(pair.tokens for pair in row)
 
 
-def _rows(trainer: QAdapterTrainer, pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
+def _rows(trainer: QAdapterTrainer, pairs: Sequence[TokenizedPair]) -> Rows:
     """Return the micro-batches of the run's first epoch."""
-    if trainer.rows:
+    if isinstance(trainer.rows, Rows):
         return trainer.rows
     sampler: Any = trainer.get_train_dataloader().batch_sampler
-    return [[pairs[i] for i in index] for index in sampler]
+    order, ends = array("q"), array("q")
+    for index in sampler:
+        order.extend(index)
+        ends.append(len(order))
+    return Rows(pairs, np.frombuffer(order, np.int64), np.frombuffer(ends, np.int64))
 
 
 class Clock(TrainerCallback):  # type: ignore[misc,unused-ignore]
@@ -134,11 +136,11 @@ def _fits(trainer: QAdapterTrainer, tokens: int) -> bool:
     return True
 
 
-def _spread(rows: list[list[TokenizedPair]]) -> list[list[TokenizedPair]]:
+def _spread(rows: Rows) -> list[list[TokenizedPair]]:
     """Return the largest row and some whose lengths are spread as all are."""
-    rows = sorted(rows, key=_tokens)
-    middles = [rows[(2 * i + 1) * len(rows) // (2 * _TRIED)] for i in range(_TRIED)]
-    return [rows[-1], *middles]
+    by_size = rows.tokens.argsort(kind="stable")
+    middles = [by_size[(2 * i + 1) * len(rows) // (2 * _TRIED)] for i in range(_TRIED)]
+    return [rows[int(i)] for i in (by_size[-1], *middles)]
 
 
 def step_flops(trainer: Trainer, inputs: dict[str, Any]) -> int:
@@ -174,14 +176,14 @@ def estimate(config: QAdapterConfig) -> Estimate:
         elsewhere.output_dir = directory  # transformers' Trainer makes it at once
         trainer = run.trainer(elsewhere)
         rows = _rows(trainer, run.train_set)
-        keeps = config.num_train_epochs > 1 and _fits(trainer, sum(_tokens(row) for row in rows))
+        keeps = config.num_train_epochs > 1 and _fits(trainer, int(rows.tokens.sum()))
         return _tried(config, run, rows, Path(directory), keeps)
 
 
 def _tried(
     config: QAdapterConfig,
     run: Prepared,
-    rows: list[list[TokenizedPair]],
+    rows: Rows,
     directory: Path,
     keeps: bool,
 ) -> Estimate:
@@ -214,7 +216,7 @@ def _tried(
     cached = trainer.cache is not None
     batch = trainer.data_collator(spread[len(spread) // 2])
     flops = [step_flops(trainer, dict(batch))]
-    tokens, whole = _tokens(spread[len(spread) // 2]), sum(_tokens(row) for row in rows)
+    tokens, whole = _tokens(spread[len(spread) // 2]), int(rows.tokens.sum())
     trainer.cache = None
     flops.insert(0, step_flops(trainer, dict(batch)))
     # The first step of each pass, the largest row, warms up and is not timed.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypedDict, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from qadapter.data import TokenizedPair
+from qadapter.data import TokenizedPair, pair_lengths
 from qadapter.errors import ConfigError
 
 
@@ -86,30 +88,57 @@ def pack_pairs(pairs: Sequence[TokenizedPair]) -> PackedBatch:
     )
 
 
-def fill_rows(
-    pairs: Sequence[TokenizedPair], tokens: int, *, seed: int
-) -> list[list[TokenizedPair]]:
+@dataclass(frozen=True)
+class Rows(Sequence[list[TokenizedPair]]):
+    """Rows of pairs, by the pairs' indices; the pairs are read when a row is asked for."""
+
+    pairs: Sequence[TokenizedPair]
+    order: NDArray[np.int64]
+    """Index of each pair, row after row."""
+    ends: NDArray[np.int64]
+    """End of each row in `order`."""
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """Tokens of each row, without reading it."""
+        whole = pair_lengths(self.pairs)[self.order].cumsum()
+        return np.diff(whole[self.ends - 1], prepend=0)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> list[TokenizedPair]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[TokenizedPair]]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        """Return one row, or a list of them."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        start = self.ends[index - 1] if index else 0
+        return [self.pairs[int(i)] for i in self.order[start : self.ends[index]]]
+
+
+def fill_rows(pairs: Sequence[TokenizedPair], tokens: int, *, seed: int) -> Rows:
     """Return the pairs, shuffled, in rows of at most so many tokens, each filled in turn.
 
     Raises:
         ConfigError: a pair alone has more.
     """
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
-    rows: list[list[TokenizedPair]] = []
-    room = 0
-    for pair in (pairs[i] for i in order):
-        length = len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
-        if length > tokens:
-            raise ConfigError(
-                f"tokens_per_batch: {tokens} is less than the {length} tokens of {pair.source}; "
-                "raise it, or lower max_length."
-            )
-        if length > room:
-            rows.append([])
-            room = tokens
-        rows[-1].append(pair)
-        room -= length
-    return rows
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).numpy()
+    lengths = pair_lengths(pairs)[order]
+    if (longest := int(lengths.max(initial=0))) > tokens:
+        pair = pairs[int(order[lengths.argmax()])]
+        raise ConfigError(
+            f"tokens_per_batch: {tokens} is less than the {longest} tokens of {pair.source}; "
+            "raise it, or lower max_length."
+        )
+    total, ends = lengths.cumsum(), [0]
+    while ends[-1] < len(order):
+        before = int(total[ends[-1] - 1]) if ends[-1] else 0
+        ends.append(int(total.searchsorted(before + tokens, side="right")))
+    return Rows(pairs, order, np.array(ends[1:], np.int64))
 
 
 def flat(items: Sequence[TokenizedPair | list[TokenizedPair]]) -> list[TokenizedPair]:

@@ -22,7 +22,7 @@ from qadapter.budget import Budget, DropMeter, KLMeter, Meter, hold_out
 from qadapter.cache import Kept, Layout, TrunkCache
 from qadapter.checkpoints import damage, newest_sound
 from qadapter.config import QAdapterConfig
-from qadapter.data import TokenizedPair, read_pairs, read_texts, tokenize_pairs
+from qadapter.data import Sources, TokenizedPair, TokenTable, read_pairs, read_texts, token_table
 from qadapter.engines import EngineTrainer
 from qadapter.errors import ArtefactError, ConfigError, DataError, TrainingError, UserError
 from qadapter.figures import Figures
@@ -169,7 +169,7 @@ class QAdapterTrainer(EngineTrainer):
         self.cache: TrunkCache | None = None
         """Opened when training starts, where the settings and the base allow."""
         self.cache_root = files.cache_dir() / "trunk"
-        self.rows: list[list[TokenizedPair]] = []
+        self.rows: Sequence[list[TokenizedPair]] = []
         """Micro-batches filled beforehand; empty where the sampler makes them."""
         if args.tokens_per_batch and train_dataset is not None:
             self.rows = fill_rows(train_dataset, args.tokens_per_batch, seed=args.seed)
@@ -188,15 +188,13 @@ class QAdapterTrainer(EngineTrainer):
     def num_examples(self, dataloader: Any) -> int:
         """Return the pairs in a dataloader."""
         rows = dataloader.dataset
-        return (
-            sum(len(row) for row in rows) if rows is self.rows else super().num_examples(dataloader)
-        )
+        return len(self.train_dataset) if rows is self.rows else super().num_examples(dataloader)
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """Return the pairs of one step; of filled rows, their mean."""
         if not self.rows:
             return int(super().get_total_train_batch_size(args))
-        pairs = sum(len(row) for row in self.rows) / len(self.rows)
+        pairs = len(cast(Any, self.train_dataset)) / len(self.rows)
         return int(pairs * args.gradient_accumulation_steps * args.world_size + 0.5)
 
     def get_batch_samples(
@@ -428,7 +426,7 @@ class TrainResult:
 
     directory: Path
     pairs: int
-    dropped: dict[str, list[str]]
+    dropped: dict[str, Sources]
     metrics: dict[str, float]
     trainable: int
     """Number of adapter parameters."""
@@ -443,11 +441,11 @@ class Prepared:
     """All that a run needs, read and checked, before its first step."""
 
     model: QAdapterModel
-    train_set: list[TokenizedPair]
-    eval_set: list[TokenizedPair] | None
+    train_set: TokenTable
+    eval_set: TokenTable | None
     anchors: list[list[int]]
     pad_id: int
-    dropped: dict[str, list[str]]
+    dropped: dict[str, Sources]
     """Sources of the training pairs that were left out, by reason."""
     budget: Budget | None = None
     checkpoint: str | None = None
@@ -490,10 +488,20 @@ def prepare(config: QAdapterConfig) -> Prepared:
     with ranks.first_alone():
         hub.resolve_base(config.model)
     tokenizer = hub.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    pairs = read_pairs(config.data)
-    train_pairs = list(pairs if config.max_pairs is None else islice(pairs, config.max_pairs))
-    eval_pairs = list(read_pairs(config.eval_data)) if config.eval_data else []
-    _tell(alarms.shared_prompts(train_pairs, eval_pairs))
+    limits: dict[str, Any] = {
+        "end_ids": hub.end_of_turn_ids(
+            tokenizer,
+            hub.load_generation_config(config.model, trust_remote_code=config.trust_remote_code),
+        ),
+        "max_length": config.max_length,
+        "truncate": config.truncate,
+    }
+    pairs = islice(read_pairs(config.data), config.max_pairs)
+    train_set, dropped = token_table(pairs, tokenizer, **limits)
+    eval_set = None
+    if config.eval_data:
+        eval_set = held_out = token_table(read_pairs(config.eval_data), tokenizer, **limits)[0]
+        _tell(alarms.shared_prompts(train_set.prompts, held_out.prompts, held_out.source))
     anchor_texts, meters = _budgeted(config)
     # The base comes after the data: a bad row is told in a second, not in a minute.
     base = hub.load_base(
@@ -507,14 +515,6 @@ def prepare(config: QAdapterConfig) -> Prepared:
         raise ConfigError(
             f"max_length: {config.max_length} exceeds the model's context of {context}; lower it."
         )
-    end_ids = hub.end_of_turn_ids(tokenizer, base.generation_config)
-    limits: dict[str, Any] = {
-        "end_ids": end_ids,
-        "max_length": config.max_length,
-        "truncate": config.truncate,
-    }
-    train_set, dropped = tokenize_pairs(train_pairs, tokenizer, **limits)
-    eval_set = tokenize_pairs(eval_pairs, tokenizer, **limits)[0] if eval_pairs else None
     anchors = anchor_rows(anchor_texts, tokenizer) if anchor_texts else []
     q_config = config.q_config(
         base_model=hub.portable_name(config.model),

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from qadapter.alarms import flat_loss, inverted, near_uniform, shared_prompts
 from qadapter.config import QConfig
-from qadapter.data import Pair
+from qadapter.data import Pair, prompt_digest
 
 
-def pair(prompt: str, line: int) -> Pair:
-    return Pair(prompt=prompt, chosen="yes", rejected="no", source=f"dev.jsonl:{line}")
+def digests(*prompts: str) -> NDArray[np.int64]:
+    return np.array([prompt_digest(Pair(p, "yes", "no", "dev.jsonl:1")) for p in prompts], np.int64)
 
 
 def test_prompts_that_are_also_trained_on_are_counted() -> None:
-    train = [pair("a", 1), pair("b", 2)]
-    assert shared_prompts(train, [pair("c", 1)]) is None
-    assert shared_prompts(train, []) is None
-    told = shared_prompts(train, [pair("c", 1), pair("b", 2), pair("a", 3)])
+    def told_of(*prompts: str) -> str | None:
+        return shared_prompts(digests("a", "b"), digests(*prompts), lambda i: f"dev.jsonl:{i + 1}")
+
+    assert told_of("c") is None
+    assert told_of() is None
+    told = told_of("c", "b", "a")
     assert told is not None
     assert "2 of 3 pairs" in told
     assert "first is dev.jsonl:2" in told

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fakes import CHATML, tiny_tokenizer
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qadapter.data import (
@@ -19,10 +22,13 @@ from qadapter.data import (
     read_pairs,
     read_prompts,
     read_texts,
+    token_table,
     tokenize_pair,
     tokenize_pairs,
 )
-from qadapter.errors import DataError, ModelError
+from qadapter.errors import DataError, ModelError, UserError
+from qadapter.files import cache_dir
+from qadapter.packing import fill_rows
 
 END = frozenset({1})
 TOKENIZER = tiny_tokenizer()
@@ -306,7 +312,7 @@ def test_dropped_pairs_are_reported_and_none_left_is_an_error() -> None:
     pairs = [Pair("12", "a" * n, "b", f"m:{n}") for n in (1, 9, 2, 30)]
     kept, dropped = tokenize_pairs(pairs, TOKENIZER, end_ids=END, max_length=6)
     assert [k.source for k in kept] == ["m:1", "m:2"]
-    assert dropped == {"too long": ["m:9", "m:30"]}
+    assert {k: list(v) for k, v in dropped.items()} == {"too long": ["m:9", "m:30"]}
     with pytest.raises(DataError, match=r"no pair is left \(4 prompt too long\)"):
         tokenize_pairs(pairs, TOKENIZER, end_ids=END, max_length=2)
 
@@ -337,7 +343,7 @@ def test_the_audit_counts_what_it_says(tmp_path: Path) -> None:
     assert (found.empty_responses, found.shared_with_eval) == (1, 3)
     # tokens: blue 6, green 7, so the longer one wins once in four pairs
     assert found.length_bias == 0.25
-    assert found.dropped == {"too long": [f"{path}:4"]}
+    assert {k: list(v) for k, v in found.dropped.items()} == {"too long": [f"{path}:4"]}
     text = format_audit(found)
     assert "'rejected' is missing" in text
     assert "longer one is chosen    25.0%" in text
@@ -349,8 +355,10 @@ def test_the_audit_counts_tokens_of_pairs_the_template_makes_identical(tmp_path:
     row = {**EXPLICIT_CHAT, "chosen": [assistant("b ")]}
     path = write(tmp_path / "p.jsonl", [row, EXPLICIT_CHAT])
     found = audit(path, strips, end_ids=END)
-    assert found.dropped == {"identical after truncation": [f"{path}:1"]}
-    assert found.lengths["chosen"] == [2, 2]
+    assert {k: list(v) for k, v in found.dropped.items()} == {
+        "identical after truncation": [f"{path}:1"]
+    }
+    assert found.lengths["chosen"] == {2: 2}
 
 
 def test_other_formats_are_no_prompts_and_crlf_is_no_text(tmp_path: Path) -> None:
@@ -371,3 +379,94 @@ def test_prompts_and_texts(tmp_path: Path) -> None:
     assert read_prompts(rows) == [[user("one")], [user("two")]]
     with pytest.raises(DataError, match=r"p\.jsonl:2: 'text' is missing"):
         read_texts(rows)
+
+
+EXAMPLES = int(os.environ.get("QADAPTER_FUZZ", "40"))
+LINES = st.text(st.characters(), max_size=30)
+VALUES = st.one_of(st.none(), st.integers(), st.floats(), st.booleans(), LINES)
+MESSAGES = st.lists(
+    st.one_of(
+        VALUES,
+        st.fixed_dictionaries(
+            {"role": st.sampled_from(["user", "assistant", "system", "tool", "bard", None, 3, []])},
+            optional={"content": VALUES, "tool_calls": VALUES, "name": VALUES},
+        ),
+    ),
+    max_size=4,
+)
+FIELD = st.one_of(LINES, MESSAGES, VALUES)
+ROWS = st.one_of(
+    VALUES,
+    st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "extra"]), FIELD),
+    st.fixed_dictionaries({"prompt": LINES, "chosen": LINES, "rejected": LINES}),
+    st.builds(
+        lambda p, c, r: {"prompt": [user(p)], "chosen": [assistant(c)], "rejected": [assistant(r)]},
+        LINES,
+        LINES,
+        LINES,
+    ),
+)
+
+
+@settings(deadline=None, max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
+@given(st.lists(ROWS, max_size=5), st.integers(1, 120), st.booleans())
+def test_any_file_is_trained_on_or_refused_in_a_sentence(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[Any], limit: int, truncate: bool
+) -> None:
+    """`make fuzz` draws ten thousand: only our own errors, one line each, that name the place."""
+    path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
+    write(path, rows)
+    options = {"end_ids": END, "max_length": limit}
+    refused = None
+    try:
+        found = audit(str(path), TOKENIZER, **options)
+        format_audit(found)
+        table, dropped = token_table(read_pairs(str(path)), TOKENIZER, truncate=truncate, **options)
+    except UserError as error:
+        refused = str(error)
+    if refused is not None:
+        assert ("fuzz.jsonl" in refused) or refused.startswith("no pair is left")
+        return
+    listed, also = tokenize_pairs(read_pairs(str(path)), TOKENIZER, truncate=truncate, **options)
+    assert list(table) == listed
+    assert table.lengths.tolist() == [p.tokens for p in listed]
+    assert {k: list(v) for k, v in dropped.items()} == {k: list(v) for k, v in also.items()}
+    assert len(table) + sum(map(len, dropped.values())) == found.rows
+
+
+def test_workers_read_the_same_pairs_and_a_resumed_run_none_of_those_skipped() -> None:
+    from accelerate import skip_first_batches
+    from torch.utils.data import DataLoader
+
+    pairs = [Pair("12", "a" * (1 + n % 5), "b", f"m:{n}") for n in range(20)]
+    table, _ = token_table(pairs, TOKENIZER, end_ids=END, max_length=60)
+    read: list[int] = []
+
+    class Watched(Sequence[TokenizedPair]):
+        def __len__(self) -> int:
+            return len(table)
+
+        def __getitem__(self, index: Any) -> Any:
+            read.append(index)
+            return table[index]
+
+    alone = list(DataLoader(table, batch_size=2, collate_fn=list))
+    workers = DataLoader(table, batch_size=2, collate_fn=list, num_workers=2)
+    assert list(workers) == alone
+    rest = list(skip_first_batches(DataLoader(Watched(), batch_size=2, collate_fn=list), 7))
+    assert rest == alone[7:]
+    assert read == list(range(14, 20))
+    assert fill_rows(table, 30, seed=1)[:] == fill_rows(alone and table[:], 30, seed=1)[:]
+
+
+def test_the_file_of_a_table_goes_with_it_and_that_of_a_killed_process_with_the_next() -> None:
+    root = cache_dir() / "pairs"
+    (root / "left").mkdir(parents=True, exist_ok=True)
+    table, _ = token_table([Pair("1", "a", "b", "m:1")], TOKENIZER, end_ids=END, max_length=60)
+    other, _ = token_table([Pair("1", "a", "c", "m:1")], TOKENIZER, end_ids=END, max_length=60)
+    assert not (root / "left").exists()
+    assert [table[0].source, other[0].source] == ["m:1"] * 2  # the first one's was left alone
+    assert len([p for p in root.iterdir() if p.is_dir()]) >= 2
+    del table, other
+    gc.collect()
+    assert not [p for p in root.iterdir() if p.is_dir()]

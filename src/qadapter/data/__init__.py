@@ -1,6 +1,6 @@
 """Preference data: file → `Pair` → tokens, every problem named by file and line."""
 
-from qadapter.data.audit import Audit, audit, format_audit, prompt_key
+from qadapter.data.audit import Audit, audit, format_audit, prompt_digest, prompt_key
 from qadapter.data.pairs import (
     BadRow,
     Message,
@@ -11,8 +11,10 @@ from qadapter.data.pairs import (
     read_prompts,
     read_texts,
 )
+from qadapter.data.table import TokenTable, pair_lengths, token_table
 from qadapter.data.tokens import (
     Dropped,
+    Sources,
     TokenizedPair,
     tokenize_pair,
     tokenize_pairs,
@@ -25,15 +27,20 @@ __all__ = [
     "Dropped",
     "Message",
     "Pair",
+    "Sources",
     "Text",
+    "TokenTable",
     "TokenizedPair",
     "audit",
     "audit_rows",
     "format_audit",
+    "pair_lengths",
+    "prompt_digest",
     "prompt_key",
     "read_pairs",
     "read_prompts",
     "read_texts",
+    "token_table",
     "tokenize_pair",
     "tokenize_pairs",
     "tokenize_prompt",

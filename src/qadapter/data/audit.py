@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from statistics import quantiles
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from qadapter.data.pairs import BadRow, Pair, Text, audit_rows, read_pairs
-from qadapter.data.tokens import drop_reason, whole_ids
+from qadapter.data.tokens import Sources, drop_reason, whole_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,6 +22,20 @@ if TYPE_CHECKING:
 def prompt_key(pair: Pair) -> str:
     """Return a text that two pairs share exactly when their prompts are equal."""
     return _key(pair.prompt)
+
+
+def prompt_digest(pair: Pair) -> int:
+    """Return 64 bits of a hash of `prompt_key`: of 10⁶ prompts two share one once in 4·10⁷ runs."""
+    return _digest(prompt_key(pair))
+
+
+def _digest(*texts: str) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    for text in texts:
+        # Its length keeps the texts apart.
+        raw = text.encode()
+        digest.update(len(raw).to_bytes(8, "little") + raw)
+    return int.from_bytes(digest.digest(), "little", signed=True)
 
 
 def _key(text: Text) -> str:
@@ -30,12 +47,14 @@ class Audit:
     """What `qadapter check` tells of a file."""
 
     rows: int = 0
+    bad_rows: int = 0
     bad: list[BadRow] = field(default_factory=list)
+    """The first ten of them."""
     turns: Counter[int] = field(default_factory=Counter)
     """Messages in the prompt; 0 is plain text."""
     unit: str = "words"
-    lengths: dict[str, list[int]] = field(default_factory=dict)
-    """Length of every prompt, chosen and rejected."""
+    lengths: dict[str, Counter[int]] = field(default_factory=dict)
+    """How many prompts, chosen and rejected have each length."""
     length_bias: float = 0.5
     """Share of pairs in which the longer response is chosen; equal lengths count half."""
     equal_lengths: int = 0
@@ -45,7 +64,11 @@ class Audit:
     empty_responses: int = 0
     shared_with_eval: int | None = None
     """Pairs whose prompt is in the eval file too."""
-    dropped: dict[str, list[str]] = field(default_factory=dict)
+    dropped: dict[str, Sources] = field(default_factory=dict)
+
+
+_SHOWN = 10
+"""Bad rows that are kept and shown."""
 
 
 def _words(text: Text) -> str:
@@ -69,22 +92,22 @@ def audit(
         ModelError: as `tokenize_pair`.
     """
     found = Audit(unit="words" if tokenizer is None else "tokens")
-    found.lengths = {"prompt": [], "chosen": [], "rejected": []}
-    held_out = {prompt_key(p) for p in read_pairs(eval_path)} if eval_path else None
-    found.shared_with_eval = None if held_out is None else 0
-    seen: set[tuple[str, str, str]] = set()
+    found.lengths = {name: Counter() for name in ("prompt", "chosen", "rejected")}
+    held_out = array("q", map(prompt_digest, read_pairs(eval_path))) if eval_path else None
+    # Digests instead of texts, so that millions of pairs fit.
+    prompts, pairs, turned = array("q"), array("q"), array("q")
     longer = 0.0
     for row in audit_rows(path):
         found.rows += 1
         if isinstance(row, BadRow):
-            found.bad.append(row)
+            found.bad_rows += 1
+            found.bad += [row] if found.bad_rows <= _SHOWN else []
             continue
-        key = prompt_key(row), _key(row.chosen), _key(row.rejected)
-        found.duplicates += key in seen
-        found.contradictions += (key[0], key[2], key[1]) in seen
-        seen.add(key)
+        prompt, chosen, rejected = prompt_key(row), _key(row.chosen), _key(row.rejected)
+        pairs.append(_digest(prompt, chosen, rejected))
+        turned.append(_digest(prompt, rejected, chosen))
         if held_out is not None:
-            found.shared_with_eval = cast(int, found.shared_with_eval) + (key[0] in held_out)
+            prompts.append(_digest(prompt))
         found.turns[0 if isinstance(row.prompt, str) else len(row.prompt)] += 1
         found.empty_responses += sum(not _words(r).strip() for r in (row.chosen, row.rejected))
         sizes = [len(_words(t).split()) for t in (row.prompt, row.chosen, row.rejected)]
@@ -93,29 +116,54 @@ def audit(
             ids = whole_ids(row, tokenizer, end_ids)
             sizes = [len(part) for part in ids]
             if reason := drop_reason(ids, max_length=max_length, truncate=False):
-                found.dropped.setdefault(reason, []).append(row.source)
+                found.dropped.setdefault(reason, Sources()).append(row.source)
         for name, size in zip(found.lengths, sizes, strict=True):
-            found.lengths[name].append(size)
+            found.lengths[name][size] += 1
         found.equal_lengths += sizes[1] == sizes[2]
         longer += (sizes[1] > sizes[2]) + 0.5 * (sizes[1] == sizes[2])
-    good = found.rows - len(found.bad)
+    found.duplicates, found.contradictions = _repeated(pairs, turned)
+    if held_out is not None:
+        found.shared_with_eval = int(np.isin(_numbers(prompts), _numbers(held_out)).sum())
+    good = found.rows - found.bad_rows
     found.length_bias = longer / good if good else 0.5
     return found
 
 
-def _percentiles(values: Sequence[int]) -> list[int]:
-    if len(values) < 2:
-        return list(values) * 6
-    cuts = quantiles(values, n=20, method="inclusive")
-    return [round(cuts[i]) for i in (0, 4, 9, 14, 18)] + [max(values)]
+def _numbers(digests: array[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    return np.frombuffer(digests, np.int64)
+
+
+def _repeated(pairs: array[int], turned: array[int]) -> tuple[int, int]:
+    """Return how many pairs an earlier one equals, and how many one states the other way round."""
+    if not pairs:
+        return 0, 0
+    known, first = np.unique(_numbers(pairs), return_index=True)
+    place = np.searchsorted(known, _numbers(turned)).clip(max=len(known) - 1)
+    against = (known[place] == _numbers(turned)) & (first[place] < np.arange(len(pairs)))
+    return len(pairs) - len(known), int(against.sum())
+
+
+def _percentiles(counts: Mapping[int, int]) -> list[int]:
+    if not counts:
+        return []
+    values = np.array(sorted(counts))
+    ends = np.cumsum([counts[int(v)] for v in values])
+
+    def at(share: float) -> int:
+        # Between the two values that it falls between, as quantiles' "inclusive" has it.
+        low = int(share * (ends[-1] - 1))
+        a, b = values[np.searchsorted(ends, [low, min(low + 1, ends[-1] - 1)], side="right")]
+        return round(float(a + (b - a) * (share * (ends[-1] - 1) - low)))
+
+    return [at(share) for share in (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)]
 
 
 def format_audit(found: Audit) -> str:
     """Return the audit as aligned text."""
-    lines = [f"{'rows':24}{found.rows}", f"{'bad rows':24}{len(found.bad)}"]
-    lines += [f"  {bad.source}: {bad.problem}" for bad in found.bad[:10]]
-    if len(found.bad) > 10:
-        lines.append(f"  … and {len(found.bad) - 10} more")
+    lines = [f"{'rows':24}{found.rows}", f"{'bad rows':24}{found.bad_rows}"]
+    lines += [f"  {bad.source}: {bad.problem}" for bad in found.bad]
+    if found.bad_rows > _SHOWN:
+        lines.append(f"  … and {found.bad_rows - _SHOWN} more")
     turns = ", ".join(f"{n}: {c}" for n, c in sorted(found.turns.items()))
     lines.append(f"{'messages in prompt':24}{turns or 'none'}")
     lines.append(f"{'length in ' + found.unit:24}" + "".join(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast, overload
 
 from qadapter.data.pairs import Message, Pair, Text
 from qadapter.errors import DataError, ModelError
@@ -25,6 +26,36 @@ class TokenizedPair:
     chosen_terminal: bool
     rejected_terminal: bool
     source: str
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompt and both responses."""
+        return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+
+
+class Sources(Sequence[str]):
+    """Places in one file, `file:line`, as numbers: millions of them take 8 bytes each."""
+
+    def __init__(self) -> None:
+        self._file, self._lines = "", array("q")
+
+    def append(self, source: str) -> None:
+        """Add a place in the same file."""
+        self._file = source.rstrip("0123456789")
+        self._lines.append(int(source[len(self._file) :]))
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        """Return a place, or a list of them."""
+        if isinstance(index, slice):
+            return [f"{self._file}{line}" for line in self._lines[index]]
+        return f"{self._file}{self._lines[index]}"
 
 
 def _one_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -148,6 +179,36 @@ def tokenize_pair(
     )
 
 
+def kept_pairs(
+    pairs: Iterable[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    dropped: dict[str, Sources],
+    *,
+    end_ids: frozenset[int],
+    max_length: int,
+    truncate: bool = False,
+) -> Iterator[tuple[Pair, TokenizedPair]]:
+    """Yield the pairs with their tokens; `dropped` is given the sources of those left out.
+
+    Raises:
+        DataError: nothing is left.
+        ModelError: as `tokenize_pair`.
+    """
+    empty = True
+    for pair in pairs:
+        result = tokenize_pair(
+            pair, tokenizer, end_ids=end_ids, max_length=max_length, truncate=truncate
+        )
+        if isinstance(result, TokenizedPair):
+            empty = False
+            yield pair, result
+        else:
+            dropped.setdefault(result, Sources()).append(pair.source)
+    if empty:
+        reasons = ", ".join(f"{len(v)} {k}" for k, v in dropped.items()) or "no pairs given"
+        raise DataError(f"no pair is left ({reasons}); raise max_length or set truncate.")
+
+
 def tokenize_pairs(
     pairs: Iterable[Pair],
     tokenizer: PreTrainedTokenizerBase,
@@ -155,24 +216,15 @@ def tokenize_pairs(
     end_ids: frozenset[int],
     max_length: int,
     truncate: bool = False,
-) -> tuple[list[TokenizedPair], dict[str, list[str]]]:
+) -> tuple[list[TokenizedPair], dict[str, Sources]]:
     """Return the pairs in tokens, and the sources of those left out, by reason.
 
     Raises:
         DataError: nothing is left.
         ModelError: as `tokenize_pair`.
     """
-    kept: list[TokenizedPair] = []
-    dropped: dict[str, list[str]] = {}
-    for pair in pairs:
-        result = tokenize_pair(
-            pair, tokenizer, end_ids=end_ids, max_length=max_length, truncate=truncate
-        )
-        if isinstance(result, TokenizedPair):
-            kept.append(result)
-        else:
-            dropped.setdefault(result, []).append(pair.source)
-    if not kept:
-        reasons = ", ".join(f"{len(v)} {k}" for k, v in dropped.items()) or "no pairs given"
-        raise DataError(f"no pair is left ({reasons}); raise max_length or set truncate.")
-    return kept, dropped
+    dropped: dict[str, Sources] = {}
+    kept = kept_pairs(
+        pairs, tokenizer, dropped, end_ids=end_ids, max_length=max_length, truncate=truncate
+    )
+    return [tokens for _, tokens in kept], dropped
