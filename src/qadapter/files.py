@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from qadapter.errors import ConfigError, DataError, UserError
 
 
@@ -51,9 +53,12 @@ def _told(path: Path) -> Iterator[None]:
     """Turn what the system says of writing `path` into a UserError."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        # safetensors tells of a full disk by an error of its own, which is no OSError.
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
         raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); "
+            f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); "
             "free some space or choose another output."
         ) from error
 

@@ -356,6 +356,7 @@ def test_going_back_takes_eight_readings_at_most(base: str, data: str, tmp_path:
     assert meter.calls == 3 + 8
 
 
+@pytest.mark.fleet
 def test_two_processes_decide_alike(base: str, data: str, text: str, tmp_path: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     program = str(Path(__file__).with_name("two_processes.py"))

@@ -466,6 +466,7 @@ def test_a_failed_cell_is_reported_and_the_rest_go_on(
     assert len(found["methods"]["qadapter"]["runs"]) == 1
 
 
+@pytest.mark.fleet
 def test_on_ray_the_results_are_those_of_one_after_another(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

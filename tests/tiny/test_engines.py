@@ -107,6 +107,7 @@ def close(one: Path, other: Path, limit: float) -> None:
         torch.testing.assert_close(b[name], tensor, atol=limit, rtol=0.0)
 
 
+@pytest.mark.fleet
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_two_processes_learn_what_one_learns(runs: dict[str, Path], engine: str) -> None:
     # Adam divides by the gradient's own size, so rounding of near-zero gradients is magnified.
@@ -115,6 +116,7 @@ def test_two_processes_learn_what_one_learns(runs: dict[str, Path], engine: str)
     assert whole > 0.1  # so that the limit above is small beside what was learned
 
 
+@pytest.mark.fleet
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_the_log_is_that_of_all_processes(runs: dict[str, Path], engine: str) -> None:
     ones, twos = logged(runs["one"]), logged(runs[engine])
@@ -124,6 +126,7 @@ def test_the_log_is_that_of_all_processes(runs: dict[str, Path], engine: str) ->
             assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), name
 
 
+@pytest.mark.fleet
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_in_bfloat16_they_learn_alike_within_its_rounding(
     runs: dict[str, Path], engine: str
@@ -135,6 +138,7 @@ def test_in_bfloat16_they_learn_alike_within_its_rounding(
         assert two[name] == pytest.approx(one[name], rel=0.05, abs=0.005), name
 
 
+@pytest.mark.fleet
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_evaluation_counts_each_pair_once(runs: dict[str, Path], engine: str) -> None:
     """Twelve pairs in batches of five over two processes: the sampler repeats eight of them."""
@@ -145,11 +149,13 @@ def test_evaluation_counts_each_pair_once(runs: dict[str, Path], engine: str) ->
         assert two[name] == pytest.approx(one[name], rel=2e-3), name
 
 
+@pytest.mark.fleet
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_a_cut_run_goes_on_to_the_same_adapter(runs: dict[str, Path], engine: str) -> None:
     close(runs[engine], runs[f"{engine}, resumed"], 0.0)
 
 
+@pytest.mark.fleet
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_a_checkpoint_holds_the_adapter_alone(
     runs: dict[str, Path], engine: str, base: str
@@ -165,6 +171,9 @@ def test_a_checkpoint_holds_the_adapter_alone(
 def test_another_engine_than_the_table_has_is_refused(
     base: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+        monkeypatch.delenv(name)  # what other tests' launches left
+
     def refused(words: str, **env: str) -> str:
         for name, value in env.items():
             monkeypatch.setenv(name, value)
@@ -249,6 +258,7 @@ def test_accelerate_takes_the_shipped_files(file: Path) -> None:
         assert set(fields.get(section, {})) <= set(known)
 
 
+@pytest.mark.fleet
 def test_a_refusal_is_one_sentence_from_all_processes(base: str, data: str, tmp_path: Path) -> None:
     """The launcher itself, its exit code, and that only one process tells."""
     bad = tmp_path / "bad.jsonl"
@@ -270,6 +280,7 @@ def test_a_refusal_is_one_sentence_from_all_processes(base: str, data: str, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.fleet
 def test_a_launch_file_that_accelerate_does_not_take_is_told(
     data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -199,14 +199,17 @@ def test_a_full_disk_leaves_nothing_half_written(
     out = tmp_path / "run"
     train_words = ["--data", data, "--model", base, "--output", str(out), "--bf16", "false"]
     train_words += ["--max_length", "200", "--save_strategy", "no", "--disable_tqdm", "true"]
-    commands: dict[str, list[str]] = {
-        "run": ["train", *train_words],
-        "a.jsonl": ["generate", adapter, "--prompts", str(tmp_path / "p.txt"), "--output"],
-        "a.html": ["explain", adapter, data, "--output"],
-    }
-    for name, words in commands.items():
+    prompts = str(tmp_path / "p.txt")
+    # First the pairs' own file does not fit, then only the adapter does not.
+    commands: list[tuple[str, int, list[str]]] = [
+        ("run", 40, ["train", *train_words]),
+        ("run", 30_000, ["train", *train_words]),
+        ("a.jsonl", 40, ["generate", adapter, "--prompts", prompts, "--output"]),
+        ("a.html", 40, ["explain", adapter, data, "--output"]),
+    ]
+    for name, size, words in commands:
         words = words if name == "run" else [*words, str(tmp_path / name)]
-        assert limited(40, words) == 2, name
+        assert limited(size, words) == 2, name
         assert "cannot be written" in told(capsys)
         files = [p for p in (tmp_path / name).rglob("*") if p.is_file()]
         assert not (tmp_path / name).is_file()

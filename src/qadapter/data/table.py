@@ -129,8 +129,8 @@ def token_table(
             raise
     except OSError as error:
         raise UserError(
-            f"{root}: pairs cannot be kept there while they are trained on ({error}); make room, "
-            "or set QADAPTER_CACHE to another disk."
+            f"{root}: cannot be written ({error.strerror or error}), and pairs are kept there "
+            "while they are trained on; make room, or set QADAPTER_CACHE to another disk."
         ) from error
     weakref.finalize(table, remove)
     return table, dropped
