@@ -2,9 +2,11 @@
 
     python benchmarks/data_scale.py --output benchmarks/results/data_scale.json
 
-Each command runs as a user runs it, in a process of its own. Two peaks are taken of it: anonymous
-memory (RssAnon), which nothing but the process's end gives back, and all resident memory (RSS), in
-which the pages of mapped files count that the kernel drops when it needs room. Sampled every 20 ms.
+Each command runs as a user runs it, in a process of its own, training with two workers. Two peaks
+are taken of all its processes together: anonymous memory (RssAnon), which nothing but their end
+gives back, and all resident memory (RSS), in which the pages of mapped files count, once for each
+process, though the kernel drops them when it needs room. So the first is what has to be flat.
+Sampled every 50 ms.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -58,6 +61,23 @@ def write_pairs(path: Path, count: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
+def memory(pid: int) -> dict[str, int]:
+    """Return the sizes that the kernel tells of a process, KiB; none if it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    return {f.split(":")[0]: int(f.split()[1]) for f in lines if f.startswith(("Rss", "VmRSS"))}
+
+
+def children(pid: int) -> list[psutil.Process]:
+    """Return the processes that a process started, and those that they did."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
 def peaks(command: list[str], cache: Path) -> dict[str, float]:
     """Run a command and return its seconds and peaks in MiB."""
     environment = {**os.environ, "QADAPTER_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
@@ -65,13 +85,10 @@ def peaks(command: list[str], cache: Path) -> dict[str, float]:
     with tempfile.TemporaryFile("w+") as told:
         process = subprocess.Popen(command, env=environment, stdout=told, stderr=told)
         while process.poll() is None:
-            fields = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-            sizes = {
-                f.split(":")[0]: f.split()[1] for f in fields if f.startswith(("Rss", "VmHWM"))
-            }
-            anonymous = max(anonymous, int(sizes.get("RssAnon", 0)))
-            resident = max(resident, int(sizes.get("VmHWM", 0)))
-            time.sleep(0.02)
+            found = [memory(process.pid), *(memory(c.pid) for c in children(process.pid))]
+            anonymous = max(anonymous, sum(f.get("RssAnon", 0) for f in found))
+            resident = max(resident, sum(f.get("VmRSS", 0) for f in found))
+            time.sleep(0.05)
         seconds = time.perf_counter() - begun
         if process.returncode:
             told.seek(0)

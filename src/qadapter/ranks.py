@@ -18,6 +18,11 @@ def number() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def local_number() -> int:
+    """Return this process's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def several() -> bool:
     """Return whether a launcher started more than one process."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -22,7 +22,15 @@ from qadapter.budget import Budget, DropMeter, KLMeter, Meter, hold_out
 from qadapter.cache import Kept, Layout, TrunkCache
 from qadapter.checkpoints import damage, newest_sound
 from qadapter.config import QAdapterConfig
-from qadapter.data import Sources, TokenizedPair, TokenTable, read_pairs, read_texts, token_table
+from qadapter.data import (
+    Sources,
+    TokenizedPair,
+    TokenTable,
+    file_identity,
+    read_pairs,
+    read_texts,
+    token_table,
+)
 from qadapter.engines import EngineTrainer
 from qadapter.errors import ArtefactError, ConfigError, DataError, TrainingError, UserError
 from qadapter.figures import Figures
@@ -496,11 +504,19 @@ def prepare(config: QAdapterConfig) -> Prepared:
         "max_length": config.max_length,
         "truncate": config.truncate,
     }
-    pairs = islice(read_pairs(config.data), config.max_pairs)
-    train_set, dropped = token_table(pairs, tokenizer, **limits)
+
+    def table(path: str, most: int | None = None) -> tuple[TokenTable, dict[str, Sources]]:
+        if identity := file_identity(path):
+            identity += [most, hub.tokenizer_hash(tokenizer)]
+        with ranks.first_alone():
+            return token_table(
+                islice(read_pairs(path), most), tokenizer, identity=identity, **limits
+            )
+
+    train_set, dropped = table(config.data, config.max_pairs)
     eval_set = None
     if config.eval_data:
-        eval_set = held_out = token_table(read_pairs(config.eval_data), tokenizer, **limits)[0]
+        eval_set = held_out = table(config.eval_data)[0]
         _tell(alarms.shared_prompts(train_set.prompts, held_out.prompts, held_out.source))
     anchor_texts, meters = _budgeted(config)
     # The base comes after the data: a bad row is told in a second, not in a minute.
@@ -586,6 +602,8 @@ def run_training(config: QAdapterConfig) -> TrainResult:
             trainable = sum(p.numel() for p in run.model.adapter_parameters().values())
             if trainer.stopped:
                 step = trainer.state.global_step
+                for kept in filter(None, (run.train_set, run.eval_set)):
+                    kept.keep()
                 pairs = len(run.train_set)
                 return TrainResult(
                     directory, pairs, run.dropped, metrics, trainable, stopped_at=step

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -459,12 +459,60 @@ def test_workers_read_the_same_pairs_and_a_resumed_run_none_of_those_skipped() -
     assert fill_rows(table, 30, seed=1)[:] == fill_rows(alone and table[:], 30, seed=1)[:]
 
 
-def test_the_file_of_a_table_goes_with_it_and_that_of_a_killed_process_with_the_next() -> None:
+def test_what_a_stopped_run_left_is_taken_and_what_is_not_the_same_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QADAPTER_CACHE", str(tmp_path))
+    pairs = [Pair(str(i), "a" * (60 if i == 1 else 2), "b", f"m:{i}") for i in range(4)]
+    limits: dict[str, Any] = {"end_ids": END, "max_length": 30}
+
+    def never() -> Iterator[Pair]:
+        raise AssertionError("read again")
+        yield
+
+    def taken(given: Iterable[Pair], identity: list[object], **other: Any) -> Any:
+        return token_table(given, TOKENIZER, identity=identity, **{**limits, **other})
+
+    table, dropped = taken(pairs, ["x", 1])
+    # Another run at the same time has its own, which goes with it.
+    beside, _ = taken(pairs, ["x", 1])
+    assert list(beside) == list(table)
+    del beside
+    whole = list(table)
+    table.keep()
+    again, told = taken(never(), ["x", 1])
+    assert list(again) == whole
+    assert {why: list(of) for why, of in told.items()} == {w: list(o) for w, o in dropped.items()}
+    assert sum(map(len, told.values())) == 1
+    again.keep()
+    for identity, other in ((["x", 2], {}), (["x", 1], {"max_length": 31})):
+        with pytest.raises(AssertionError, match="read again"):
+            taken(never(), identity, **other)
+    (rows,) = [f for f in (cache_dir() / "pairs").rglob("pairs.arrow")]
+    damaged = bytearray(rows.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    rows.write_bytes(damaged)
+    mended, _ = taken(pairs, ["x", 1])
+    assert list(mended) == whole
+    del table, again, mended
+    gc.collect()
+    assert not list((cache_dir() / "pairs").rglob("pairs.arrow"))
+
+
+def test_the_file_of_a_table_goes_with_it_and_that_of_a_killed_process_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QADAPTER_CACHE", str(tmp_path))
     root = cache_dir() / "pairs"
-    (root / "left").mkdir(parents=True, exist_ok=True)
+    for name in ("nameless.left", "old", "recent"):
+        (root / name).mkdir(parents=True)
+    os.utime(root / "old", (0, 0))
     table, _ = token_table([Pair("1", "a", "b", "m:1")], TOKENIZER, end_ids=END, max_length=60)
     other, _ = token_table([Pair("1", "a", "c", "m:1")], TOKENIZER, end_ids=END, max_length=60)
-    assert not (root / "left").exists()
+    assert not (root / "nameless.left").exists()
+    assert not (root / "old").exists()
+    (root / "recent" / ".lock").unlink(missing_ok=True)
+    (root / "recent").rmdir()  # a stopped run may come back for it
     assert [table[0].source, other[0].source] == ["m:1"] * 2  # the first one's was left alone
     assert len([p for p in root.iterdir() if p.is_dir()]) >= 2
     del table, other

@@ -11,7 +11,7 @@ from qadapter.data.pairs import (
     read_prompts,
     read_texts,
 )
-from qadapter.data.table import TokenTable, pair_lengths, token_table
+from qadapter.data.table import TokenTable, file_identity, pair_lengths, token_table
 from qadapter.data.tokens import (
     Dropped,
     Sources,
@@ -33,6 +33,7 @@ __all__ = [
     "TokenizedPair",
     "audit",
     "audit_rows",
+    "file_identity",
     "format_audit",
     "pair_lengths",
     "prompt_digest",

@@ -1,14 +1,18 @@
 """Tokenised pairs in an Arrow file that is mapped into memory: a million take no more than a few.
 
-Each process writes its own file under `<cache>/pairs/`, removes it when it ends, and removes first
-what processes left there that were killed.
+It lies in a directory of its own under `<cache>/pairs/`, named by all that it depends on, and goes
+with the run. One that a killed or stopped run left is what the resumed run begins with; after a
+week the next run of any kind removes it. The ranks of a machine share their first one's.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -16,17 +20,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from qadapter.data.audit import prompt_digest
 from qadapter.data.pairs import Pair
 from qadapter.data.tokens import Sources, TokenizedPair, kept_pairs
 from qadapter.errors import UserError
-from qadapter.files import cache_dir
+from qadapter.files import cache_dir, sha256, write_text
+from qadapter.ranks import local_number
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+_FORMAT = 1
+_ROWS, _SEAL = "pairs.arrow", "pairs.json"
+_NAMELESS = "nameless."
+_WEEK = 7 * 24 * 3600
 
 
 class TokenTable(Sequence[TokenizedPair]):
@@ -34,10 +45,18 @@ class TokenTable(Sequence[TokenizedPair]):
 
     Args:
         rows: the fields of `TokenizedPair` as columns, with `tokens` and `prompt`.
+        place: where their file is, removed with the table.
     """
 
-    def __init__(self, rows: Dataset) -> None:
+    def __init__(self, rows: Dataset, place: _Place | None = None) -> None:
         self._rows = rows
+        self._place = place
+        self._end = None if place is None else weakref.finalize(self, place.remove)
+
+    def keep(self) -> None:
+        """Leave the file for the run that goes on from here."""
+        if self._place is not None and self._end is not None and self._end.detach():
+            self._place.leave()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -93,15 +112,61 @@ def token_table(
     end_ids: frozenset[int],
     max_length: int,
     truncate: bool = False,
+    identity: Sequence[object] | None = None,
 ) -> tuple[TokenTable, dict[str, Sources]]:
     """Return what `tokenize_pairs` returns, in a file instead of in memory.
+
+    Args:
+        identity: what else the tokens depend on: data and tokenizer. Where a run that is no more
+            left the same ones, they are taken and `pairs` is not read. None: they never are.
 
     Raises:
         DataError: as `read_pairs`, or nothing is left.
         ModelError: as `tokenize_pair`.
         UserError: the file cannot be written.
     """
-    from datasets import Dataset, Features, List, Value
+    from datasets import Dataset
+
+    limits: dict[str, Any] = {"end_ids": end_ids, "max_length": max_length, "truncate": truncate}
+    name = None
+    if identity is not None:
+        told = [_FORMAT, *identity, sorted(end_ids), max_length, truncate]
+        name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+    root = cache_dir() / "pairs"
+    try:
+        place = _Place.taken(root, name)
+        try:
+            if (dropped := _kept(place.directory)) is None:
+                dropped = _write(place.directory, pairs, tokenizer, limits)
+            table = TokenTable(Dataset.from_file(str(place.directory / _ROWS)), place)
+        except BaseException:
+            place.remove()
+            raise
+    except OSError as error:
+        raise UserError(
+            f"{root}: cannot be written ({error.strerror or error}), and pairs are kept there "
+            "while they are trained on; make room, or set QADAPTER_CACHE to another disk."
+        ) from error
+    return table, dropped
+
+
+def file_identity(path: str) -> list[object] | None:
+    """Return what tells a file from an earlier one of its name; None for what is no file."""
+    place = Path(path)
+    if not place.is_file():
+        return None
+    found = place.stat()
+    return [str(place.resolve()), found.st_size, found.st_mtime_ns]
+
+
+def _write(
+    directory: Path,
+    pairs: Iterable[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: dict[str, Any],
+) -> dict[str, Sources]:
+    """Write the rows, and then beside them what says that they are whole."""
+    from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
     ids, text, flag = List(Value("int32")), Value("string"), Value("bool")
@@ -110,52 +175,79 @@ def token_table(
     columns |= {"chosen_terminal": flag, "rejected_terminal": flag, "source": text}
     columns |= {"tokens": Value("int64"), "prompt": Value("int64")}
     dropped: dict[str, Sources] = {}
-    kept = kept_pairs(
-        pairs, tokenizer, dropped, end_ids=end_ids, max_length=max_length, truncate=truncate
-    )
-    root = cache_dir() / "pairs"
+    rows = directory / _ROWS
+    (directory / _SEAL).unlink(missing_ok=True)
+    with ArrowWriter(path=str(rows), features=Features(columns)) as writer:
+        for pair, tokens in kept_pairs(pairs, tokenizer, dropped, **limits):
+            more = {"tokens": tokens.tokens, "prompt": prompt_digest(pair)}
+            writer.write({n: getattr(tokens, n) for n in plain} | more)
+        writer.finalize()
+    seal = {"sha256": sha256(rows), "dropped": {why: of.told() for why, of in dropped.items()}}
+    write_text(directory / _SEAL, json.dumps(seal))
+    return dropped
+
+
+def _kept(directory: Path) -> dict[str, Sources] | None:
+    """Return what was dropped from the rows that are here, or None where none are whole."""
     try:
-        directory, remove = _own_directory(root)
-        try:
-            file = str(directory / "pairs.arrow")
-            with ArrowWriter(path=file, features=Features(columns)) as writer:
-                for pair, tokens in kept:
-                    more = {"tokens": tokens.tokens, "prompt": prompt_digest(pair)}
-                    writer.write({n: getattr(tokens, n) for n in plain} | more)
-                writer.finalize()
-            table = TokenTable(Dataset.from_file(file))
-        except BaseException:
-            remove()
-            raise
-    except OSError as error:
-        raise UserError(
-            f"{root}: cannot be written ({error.strerror or error}), and pairs are kept there "
-            "while they are trained on; make room, or set QADAPTER_CACHE to another disk."
-        ) from error
-    weakref.finalize(table, remove)
-    return table, dropped
+        seal = json.loads((directory / _SEAL).read_text(encoding="utf-8"))
+        if seal["sha256"] != sha256(directory / _ROWS):
+            return None
+        return {why: Sources.of(told) for why, told in seal["dropped"].items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
-def _own_directory(root: Path) -> tuple[Path, Any]:
-    """Return a new directory and what removes it; those of processes that are gone are removed."""
-    from filelock import FileLock, Timeout
+class _Place:
+    """A directory under `<cache>/pairs/` that this process holds, or that its first rank does."""
 
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / ".lock"):
-        for old in (p for p in root.iterdir() if p.is_dir()):
-            try:
-                with FileLock(old / ".lock", timeout=0):
-                    shutil.rmtree(old, ignore_errors=True)
-            except Timeout:  # its process lives
-                continue
-        directory = Path(tempfile.mkdtemp(dir=root))
-        lock = FileLock(directory / ".lock")
+    def __init__(self, directory: Path, lock: FileLock | None) -> None:
+        self.directory = directory
+        self._lock = lock
+        self._owner = os.getpid()
+
+    @classmethod
+    def taken(cls, root: Path, name: str | None) -> _Place:
+        """Return the directory of that name, or one of no name while another run has that."""
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / ".lock"):
+            _clean(root)
+            if name is not None:
+                directory = root / name
+                if local_number() > 0 and _kept(directory) is not None:
+                    return cls(directory, None)
+                directory.mkdir(exist_ok=True)
+                if lock := _locked(directory):
+                    return cls(directory, lock)
+            directory = Path(tempfile.mkdtemp(dir=root, prefix=_NAMELESS))
+            return cls(directory, _locked(directory))
+
+    def leave(self) -> None:
+        """Let others have it, as it is."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def remove(self) -> None:
+        """Remove the directory, if it is this process's own: not a rank's or a fork's."""
+        if self._lock is not None and os.getpid() == self._owner:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self._lock.release()
+
+
+def _locked(directory: Path) -> FileLock | None:
+    """Return the lock of a directory, held, or None while another process holds it."""
+    lock = FileLock(directory / ".lock", timeout=0)
+    try:
         lock.acquire()
-    owner = os.getpid()
+    except Timeout:
+        return None
+    return lock
 
-    def remove() -> None:
-        if os.getpid() == owner:  # and not in a process forked from it
-            shutil.rmtree(directory, ignore_errors=True)
+
+def _clean(root: Path) -> None:
+    """Remove what nobody holds and nobody will come back for."""
+    for old in (p for p in root.iterdir() if p.is_dir()):
+        recent = time.time() - old.stat().st_mtime < _WEEK
+        if not (recent and not old.name.startswith(_NAMELESS)) and (lock := _locked(old)):
+            shutil.rmtree(old, ignore_errors=True)
             lock.release()
-
-    return directory, remove

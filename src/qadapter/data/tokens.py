@@ -44,6 +44,18 @@ class Sources(Sequence[str]):
         self._file = source.rstrip("0123456789")
         self._lines.append(int(source[len(self._file) :]))
 
+    @classmethod
+    def of(cls, told: tuple[str, Sequence[int]]) -> Sources:
+        """Return those that `told` tells of."""
+        found = cls()
+        found._file, lines = told
+        found._lines.extend(lines)
+        return found
+
+    def told(self) -> tuple[str, list[int]]:
+        """Return them in a form for JSON."""
+        return self._file, self._lines.tolist()
+
     def __len__(self) -> int:
         return len(self._lines)
 
