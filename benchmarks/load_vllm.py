@@ -34,8 +34,6 @@ from qadapter import hub
 from qadapter.config import QConfig
 from qadapter.model import QAdapterModel
 
-CONCURRENT = (1, 8, 32)
-
 
 def write_adapter(directory: Path) -> None:
     """Write a random adapter of the default depth on the embedded base."""
@@ -95,6 +93,7 @@ def main() -> None:
     """Start both, ask both in turns, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--concurrent", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--vllm-args", default="--max-model-len 1024", help="for both servers")
     parser.add_argument("--output", default="load_vllm.json")
@@ -118,7 +117,7 @@ def main() -> None:
             port, log = free_port(), Path(tempfile.gettempdir()) / f"load-vllm-{name}.log"
             urls[name] = servers.enter_context(running([*words, "--port", str(port)], port, log))
             turn(urls[name], asked, 8, 8)
-        for concurrent in CONCURRENT:
+        for concurrent in args.concurrent:
             ratios = []
             for _ in range(args.turns):
                 pair = {n: turn(u, asked, concurrent, args.max_tokens) for n, u in urls.items()}
