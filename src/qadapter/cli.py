@@ -590,6 +590,7 @@ def _serve(args: argparse.Namespace) -> None:
     if args.engine == "vllm":
         _serve_on_vllm(args, key)
         return
+    args.strength = 1.0 if args.strength is None else args.strength
     if args.vllm_args is not None:
         raise ConfigError("--vllm-args: goes with --engine vllm; leave it out or add that.")
     with _extra("serve"):
@@ -632,6 +633,7 @@ def _serve_on_vllm(args: argparse.Namespace, key: str | None) -> None:
         if len(adapters) > 1 or not on_vllm.is_export(export):
             from qadapter.export import export_policy
 
+            args.strength = 1.0 if args.strength is None else args.strength
             export = export_policy(_load_policy(args), Path(made) / "export").directory
         words = on_vllm.command(
             export,
@@ -726,7 +728,8 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--max-context", type=_count, help="of prompt and answer, default 4096")
     serve.add_argument("--max-body", type=_count, help="bytes of a request, default 1 MiB")
     serve.add_argument("--vllm-args", metavar="FLAGS", help="further flags of vLLM's, quoted")
-    serve.set_defaults(run=_serve)
+    # An export has a strength of its own.
+    serve.set_defaults(run=_serve, strength=None)
 
     play = commands.add_parser("play", help="a page with base and policy side by side")
     _add_policy(play)

@@ -21,6 +21,7 @@ from serving import LIMITS, MESSAGES, Running, until
 
 from qadapter.cli import main
 from qadapter.policy import Policy
+from qadapter.serve import on_vllm
 from qadapter.serve.gate import JsonLines
 
 
@@ -391,3 +392,20 @@ def test_the_command_serves_until_a_signal_and_tells_of_a_taken_port(
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
     assert '"event": "closed"' in log.read_text()
+
+
+def test_an_export_keeps_its_own_strength_on_vllm_unless_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(on_vllm, "check_installed", lambda: None)
+    monkeypatch.setattr(on_vllm, "run", lambda words, api_key: asked.append(words))
+    (tmp_path / "config.json").write_text('{"model_type": "qadapter"}')
+    serve = ["serve", str(tmp_path), "--engine", "vllm", "--vllm-args=--seed '3'"]
+    assert main(serve) == 0
+    assert main([*serve, "--strength", "1.0,0.5"]) == 0
+    assert asked[0][asked[0].index("--model") + 1] == str(tmp_path)
+    assert "--hf-overrides" not in asked[0]
+    assert asked[1][asked[1].index("--hf-overrides") + 1] == '{"strength": [1.0, 0.5]}'
+    assert asked[1][-2:] == ["--seed", "3"]
+    assert main([*serve[:-1], "--vllm-args='"]) == 2

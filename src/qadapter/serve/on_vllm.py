@@ -46,7 +46,7 @@ def command(
     name: str,
     host: str,
     port: int,
-    strength: float | Sequence[float],
+    strength: float | Sequence[float] | None,
     dtype: str,
     max_batch: int,
     max_context: int | None = None,
@@ -57,7 +57,7 @@ def command(
     Args:
         export: directory of format `policy`.
         name: of the policy, to clients.
-        strength: of all requests (METHOD §5).
+        strength: of all requests (METHOD §5); None is the export's own.
         more: further flags of vLLM, as a shell would read them.
 
     Raises:
@@ -67,10 +67,11 @@ def command(
         added = shlex.split(more)
     except ValueError as error:
         raise ConfigError(f"--vllm-args: cannot be read ({error}); quote it as a shell.") from error
-    s = strength if isinstance(strength, int | float) else list(strength)
     words = [sys.executable, "-m", _SERVER, "--model", str(export), "--served-model-name", name]
     words += ["--host", host, "--port", str(port), "--dtype", dtype]
-    words += ["--hf-overrides", json.dumps({"strength": s}), "--max-num-seqs", str(max_batch)]
+    words += ["--max-num-seqs", str(max_batch)]
+    if strength is not None:
+        words += ["--hf-overrides", json.dumps({"strength": strength})]
     words += [] if max_context is None else ["--max-model-len", str(max_context)]
     return [*words, *added]
 
