@@ -39,7 +39,13 @@ def damage(checkpoint: Path) -> str | None:
     """Return what is wrong with a checkpoint, None where every file is as it was written."""
     try:
         digests = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        if not digests:
+            return f"{SEAL} names no file"
+        inside = checkpoint.resolve()
         for name, digest in digests.items():
+            # Neither "..", a whole path nor a link may lead to a file that is not the checkpoint's.
+            if not (checkpoint / name).resolve().is_relative_to(inside):
+                return f"{name} leads out of the checkpoint"
             if not (checkpoint / name).is_file():
                 return f"{name} is missing"
             if sha256(checkpoint / name) != digest:

@@ -62,6 +62,8 @@ def verify_manifest(directory: Path) -> bool:
     """
     try:
         manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
+        if any(Path(name).name != name for name in manifest):  # it names files of its directory
+            return False
         found = {name: (directory / name).stat() for name in manifest}
         if not manifest or any(found[n].st_size != size for n, (size, _) in manifest.items()):
             return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -101,3 +103,52 @@ def test_a_checkpoint_with_a_bomb_does_not_run_it(
     assert "it holds more than numbers" in said
     assert "Traceback" not in said
     assert not mark.exists()
+
+
+# --- No name leads out of its directory -----------------------------------------------------------
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    path = tmp_path / "outside"
+    path.write_bytes(b"secret")
+    return path
+
+
+@pytest.mark.parametrize("way", ["up", "whole", "link", "linked directory"])
+def test_a_checkpoints_seal_cannot_name_what_lies_outside(
+    way: str, outside: Path, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "inside").write_bytes(b"1")
+    checkpoints.seal(checkpoint)
+    assert checkpoints.damage(checkpoint) is None
+    name = {"up": "../../outside", "whole": str(outside), "link": "link"}.get(way, "up/outside")
+    if way == "link":
+        (checkpoint / name).symlink_to(outside)
+    elif way == "linked directory":
+        (checkpoint / "up").symlink_to(tmp_path, target_is_directory=True)
+    digest = hashlib.sha256(outside.read_bytes()).hexdigest()
+    (checkpoint / checkpoints.SEAL).write_text(json.dumps({name: digest}))
+    assert checkpoints.damage(checkpoint) == f"{name} leads out of the checkpoint"
+
+
+def test_a_seal_of_nothing_is_no_seal(tmp_path: Path) -> None:
+    (tmp_path / checkpoints.SEAL).write_text("{}")
+    assert checkpoints.damage(tmp_path) == f"{checkpoints.SEAL} names no file"
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_converted_bases_manifest_cannot_name_what_lies_outside(
+    whole: bool, outside: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "base"
+    directory.mkdir()
+    (directory / "outside").write_bytes(outside.read_bytes())
+    entry = [6, hashlib.sha256(outside.read_bytes()).hexdigest()]
+    (directory / "manifest.json").write_text(json.dumps({"outside": entry}))
+    assert hub.verify_manifest(directory)
+    name = str(outside) if whole else "../outside"
+    (directory / "manifest.json").write_text(json.dumps({name: entry}))
+    assert not hub.verify_manifest(directory)
