@@ -216,10 +216,20 @@ def _train(argv: Sequence[str]) -> int:
     return 0
 
 
+def _without_token(argv: Sequence[str]) -> list[str]:
+    """Return a command line with a name in the place of a Hub token: what is printed gets kept."""
+    flags, told = ("--hub_token", "--hub-token"), []
+    for before, word in zip(["", *argv], argv, strict=False):
+        flag, equals, _ = word.partition("=")
+        hidden = f"{flag}=HUB_TOKEN" if equals and flag in flags else word
+        told.append("HUB_TOKEN" if before in flags else hidden)
+    return told
+
+
 def _told(result: TrainResult, argv: Sequence[str]) -> None:
     if result.stopped_at is not None:
-        again = shlex.join(["qadapter", "train", *argv, "--resume_from_checkpoint", "true"])
-        print(f"stopped after step {result.stopped_at}; go on by\n{again}")
+        again = ["qadapter", "train", *_without_token(argv), "--resume_from_checkpoint", "true"]
+        print(f"stopped after step {result.stopped_at}; go on by\n{shlex.join(again)}")
         return
     for reason, sources in result.dropped.items():
         print(f"dropped {len(sources)} pairs: {reason} (the first is {sources[0]})")
