@@ -60,6 +60,13 @@ def started(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def told(ended: dict[str, Any]) -> str:
+    """Return all that a job said, which pytest would cut."""
+    return "\n".join(
+        f"{name}: {what if name == 'codes' else what[-4000:]}" for name, what in ended.items()
+    )
+
+
 @pytest.fixture(scope="module")
 def runs(base: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Each engine's run, and for two processes the same run cut in the middle and gone on with."""
@@ -73,7 +80,7 @@ def runs(base: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> dict
 
     found = {name: work / name for name in FLEET}
     for ended in started([job(name, out) for name, out in found.items()]):
-        assert not any(ended["codes"]), ended
+        assert not any(ended["codes"]), told(ended)
     again = []
     for name in ("ddp", "fsdp"):
         cut = work / f"{name}, resumed"
@@ -81,7 +88,7 @@ def runs(base: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> dict
         found[cut.name] = cut
         again.append(job(name, cut, "--resume_from_checkpoint", "true"))
     for ended in started(again):
-        assert not any(ended["codes"]), ended
+        assert not any(ended["codes"]), told(ended)
     return found
 
 

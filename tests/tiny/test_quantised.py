@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_engines import started
+from test_engines import started, told
 
 from qadapter import hub
 from qadapter.cli import main
@@ -42,7 +42,7 @@ def held(base: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> dict
         for name, (processes, own) in ways.items()
     ]
     for ended in started(jobs):
-        assert not any(ended["codes"]), ended
+        assert not any(ended["codes"]), told(ended)
     return {name: work / name for name in ways}
 
 
