@@ -218,12 +218,12 @@ def _train(argv: Sequence[str]) -> int:
 
 def _without_token(argv: Sequence[str]) -> list[str]:
     """Return a command line with a name in the place of a Hub token: what is printed gets kept."""
-    flags, told = ("--hub_token", "--hub-token"), []
+    flags, shown = ("--hub_token", "--hub-token"), []
     for before, word in zip(["", *argv], argv, strict=False):
         flag, equals, _ = word.partition("=")
         hidden = f"{flag}=HUB_TOKEN" if equals and flag in flags else word
-        told.append("HUB_TOKEN" if before in flags else hidden)
-    return told
+        shown.append("HUB_TOKEN" if before in flags else hidden)
+    return shown
 
 
 def _told(result: TrainResult, argv: Sequence[str]) -> None:

@@ -496,6 +496,7 @@ def prepare(config: QAdapterConfig) -> Prepared:
     with ranks.first_alone():
         hub.resolve_base(config.model)
     tokenizer = hub.load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    tokenizer_hash = hub.tokenizer_hash(tokenizer)
     limits: dict[str, Any] = {
         "end_ids": hub.end_of_turn_ids(
             tokenizer,
@@ -507,7 +508,7 @@ def prepare(config: QAdapterConfig) -> Prepared:
 
     def table(path: str, most: int | None = None) -> tuple[TokenTable, dict[str, Sources]]:
         if identity := file_identity(path):
-            identity += [most, hub.tokenizer_hash(tokenizer)]
+            identity += [most, tokenizer_hash]
         with ranks.first_alone():
             return token_table(
                 islice(read_pairs(path), most), tokenizer, identity=identity, **limits
@@ -536,7 +537,7 @@ def prepare(config: QAdapterConfig) -> Prepared:
         base_model=hub.portable_name(config.model),
         base_hash=hub.weights_hash(base),
         base_quantization=hub.quantization_of(base),
-        tokenizer_hash=hub.tokenizer_hash(tokenizer),
+        tokenizer_hash=tokenizer_hash,
     )
     _tell(alarms.near_uniform(q_config))
     model = QAdapterModel.create(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -60,3 +61,22 @@ def disturbed(model: QAdapterModel, effect: float = 0.3) -> QAdapterModel:
     for parameter in model.adapter_parameters().values():
         parameter.data = effect * torch.randn(parameter.shape, generator=generator)
     return model.eval()
+
+
+def parts(
+    ids: torch.Tensor, mask: torch.Tensor, lengths: Sequence[int]
+) -> Iterator[tuple[slice, dict[str, Any]]]:
+    """Yield rows of tokens in parts of these lengths: their columns, and a model's arguments."""
+    end = 0
+    for length in lengths:
+        start, end = end, end + length
+        columns = slice(start, end)
+        yield (
+            columns,
+            {
+                "input_ids": ids[:, columns],
+                "attention_mask": mask[:, :end],
+                "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, columns],
+                "use_cache": True,
+            },
+        )

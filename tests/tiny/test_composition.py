@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import VOCAB, tiny_adapter, tiny_base
+from models import VOCAB, parts, tiny_adapter, tiny_base
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -155,21 +155,13 @@ def test_one_pass_over_some_of_the_branches_is_a_pass_for_each(
     mask[0, : seed % sum(lengths)] = 0
     config = three.lengthened(three.base.config, adapters)
     caches = [DynamicCache(config=config) for _ in range(2)]
-    end = 0
-    for length in lengths:
-        start, end = end, end + length
-        inputs = {
-            "input_ids": ids[:, start:end],
-            "attention_mask": mask[:, :end],
-            "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, start:end],
-            "use_cache": True,
-        }
+    for columns, inputs in parts(ids, mask, lengths):
         with torch.no_grad():
             one, two = (
                 run({**inputs, "past_key_values": cache}, cache, adapters)
                 for run, cache in zip((three._stacked, three._two_passes), caches, strict=True)
             )
-        seen = mask[:, start:end].bool()
+        seen = mask[:, columns].bool()
         states = [(*s.branches, s.base) for s in (one, two)]
         for ours, theirs in zip(*states, strict=True):
             assert torch.allclose(ours[seen], theirs[seen], atol=5e-4)

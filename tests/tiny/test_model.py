@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import FAMILIES, VOCAB, disturbed, tiny_adapter, tiny_base
+from models import FAMILIES, VOCAB, disturbed, parts, tiny_adapter, tiny_base
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from qadapter import functional
@@ -138,15 +138,7 @@ def test_one_stacked_pass_is_two_passes(
     mask = torch.ones_like(ids)
     mask[0, : seed % sum(lengths)] = 0
     caches = [DynamicCache(config=model.config) for _ in range(2)]
-    end = 0
-    for length in lengths:
-        start, end = end, end + length
-        inputs = {
-            "input_ids": ids[:, start:end],
-            "attention_mask": mask[:, :end],
-            "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, start:end],
-            "use_cache": True,
-        }
+    for columns, inputs in parts(ids, mask, lengths):
         with torch.no_grad():
             one = model._stacked(
                 {**inputs, "past_key_values": caches[0]}, caches[0], model.adapters
@@ -154,7 +146,7 @@ def test_one_stacked_pass_is_two_passes(
             two = model._two_passes(
                 {**inputs, "past_key_values": caches[1]}, caches[1], model.adapters
             )
-        seen = mask[:, start:end].bool()
+        seen = mask[:, columns].bool()
         # In float64 they are equal; RMSNorm magnifies the rounding of a state that is nearly 0.
         assert torch.allclose(one.base[seen], two.base[seen], atol=5e-4)
         assert torch.allclose(one.adapted[seen], two.adapted[seen], atol=5e-4)

@@ -86,7 +86,7 @@ def _connected(address: str) -> Any:
 
 
 def _launch_there(directory: str, here: str) -> int:
-    """Run a cell on the machine that Ray chose; -1 where that does not see its directory."""
+    """Run a cell on the machine that Ray chose; `UNSEEN` where that does not see its directory."""
     if not (Path(directory) / "spec.json").is_file():
         return cells.UNSEEN
     return cells.launch(Path(directory), cwd=here)

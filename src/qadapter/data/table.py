@@ -134,9 +134,9 @@ def token_table(
         name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
     root = cache_dir() / "pairs"
     try:
-        place = _Place.taken(root, name)
+        place, dropped = _Place.taken(root, name)
         try:
-            if (dropped := _kept(place.directory)) is None:
+            if dropped is None:
                 dropped = _write(place.directory, pairs, tokenizer, limits)
             table = TokenTable(Dataset.from_file(str(place.directory / _ROWS)), place)
         except BaseException:
@@ -207,20 +207,24 @@ class _Place:
         self._owner = os.getpid()
 
     @classmethod
-    def taken(cls, root: Path, name: str | None) -> _Place:
-        """Return the directory of that name, or one of no name while another run has that."""
+    def taken(cls, root: Path, name: str | None) -> tuple[_Place, dict[str, Sources] | None]:
+        """Return the directory of that name, or one of no name while another run has that.
+
+        With it comes what `_kept` says of the rows that are in it.
+        """
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / ".lock"):
             _clean(root)
             if name is not None:
                 directory = root / name
-                if local_number() > 0 and _kept(directory) is not None:
-                    return cls(directory, None)
                 directory.mkdir(exist_ok=True)
-                if lock := _locked(directory):
-                    return cls(directory, lock)
+                lock = _locked(directory)
+                # A machine's later ranks read what its first one holds.
+                dropped = _kept(directory) if lock or local_number() > 0 else None
+                if lock or dropped is not None:
+                    return cls(directory, lock), dropped
             directory = Path(tempfile.mkdtemp(dir=root, prefix=_NAMELESS))
-            return cls(directory, _locked(directory))
+            return cls(directory, _locked(directory)), None
 
     def leave(self) -> None:
         """Let others have it, as it is."""

@@ -63,14 +63,23 @@ def lora_config(
     )
 
 
-def check_adapter_config(path: Path) -> None:
-    """Raise ArtefactError unless `adapter_config.json` is there and is JSON."""
+def find_weights(directory: str | Path) -> Path:
+    """Return the weights' file of a saved adapter, its `adapter_config.json` being there as well.
+
+    Raises:
+        ArtefactError: one is missing, or the config is no JSON.
+    """
+    config = Path(directory) / "adapter_config.json"
+    weights = Path(directory) / "adapter_model.safetensors"
     try:
-        json.loads(path.read_text(encoding="utf-8"))
+        json.loads(config.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ArtefactError(f"{path}: missing; train or copy the adapter again.") from error
+        raise ArtefactError(f"{config}: missing; train or copy the adapter again.") from error
     except (OSError, ValueError) as error:
-        raise ArtefactError(f"{path}: is damaged ({error}); copy or train again.") from error
+        raise ArtefactError(f"{config}: is damaged ({error}); copy or train again.") from error
+    if not weights.is_file():
+        raise ArtefactError(f"{weights}: missing; train or copy the adapter again.")
+    return weights
 
 
 def check_state(

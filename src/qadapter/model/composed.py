@@ -22,7 +22,7 @@ from torch import nn
 from qadapter.config import QConfig
 from qadapter.errors import ArtefactError, ConfigError, ModelError, UserError
 from qadapter.lora import speed_up
-from qadapter.model.adapter import check_adapter_config, check_state
+from qadapter.model.adapter import check_state, find_weights
 from qadapter.model.streams import Adapter
 
 if TYPE_CHECKING:
@@ -118,7 +118,6 @@ def _lora_config(directory: str | Path) -> LoraConfig:
         ArtefactError: it is damaged, or more than that.
     """
     path = Path(directory) / "adapter_config.json"
-    check_adapter_config(path)
     try:
         config = PeftConfig.from_pretrained(str(directory))
     except Exception as error:  # json and peft each raise their own
@@ -168,10 +167,8 @@ class Composed:
         """
         q_config = QConfig.load(directory)
         check_composes(directory, q_config, self.q_config, check_base=check_base)
-        weights = Path(directory) / "adapter_model.safetensors"
+        weights = find_weights(directory)
         config = _lora_config(directory)
-        if not weights.is_file():
-            raise ArtefactError(f"{weights}: missing; train or copy the adapter again.")
         taken = [int(a.key.removeprefix("more")) for a in self.adapters[1:]]
         key = f"more{max(taken, default=0) + 1}"
         try:

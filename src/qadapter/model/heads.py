@@ -28,14 +28,6 @@ def _placed(values: Tensor, where: Tensor) -> Tensor:
     return values.new_zeros(len(where)).masked_scatter(where, values)
 
 
-def _weighted(values: Sequence[Tensor], weights: Sequence[float | Tensor]) -> Tensor:
-    """Return `Σ w·x`."""
-    total = weights[0] * values[0]
-    for weight, more in zip(weights[1:], values[1:], strict=True):
-        total = total + weight * more
-    return total
-
-
 def _each(strength: float | Sequence[float] | Tensor, streams: Streams) -> list[float | Tensor]:
     """Return s of each branch: a number, or one a row, shaped to multiply its states.
 
@@ -181,7 +173,7 @@ class Heads:
             q.alpha_tilde * (z - base.taken) if q.parameterization == "residual" else z
             for z in z_thetas
         ]
-        q_taken = _weighted(values, _each(strength, streams))
+        q_taken = functional.mix(values, _each(strength, streams))
         return QAndV(q_taken, _placed(value, continues), base)
 
     def _q_and_v_two_heads(
@@ -203,7 +195,7 @@ class Heads:
             else functional.raw_q(z)
             for z in logits
         ]
-        values = _weighted(by_branch, _each(strength, streams))
+        values = functional.mix(by_branch, _each(strength, streams))
         soft = functional.soft_value(
             values,
             base_logits.log_softmax(-1),

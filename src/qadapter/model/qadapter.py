@@ -31,7 +31,7 @@ from qadapter.decoder import decoder_layers, final_norm
 from qadapter.errors import ArtefactError, ConfigError, ModelError, TrainingError
 from qadapter.files import whole_files
 from qadapter.lora import speed_up
-from qadapter.model.adapter import check_adapter_config, check_state, lora_config, save_plain
+from qadapter.model.adapter import check_state, find_weights, lora_config, save_plain
 from qadapter.model.branches import Branches
 from qadapter.model.composed import Composed, describe, tuned_modules
 from qadapter.model.heads import Heads
@@ -210,10 +210,7 @@ class QAdapterModel(Composed, Branches, Heads, PreTrainedModel, GenerationMixin)
             ModelError: the base cannot be found.
         """
         q_config = QConfig.load(directory)
-        weights = Path(directory) / "adapter_model.safetensors"
-        check_adapter_config(Path(directory) / "adapter_config.json")
-        if not weights.is_file():
-            raise ArtefactError(f"{weights}: missing; train or copy the adapter again.")
+        weights = find_weights(directory)
         if base is None:
             asked = q_config.base_quantization if check_base else ""
             base = hub.load_base(
