@@ -461,6 +461,11 @@ class Prepared:
     passed: Sequence[str] = ()
     """What is told of newer checkpoints that are damaged."""
 
+    @property
+    def tables(self) -> list[TokenTable]:
+        """Return the pairs that lie in files until they are closed."""
+        return [table for table in (self.train_set, self.eval_set) if table is not None]
+
     def trainer(self, config: QAdapterConfig, **kwargs: Any) -> QAdapterTrainer:
         """Return a trainer of these; `kwargs` are passed on to it."""
         return QAdapterTrainer(
@@ -591,6 +596,14 @@ def run_training(config: QAdapterConfig) -> TrainResult:
         UserError: any of its kinds, before anything is written where that is possible.
     """
     run = prepare(config)
+    try:
+        return _trained(run, config)
+    finally:
+        for table in run.tables:
+            table.close()
+
+
+def _trained(run: Prepared, config: QAdapterConfig) -> TrainResult:
     directory = Path(cast(str, config.output_dir))
     new = not directory.exists()
     try:
@@ -603,8 +616,8 @@ def run_training(config: QAdapterConfig) -> TrainResult:
             trainable = sum(p.numel() for p in run.model.adapter_parameters().values())
             if trainer.stopped:
                 step = trainer.state.global_step
-                for kept in filter(None, (run.train_set, run.eval_set)):
-                    kept.keep()
+                for table in run.tables:
+                    table.keep()
                 pairs = len(run.train_set)
                 return TrainResult(
                     directory, pairs, run.dropped, metrics, trainable, stopped_at=step

@@ -45,7 +45,7 @@ class TokenTable(Sequence[TokenizedPair]):
 
     Args:
         rows: the fields of `TokenizedPair` as columns, with `tokens` and `prompt`.
-        place: where their file is, removed with the table.
+        place: where their file is, removed with the table, or when that is closed.
     """
 
     def __init__(self, rows: Dataset, place: _Place | None = None) -> None:
@@ -57,6 +57,11 @@ class TokenTable(Sequence[TokenizedPair]):
         """Leave the file for the run that goes on from here."""
         if self._place is not None and self._end is not None and self._end.detach():
             self._place.leave()
+
+    def close(self) -> None:
+        """Remove the file, unless it was kept; what is asked for after this may be gone."""
+        if self._end is not None:
+            self._end()
 
     def __len__(self) -> int:
         return len(self._rows)
