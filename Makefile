@@ -4,7 +4,7 @@ STAMP := $(VENV)/.installed
 VLLM_VENV ?= .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: install demo test test-fleet chaos fuzz test-vllm check bench compare
+.PHONY: install demo test test-fleet chaos fuzz test-vllm check audit bench compare
 
 install: $(STAMP)
 
@@ -76,6 +76,17 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What is installed is what is pinned, listed in an SBOM, and has no hole that is known. The tools
+# have a place of their own: they are no part of what they list.
+AUDIT := $(VENV)/audit
+$(AUDIT)/.installed: $(STAMP)
+	python3 -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install cyclonedx-bom==7.5.0 pip-audit==2.10.1
+	touch $@
+
+audit: $(AUDIT)/.installed
+	$(BIN)/python .ci/audit.py $(AUDIT)/bin build/sbom.json
 
 bench: export HF_HUB_OFFLINE := 1
 bench: $(STAMP)
