@@ -2,7 +2,7 @@
 
     python .ci/audit.py TOOLS SBOM
 
-TOOLS is the directory with cyclonedx-py and pip-audit, which have an environment of their own. Where
+TOOLS is the directory of cyclonedx-py and pip-audit, which have an environment of their own. Where
 no advisory service is reached, this says "not audited": that is no pass and no failure.
 """
 

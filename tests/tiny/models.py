@@ -55,9 +55,9 @@ def tiny_adapter(family: str = "llama", *, effect: float = 0.3, **fields: Any) -
     return disturbed(model, effect)
 
 
-def disturbed(model: QAdapterModel, effect: float = 0.3) -> QAdapterModel:
+def disturbed(model: QAdapterModel, effect: float = 0.3, *, seed: int = 7) -> QAdapterModel:
     """Return the model with a random adapter in the place of its own."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(seed)
     for parameter in model.adapter_parameters().values():
         parameter.data = effect * torch.randn(parameter.shape, generator=generator)
     return model.eval()
