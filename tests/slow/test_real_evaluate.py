@@ -24,7 +24,7 @@ from qadapter.suite import local_suite
 
 PLACE = Path(__file__).parents[2].parent / "shared" / "data"
 DATA = Path(os.environ.get("QADAPTER_DATA", PLACE)) / "capability"
-LIMIT = {"local_piqa": 5, "local_arc_easy": 5, "local_lambada": 5, "local_perplexity": 4}
+LIMIT = {"local_piqa": 4, "local_arc_easy": 4, "local_lambada": 4, "local_perplexity": 2}
 TOKENS = 16
 
 pytestmark = [
@@ -57,7 +57,7 @@ def logged(lm: Any) -> dict[str, Any]:
     loaded = TaskManager(include_defaults=False).load(configs())
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=1234)
-    few = {name: list(range(LIMIT.get(name, 3))) for name in loaded["tasks"]}
+    few = {name: list(range(LIMIT.get(name, 2))) for name in loaded["tasks"]}
     samples: dict[str, Any] = lm_eval.evaluate(lm, loaded, samples=few, bootstrap_iters=0)[
         "samples"
     ]
@@ -68,7 +68,7 @@ def test_strength_zero_is_lm_evals_own_backend_item_by_item(policy: Policy) -> N
     base = hub.resolve_base(hub.DEFAULT_BASE)
     theirs = logged(HFLM(base, dtype="float32", device="cpu", batch_size=4))
     ours = logged(QAdapterLM(policy, strength=0.0, batch_size=4))
-    assert {name: len(found) for name, found in theirs.items()} == {**LIMIT, "local_ifeval": 3}
+    assert {name: len(found) for name, found in theirs.items()} == {**LIMIT, "local_ifeval": 2}
     assert ours == theirs
     changed = logged(QAdapterLM(policy, strength=1.0, batch_size=4))
     assert all(changed[name] != theirs[name] for name in theirs)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,3 +83,26 @@ def second(tmp_path_factory: pytest.TempPathFactory, adapter: str, base: str) ->
     directory = tmp_path_factory.mktemp("second") / "second"
     model.save_pretrained(directory)
     return str(directory)
+
+
+@pytest.fixture(scope="session")
+def one_index() -> Iterator[None]:
+    """Read lm-eval's thousands of task files once and not for each command."""
+    from lm_eval.tasks._index import TaskIndex
+
+    build, kept = TaskIndex.build, {}
+
+    def built(paths: Iterable[Path]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for path in paths:
+            if "lm_eval" not in path.parts:  # a test's own, which may change
+                found |= build([path])
+            else:
+                if path not in kept:
+                    kept[path] = build([path])
+                found |= kept[path]
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskIndex, "build", staticmethod(built))
+        yield

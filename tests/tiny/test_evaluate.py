@@ -8,7 +8,7 @@ import math
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._index import TaskIndex
 from models import disturbed
 
 from qadapter import hub
@@ -40,20 +39,7 @@ SETTINGS: list[tuple[dict[str, Any], float]] = [
 """Policies and strengths at which base + LoRA alone is another policy."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_index() -> Iterator[None]:
-    """Read lm-eval's thousands of task files once and not for each command."""
-    build, kept = TaskIndex.build, {}
-
-    def built(paths: Iterable[Path]) -> dict[str, Any]:
-        key = tuple(paths)
-        if key not in kept:
-            kept[key] = build(key)
-        return dict(kept[key])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TaskIndex, "build", staticmethod(built))
-        yield
+pytestmark = pytest.mark.usefixtures("one_index")
 
 
 def loud_policy(base: str, **fields: Any) -> Policy:
