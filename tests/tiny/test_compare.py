@@ -116,7 +116,7 @@ def test_a_file_is_read_with_its_full_section_and_the_environment(
     [
         ({"trails": 3}, "'trails' is not a field"),
         ({"trials": "many"}, "'trials' is 'many', which is no int"),
-        ({"trials": 0}, "trials: 0 must be at least 1"),
+        ({"trials": -1}, "trials: -1 must be at least 0"),
         ({"train": None}, "'train' is None"),
         ({"train": "$NOT_SET_ANYWHERE/f"}, "a variable that is not set"),
         ({"methods": ["base", "magic"]}, "'magic' is not one of"),

@@ -456,6 +456,10 @@ def test_caveats_are_told() -> None:
     assert "fewer than three seeds" in told
     assert "The tuning budgets differ, from 4 to 9 trials" in told
     assert "fewer than three" not in " ".join(paragraph(Results(comparison(dpo=DPO, q=BETTER))))
+    untuned = {"sampler": None, "space": {}, "trials": [], "best": {"beta": 0.1}}
+    results = Results(comparison(dpo={**DPO, "search": untuned}, q={**BETTER, "search": untuned}))
+    assert "No method was tuned" in " ".join(paragraph(results))
+    assert "No method was tuned" not in told
 
 
 # --- What may be missing, and what may be hostile -------------------------------------------------

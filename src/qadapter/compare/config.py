@@ -44,7 +44,8 @@ class CompareConfig:
     judges: tuple[str, ...] = ("bradley-terry",)
     """Who gives win rates: `bradley-terry`, `rule:max_words:40`, `openai:MODEL@URL`, …"""
     trials: int = 3
-    """Settings tried for each method on the validation pairs; the first are its defaults."""
+    """Settings tried for each method on the validation pairs; the first are its defaults. 0 takes
+    these untried."""
     seeds: tuple[int, ...] = (0,)
     """Training seeds of the chosen setting."""
     strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5)
@@ -91,8 +92,9 @@ class CompareConfig:
         if not self.seeds:
             raise ConfigError("seeds: is empty; give one at least.")
         for name in _COUNTS:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: {getattr(self, name)} must be at least 1.")
+            least = 0 if name == "trials" else 1
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}: {getattr(self, name)} must be at least {least}.")
         for text in self.retrain:
             name, parameter, _ = retrained(text)
             if name not in self.methods or parameter not in METHODS[name].space:

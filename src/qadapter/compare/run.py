@@ -228,6 +228,8 @@ def _search(run: _Run, name: str, method: Method) -> dict[str, Any]:
     standard error of the best, the one with the least KL: a search for accuracy alone would pick
     among equals by noise, and so make any method's forgetting a matter of luck.
     """
+    if run.config.trials == 0:
+        return {"sampler": None, "space": {}, "trials": [], "best": dict(method.defaults)}
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -165,6 +165,8 @@ def tuning(results: Results) -> Table:
         row = [fields["label"], fields["library"], fields["about"], fields["dial"]]
         if search is None:
             row += ["not searched", NONE, NONE, NONE]
+        elif not search["trials"]:
+            row += ["not searched", "0", _settings(search["best"]), NONE]
         else:
             trials = search["trials"]
             failed = sum(trial["state"] == "failed" for trial in trials)

@@ -199,6 +199,8 @@ def _caveats(results: Results) -> list[str]:
         )
     searches = [m["search"] for m in results.comparison["methods"].values() if m["search"]]
     budgets = {len(search["trials"]) for search in searches}
+    if budgets == {0}:
+        told.append("No method was tuned: each has its library's defaults, or ours.")
     if len(budgets) > 1:
         told.append(
             f"The tuning budgets differ, from {min(budgets)} to {max(budgets)} trials: a method "
