@@ -136,7 +136,8 @@ def export_gguf(policy: Policy, output: str | Path, *, strength: Strength = 1.0)
             AutoModelForCausalLM.from_pretrained(directory, gguf_file=GGUF_NAME, dtype=dtype),
         )
 
-    return _checked(policy, output, strength, write, reload)
+    newer = "another format, or a llama.cpp that knows transformers 5: older ones misread its files"
+    return _checked(policy, output, strength, write, reload, instead=newer)
 
 
 FORMATS: dict[str, Callable[..., Export]] = {
@@ -252,6 +253,8 @@ def _checked(
     strength: Strength,
     write: Callable[[Path], None],
     reload: Callable[[Path, torch.dtype], PreTrainedModel],
+    *,
+    instead: str = "another format",
 ) -> Export:
     """Write, load what was written, and let it stay if it is the policy."""
     if held := hub.quantization_of(policy.model.base):
@@ -268,8 +271,7 @@ def _checked(
         if not difference <= allowed:
             raise UserError(
                 f"{output}: the exported log-probs differ from the policy's by {difference:.3g} "
-                f"nats, and rounding explains {allowed:.3g}; nothing was written, use another "
-                "format."
+                f"nats, and rounding explains {allowed:.3g}; nothing was written, use {instead}."
             )
     return Export(Path(output), difference, allowed)
 
@@ -314,4 +316,7 @@ def _convert(converter: Path, merged: Path, output: Path, dtype: torch.dtype) ->
     done = subprocess.run([*words, "--outtype", kind], capture_output=True, text=True)
     if done.returncode or not output.is_file():
         said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
-        raise UserError(f"--format gguf: {converter} failed ({said}); use --format merged.")
+        raise UserError(
+            f"--format gguf: {converter} failed ({said}); install what it needs beside qadapter, "
+            "or use --format merged and convert that elsewhere."
+        )

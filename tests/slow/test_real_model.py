@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from models import disturbed
 
 from qadapter import hub
 from qadapter.cli import main
+from qadapter.config import QConfig
 from qadapter.data import read_pairs, read_texts
 from qadapter.demo import shipped
+from qadapter.export import GGUF_NAME, export_gguf
+from qadapter.model import QAdapterModel
 from qadapter.policy import Policy
 
 pytestmark = [
@@ -90,3 +95,16 @@ def test_training_and_tuning_keep_to_a_budget(
     strength = json.loads(capsys.readouterr().out)["strength"]
     found = [policy.drift(read_texts(text), strength=s).kl for s in (strength, strength + 0.002)]
     assert found[0] <= 0.002 * (1 + 1e-4) < found[1] * (1 + 2e-4)
+
+
+@pytest.mark.skipif(
+    "LLAMA_CPP" not in os.environ,
+    reason="llama.cpp's converter is not here; $LLAMA_CPP says where a checkout is",
+)
+def test_gguf_by_llama_cpps_own_converter(tmp_path: Path) -> None:
+    base = hub.load_base(hub.DEFAULT_BASE, dtype=torch.float32)
+    q_config = QConfig(alpha_0=0.1, alpha_tilde=0.1, base_model=hub.DEFAULT_BASE)
+    model = disturbed(QAdapterModel.create(base, q_config), 0.02)
+    policy = Policy(model, hub.load_tokenizer(hub.DEFAULT_BASE))
+    assert export_gguf(policy, tmp_path / "out").difference < 1e-3
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [GGUF_NAME]
