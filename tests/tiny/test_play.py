@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from qadapter.policy import Policy
 from qadapter.serve.answer import Token
 from qadapter.serve.engine import Engine
 from qadapter.serve.run import listen, server
+from qadapter.strength import Strength
 
 CHROMIUM = shutil.which("chromium")
 
@@ -94,11 +96,12 @@ def policy(adapter: str) -> Policy:
     return Policy.from_pretrained({"tiny": adapter})
 
 
-@pytest.fixture(scope="module")
-def address(policy: Policy) -> Iterator[str]:
+@contextmanager
+def served(policy: Policy, strength: Strength) -> Iterator[str]:
+    """Serve the page in a thread; yield its address."""
     pytest.importorskip("gradio", reason="gradio is not installed (make install does)")
     engine, bound = Engine(policy), listen("127.0.0.1", 0)
-    app = play.create_app(play.page(engine, strength=1.0, max_tokens=20))
+    app = play.create_app(play.page(engine, strength=strength, max_tokens=20))
     running = server(app, engine, patience=1)
     thread = threading.Thread(target=running.run, args=([bound],))
     thread.start()
@@ -107,6 +110,12 @@ def address(policy: Policy) -> Iterator[str]:
     engine.close()
     thread.join(60)
     assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def address(policy: Policy) -> Iterator[str]:
+    with served(policy, 1.0) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +128,23 @@ def browser() -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+def wait_for(page: Any, place: str, text: str) -> None:
+    """Wait until an answer on the page is this one."""
+    page.wait_for_function(
+        "([place, text]) => document.querySelector(place).textContent.trim() === text",
+        arg=[f"#{place} .answer", text],
+        timeout=60_000,
+    )
+
+
+def slide_to_the_left_end(page: Any, name: str) -> None:
+    box = page.locator(f"#{name} input[type=range]").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 1, box["y"] + box["height"] / 2, steps=5)
+    page.mouse.up()
 
 
 def test_type_slide_see_the_answer_change_and_read_its_colours(
@@ -141,11 +167,7 @@ def test_type_slide_see_the_answer_change_and_read_its_colours(
     page.goto(address)
 
     def expect(place: str, strength: float) -> None:
-        page.wait_for_function(
-            "([place, text]) => document.querySelector(place).textContent.trim() === text",
-            arg=[f"#{place} .answer", texts[strength]],
-            timeout=60_000,
-        )
+        wait_for(page, place, texts[strength])
 
     page.locator("#message textarea").fill(MESSAGES[0]["content"])
     page.locator("#ask").click()
@@ -164,15 +186,29 @@ def test_type_slide_see_the_answer_change_and_read_its_colours(
         if alpha:
             assert ("37, 99, 235" in colour) == (float(found[1]) > 0)
     # To the left end: strength 0 is the base, and nothing is moved.
-    slider = page.locator("#strength-1 input[type=range]")
-    box = slider.bounding_box()
-    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    page.mouse.down()
-    page.mouse.move(box["x"] + 1, box["y"] + box["height"] / 2, steps=5)
-    page.mouse.up()
+    slide_to_the_left_end(page, "strength-1")
     expect("policy", 0.0)
     titles = [spans.nth(i).get_attribute("title") for i in range(spans.count())]
     assert titles
     assert all("+0.00 nats" in title or "-0.00 nats" in title for title in titles)
     assert elsewhere == []
     page.close()
+
+
+def test_each_of_two_sliders_moves_its_own_adapter(browser: Any, adapter: str, second: str) -> None:
+    both = Policy.from_pretrained({"tiny": adapter, "deep": second})
+    settings = [(1.0, 0.5), (1.0, 0.0), (0.0, 0.0)]
+    texts = [both.answer([MESSAGES], strength=s, max_new_tokens=20)[0] for s in settings]
+    assert len({*texts}) == 3
+    with served(both, settings[0]) as address:
+        page = browser.new_page()
+        page.goto(address)
+        page.locator("#message textarea").fill(MESSAGES[0]["content"])
+        page.locator("#ask").click()
+        wait_for(page, "policy", texts[0])
+        slide_to_the_left_end(page, "strength-2")
+        wait_for(page, "policy", texts[1])
+        slide_to_the_left_end(page, "strength-1")
+        wait_for(page, "policy", texts[2])
+        wait_for(page, "base", texts[2])
+        page.close()
