@@ -202,7 +202,7 @@ def _train(argv: Sequence[str]) -> int:
     values = vars(parser.parse_args(words))
     del values["config"]
     file, processes = values.pop("launch"), values.pop("processes")
-    if file and not ranks.several():
+    if file and not ranks.launched():
         return launch(file, ["train", *argv], processes=processes)
     if values.pop("dry_run"):
         _estimate(QAdapterConfig(**values))
@@ -216,20 +216,29 @@ def _train(argv: Sequence[str]) -> int:
     return 0
 
 
-def _without_token(argv: Sequence[str]) -> list[str]:
-    """Return a command line with a name in the place of a Hub token: what is printed gets kept."""
-    flags, shown = ("--hub_token", "--hub-token"), []
-    for before, word in zip(["", *argv], argv, strict=False):
+def _without(secret: str, argv: Sequence[str]) -> list[str]:
+    """Return a command line with a name in the place of a secret: what is printed gets kept.
+
+    Args:
+        secret: its flag, such as `--hub-token`, which argparse knows by its beginning, too.
+    """
+    name, shown, hiding = secret[2:].upper().replace("-", "_"), [], False
+    least = secret.index("-", 2) + 2  # letters: fewer could mean another flag
+    for word in argv:
         flag, equals, _ = word.partition("=")
-        hidden = f"{flag}=HUB_TOKEN" if equals and flag in flags else word
-        shown.append("HUB_TOKEN" if before in flags else hidden)
+        if word.startswith("--"):
+            hiding = len(flag) >= least and secret.startswith(flag.replace("_", "-"))
+            shown.append(f"{flag}={name}" if hiding and equals else word)
+        else:
+            shown.append(name if hiding else word)
     return shown
 
 
 def _told(result: TrainResult, argv: Sequence[str]) -> None:
     if result.stopped_at is not None:
-        again = ["qadapter", "train", *_without_token(argv), "--resume_from_checkpoint", "true"]
-        print(f"stopped after step {result.stopped_at}; go on by\n{shlex.join(again)}")
+        again = [*_without("--hub-token", argv), "--resume_from_checkpoint", "true"]
+        command = shlex.join(["qadapter", "train", *again])
+        print(f"stopped after step {result.stopped_at}; go on by\n{command}")
         return
     for reason, sources in result.dropped.items():
         print(f"dropped {len(sources)} pairs: {reason} (the first is {sources[0]})")
@@ -656,7 +665,7 @@ def _serve_on_vllm(args: argparse.Namespace, key: str | None) -> None:
             max_context=args.max_context,
             more=args.vllm_args or "",
         )
-        print(shlex.join(words), flush=True)
+        print(shlex.join(_without("--api-key", words)), flush=True)
         on_vllm.run(words, api_key=key)
 
 

@@ -132,7 +132,7 @@ _POSITIVE = (
 )
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)  # a repr of its own would show hub_token
 class QAdapterConfig(TrainingArguments):
     """What a training run is: transformers' TrainingArguments and the fields below.
 

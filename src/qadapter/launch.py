@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qadapter import ranks
 from qadapter.errors import ConfigError, TrainingError
 
 _AGENT = "torch.distributed.elastic"
@@ -31,6 +33,7 @@ def launch(path: str, words: Sequence[str], *, processes: int | None = None) -> 
         TrainingError: a process died of something else; its own output says of what.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.utils import patch_environment
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if not Path(path).is_file():
@@ -41,20 +44,22 @@ def launch(path: str, words: Sequence[str], *, processes: int | None = None) -> 
     args = launch_command_parser().parse_args([*given, "--module", "qadapter.cli", *words])
     args.signals_to_handle = "SIGINT"  # SIGTERM is ours: see below
     logging.getLogger(_AGENT).setLevel(logging.CRITICAL)  # it repeats what the processes tell
+    codes: set[int] = set()
     try:
-        with _passing_on():
+        with _passing_on(), patch_environment(**{ranks.LAUNCHED: "1"}):
             launch_command(args)
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
-        if 2 in codes:
-            return 2
+    except subprocess.CalledProcessError as error:  # its text is the command, with a --hub_token
+        codes = {error.returncode}
+    except (ImportError, KeyError, OSError, TypeError, ValueError) as error:
+        raise ConfigError(f"--launch: {path}: accelerate does not take it ({error}).") from error
+    if codes and 2 not in codes:
         raise TrainingError(
             f"--launch: a process ended with exit code {max(codes, key=abs)}; what it said stands "
             "above, go on from the last checkpoint by --resume_from_checkpoint true."
-        ) from error
-    except (ImportError, KeyError, OSError, TypeError, ValueError) as error:
-        raise ConfigError(f"--launch: {path}: accelerate does not take it ({error}).") from error
-    return 0
+        )
+    return 2 if codes else 0
 
 
 @contextmanager

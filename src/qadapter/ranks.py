@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+LAUNCHED = "QADAPTER_LAUNCHED"
+"""Set in the environment of what `--launch` starts."""
 _TOLD = "qadapter/told"
 _PATIENCE = timedelta(seconds=20)
 """How long a failed process waits for the store in which it is noted who tells."""
@@ -26,6 +28,11 @@ def local_number() -> int:
 def several() -> bool:
     """Return whether a launcher started more than one process."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def launched() -> bool:
+    """Return whether a launcher started this process, be it alone."""
+    return several() or LAUNCHED in os.environ
 
 
 @contextmanager

@@ -66,6 +66,8 @@ def test_a_run_that_is_killed_anywhere_ends_with_the_same_adapter(
     told = json.loads(done.stdout.splitlines()[-1])
     print(told)
     assert (told["kills"], told["adapters"]) == (KILLS, 1)
+    if KILLS >= 50:  # the chance that none falls there is below one in a thousand
+        assert told["cache"].get("partly written", 0) > 0
     assert same(saved(out), whole)
 
 

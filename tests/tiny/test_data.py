@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,14 @@ from qadapter.packing import fill_rows
 
 END = frozenset({1})
 TOKENIZER = tiny_tokenizer()
+STRICT = tiny_tokenizer(
+    "{% for m in messages %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Its template refuses turns out of order, and breaks on a turn without text."""
 
 
 def user(text: str) -> dict[str, str]:
@@ -296,6 +305,37 @@ def test_a_template_whose_prompt_is_no_prefix_is_refused() -> None:
         )
 
 
+def test_turns_that_the_template_refuses_are_named() -> None:
+    """jinja2's own errors once ended `check` and `train` in a traceback."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
+    for prompt, why in (([user("a"), user("b")], "roles must alternate"), ([user("a"), call], "")):
+        with pytest.raises(DataError, match=rf"m:1: 'prompt': .*refuses .*{why}.*; give turns"):
+            tokenize_pair(
+                Pair(prompt, [assistant("a")], [assistant("b")], "m:1"),
+                STRICT,
+                end_ids=END,
+                max_length=99,
+            )
+
+
+@pytest.mark.parametrize(
+    ("response", "limit", "truncate", "told"),
+    [
+        ("b" * 30, 30, False, r"1 too long\), of which this is the first; raise max_length or set"),
+        ("b", 1, True, r"1 prompt too long\), of which this is the first; raise max_length\."),
+        ("a ", 99, False, r"1 identical .*; give responses that differ\."),
+        ("a ", 99, True, r"1 identical .*; give responses that differ or raise max_length\."),
+    ],
+)
+def test_where_no_pair_is_left_what_helps_is_told(
+    response: str, limit: int, truncate: bool, told: str
+) -> None:
+    strips = tiny_tokenizer(CHATML.replace("m['content']", "m['content']|trim"))
+    pair = Pair([user("Hi")], [assistant("a")], [assistant(response)], "m:1")
+    with pytest.raises(DataError, match=r"m:1: no pair is left \(" + told):
+        tokenize_pairs([pair], strips, end_ids=END, max_length=limit, truncate=truncate)
+
+
 def test_long_pairs_are_dropped_or_cut_and_never_terminal_when_cut() -> None:
     pair = Pair("1234", "abcdefgh", "abcxyz", "m:1")
     assert tokens(pair, max_length=12) == "too long"
@@ -394,6 +434,12 @@ MESSAGES = st.lists(
     ),
     max_size=4,
 )
+TURNS = st.one_of(
+    st.builds(
+        lambda r, c: {"role": r, "content": c}, st.sampled_from(["user", "assistant"]), LINES
+    ),
+    st.just({"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}),
+)
 FIELD = st.one_of(LINES, MESSAGES, VALUES)
 ROWS = st.one_of(
     VALUES,
@@ -405,13 +451,46 @@ ROWS = st.one_of(
         LINES,
         LINES,
     ),
+    st.fixed_dictionaries(
+        {
+            "prompt": st.lists(TURNS, min_size=1, max_size=3),
+            "chosen": LINES.map(lambda text: [assistant(text)]),
+            "rejected": LINES.map(lambda text: [assistant(text)]),
+        }
+    ),
 )
+PLACE = re.compile(r".*/fuzz\.jsonl(?::(\d+))?: ")
+MEND = re.compile(r"; (add|drop|fix|give|make|raise|set|use) [^\n;]*\.")
+
+
+def assert_explained(refused: str, rows: list[Any]) -> None:
+    """One sentence: the file, the line and the field where there is one, and how to mend it."""
+    assert "\n" not in refused
+    assert len(refused.replace(os.path.dirname(refused.split(": ")[0]), "")) < 250
+    place, mend = PLACE.match(refused), MEND.search(refused)
+    assert place is not None
+    assert mend is not None
+    assert mend.end() == len(refused)
+    if place[1] is None:
+        assert "holds no rows" in refused
+        assert not rows
+    elif isinstance(rows[int(place[1]) - 1], dict) and "no pair is left" not in refused:
+        assert re.search("'(prompt|chosen|rejected)'", refused[place.end() :])
 
 
 @settings(deadline=None, max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
-@given(st.lists(ROWS, max_size=5), st.integers(1, 120), st.booleans())
+@given(
+    st.lists(ROWS, max_size=5),
+    st.integers(1, 120),
+    st.booleans(),
+    st.sampled_from([TOKENIZER, STRICT]),
+)
 def test_any_file_is_trained_on_or_refused_in_a_sentence(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[Any], limit: int, truncate: bool
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[Any],
+    limit: int,
+    truncate: bool,
+    tokenizer: Any,
 ) -> None:
     """`make fuzz` draws ten thousand: only our own errors, one line each, that name the place."""
     path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
@@ -419,15 +498,15 @@ def test_any_file_is_trained_on_or_refused_in_a_sentence(
     options = {"end_ids": END, "max_length": limit}
     refused = None
     try:
-        found = audit(str(path), TOKENIZER, **options)
+        found = audit(str(path), tokenizer, **options)
         format_audit(found)
-        table, dropped = token_table(read_pairs(str(path)), TOKENIZER, truncate=truncate, **options)
+        table, dropped = token_table(read_pairs(str(path)), tokenizer, truncate=truncate, **options)
     except UserError as error:
         refused = str(error)
     if refused is not None:
-        assert ("fuzz.jsonl" in refused) or refused.startswith("no pair is left")
+        assert_explained(refused, rows)
         return
-    listed, also = tokenize_pairs(read_pairs(str(path)), TOKENIZER, truncate=truncate, **options)
+    listed, also = tokenize_pairs(read_pairs(str(path)), tokenizer, truncate=truncate, **options)
     assert list(table) == listed
     assert table.lengths.tolist() == [p.tokens for p in listed]
     assert {k: list(v) for k, v in dropped.items()} == {k: list(v) for k, v in also.items()}

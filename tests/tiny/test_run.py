@@ -64,6 +64,18 @@ def test_early_stopping_goes_back_to_the_best_checkpoint(
     assert any(not torch.equal(last[name], kept[name]) for name in kept)
 
 
+def test_a_run_tells_of_shared_prompts_swapped_labels_and_a_hot_start(
+    base: str, data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ("--num_train_epochs 3 --save_strategy no --alpha_0 0.01 --alpha_tilde 1.0",)
+    assert train(base, data, tmp_path / "out", *words, "--eval_data", swapped(data, tmp_path)) == 0
+    warned = [r.getMessage() for r in caplog.records if r.name == "qadapter.train"]
+    shared, hot, wrong = (w for w in warned if "trunk cache" not in w)
+    assert "12 of 12 pairs have a prompt that is also in data" in shared
+    assert "begins as the base at temperature 100," in hot
+    assert "clearly below one half: chosen and rejected may be swapped" in wrong
+
+
 def test_several_gpus_in_one_process_are_refused(
     base: str,
     data: str,

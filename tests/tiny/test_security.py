@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -153,22 +152,3 @@ def test_a_converted_bases_manifest_cannot_name_what_lies_outside(
     name = str(outside) if whole else "../outside"
     (directory / "manifest.json").write_text(json.dumps({name: entry}))
     assert not hub.verify_manifest(directory)
-
-
-# --- Secrets stay where they are ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("words", [["--hub_token", "hf_secret"], ["--hub-token=hf_secret"]])
-def test_the_command_that_goes_on_tells_no_token(
-    words: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr("qadapter.train.run_training", lambda config: SimpleNamespace(stopped_at=5))
-    words = ["train", "--data", "pairs.jsonl", "--output", str(tmp_path), *words]
-    assert main([*words, "--bf16", "false"]) == 0
-    out, err = capsys.readouterr()
-    assert "go on by\nqadapter train --data pairs.jsonl" in out
-    assert "HUB_TOKEN" in out
-    assert "hf_secret" not in out + err

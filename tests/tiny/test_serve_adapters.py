@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx2
 import pytest
@@ -214,14 +216,22 @@ def guarded(
     """A server whose shelf holds all that must not be loaded, and where the shelf is."""
     place = tmp_path_factory.mktemp("guarded")
     outside, root = place / "outside", place / "root"
-    for directory in (outside, *(root / n for n in ("deep", "half", "cut", "other base"))):
+    inside = ("deep", "half", "half config", "half identity", "pipe", "cut", "other base")
+    for directory in (outside, place / "root2", *(root / n for n in inside)):
         shutil.copytree(second, directory)
     (root / "sub").mkdir()
     (root / "link").symlink_to(outside)
     (root / "ring").symlink_to(root / "ring")
-    weights = root / "half" / "adapter_model.safetensors"
-    weights.unlink()
-    weights.symlink_to(outside / "adapter_model.safetensors")
+    (root / "sub" / "up").symlink_to("../..")
+    for directory, name in (
+        ("half", "adapter_model.safetensors"),
+        ("half config", "adapter_config.json"),
+        ("half identity", "qadapter_config.json"),
+    ):
+        (root / directory / name).unlink()
+        (root / directory / name).symlink_to(outside / name)
+    (root / "pipe" / "adapter_config.json").unlink()
+    os.mkfifo(root / "pipe" / "adapter_config.json")  # whoever reads it waits for ever
     cut = root / "cut" / "adapter_model.safetensors"
     cut.write_bytes(cut.read_bytes()[:99])
     config = root / "other base" / "qadapter_config.json"
@@ -246,8 +256,34 @@ def guarded(
         ("new", "../outside", "lora_path"),
         ("new", "deep/../../outside", "lora_path"),
         ("new", "OUTSIDE", "lora_path"),
+        ("new", "OUTSIDE/../outside", "lora_path"),
+        ("new", "/", "lora_path"),
+        ("new", "//etc/passwd", "lora_path"),
+        ("new", "/proc/self/cwd", "lora_path"),
+        ("new", "../root2", "lora_path"),
+        ("new", "~", "lora_path"),
+        ("new", "$HOME", "lora_path"),
+        ("new", "%2e%2e/outside", "lora_path"),
+        ("new", "..\\outside", "lora_path"),
+        ("new", "file:///etc", "lora_path"),
+        ("new", "\x00../outside", "lora_path"),
+        ("new", "../outside\x00/deep", "lora_path"),
+        ("new", "x" * 1000, "lora_path"),
+        ("new", "x/" * 500 + "deep", "lora_path"),
+        ("new", "../" * 300 + "etc", "lora_path"),
+        ("new", "x" * 1025, "lora_path"),
+        ("x" * 65, "deep", "lora_name"),
+        ("x" * 10_000, "deep", "lora_name"),
+        ("new\x00", "deep", "lora_name"),
+        ("..", "deep", "lora_name"),
+        ("/etc/passwd", "deep", "lora_name"),
         ("new", "link", "lora_path"),
+        ("new", "link/.", "lora_path"),
+        ("new", "sub/up/outside", "lora_path"),
         ("new", "half", "lora_path"),
+        ("new", "half config", "lora_path"),
+        ("new", "half identity", "lora_path"),
+        ("new", "pipe", "lora_path"),
         ("new", "ring", "lora_path"),
         ("new", "cut", "lora_path"),
         ("new", "other base", "lora_path"),
@@ -264,6 +300,35 @@ def test_what_lies_outside_or_cannot_be_used_is_not_loaded(
     assert error["param"] == param
     assert str(place) not in error["message"].replace(path or "-", "")
     assert [m["id"] for m in running.client.get("/v1/models").json()["data"]] == ["tiny"]
+    assert running.engine.policy.names == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deep",
+        "../root/deep",
+        "root/deep",
+        "PLACE/root/deep",
+        "tiny/../deep",
+        "tiny\x00",
+        "tiny+../deep",
+        "link",
+        "/etc/passwd",
+        "x" * 10_000,
+    ],
+)
+def test_the_name_of_a_model_is_no_path(guarded: tuple[Running, Path], name: str) -> None:
+    running, place = guarded
+    name = name.replace("PLACE", str(place))
+    assert running.chat(model=name).status_code in (400, 404)  # too long, or not there
+    assert running.chat(strength={name: 1.0}).status_code == 400
+    quoted = quote(name, safe="")
+    for path in (quoted, quote(quoted, safe="")):
+        response = running.client.get(f"/v1/models/{path}")
+        assert response.status_code == 404
+        assert "base" not in response.text
+    assert unload(running, name).status_code in (400, 404)
     assert running.engine.policy.names == ["tiny"]
 
 

@@ -88,7 +88,7 @@ def audit(
     Lengths are in tokens with a tokenizer, else in words.
 
     Raises:
-        DataError: the file itself cannot be read.
+        DataError: the file itself cannot be read, or as `tokenize_pair`.
         ModelError: as `tokenize_pair`.
     """
     found = Audit(unit="words" if tokenizer is None else "tokens")

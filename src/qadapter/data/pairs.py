@@ -50,7 +50,8 @@ def _problem(value: object, name: str, *, chat: bool) -> str | None:
         if not isinstance(message, dict):
             return f"{name!r} has a {type(message).__name__} for a message; fix it."
         if message.get("role") not in _ROLES:
-            return f"{name!r} has a message with role {message.get('role')!r}; use a known role."
+            known = ", ".join(_ROLES)
+            return f"{name!r} has a message with role {message.get('role')!r}; use one of {known}."
         content = message.get("content")
         if content is None and message.get("tool_calls"):
             continue  # a call says nothing itself; the template writes it

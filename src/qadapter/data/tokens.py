@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast, overload
 
@@ -82,9 +82,16 @@ def _chat_ids(
         raise ModelError(
             "the tokenizer has no chat template; use one that has, or give plain text pairs."
         )
-    ids = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
-    )
+    from jinja2 import TemplateError
+
+    try:
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+        )
+    except (TemplateError, TypeError) as error:  # its own refusal, or text added to what is none
+        raise DataError(
+            f"the chat template refuses these messages ({error}); give turns that it takes."
+        ) from error
     return _one_bos(cast(list[int], ids), tokenizer)
 
 
@@ -92,6 +99,7 @@ def tokenize_prompt(prompt: Text, tokenizer: PreTrainedTokenizerBase) -> list[in
     """Return the tokens after which the response begins, exactly as training sees them.
 
     Raises:
+        DataError: the chat template refuses the conversation.
         ModelError: a conversation meets a tokenizer without a chat template.
     """
     if isinstance(prompt, str):
@@ -136,10 +144,21 @@ def _eos(tokenizer: PreTrainedTokenizerBase, end_ids: frozenset[int]) -> int:
 def whole_ids(
     pair: Pair, tokenizer: PreTrainedTokenizerBase, end_ids: frozenset[int]
 ) -> tuple[list[int], list[int], list[int]]:
-    """Return prompt, chosen and rejected in tokens, whole."""
-    prompt = tokenize_prompt(pair.prompt, tokenizer)
-    chosen = _response_ids(pair, pair.chosen, prompt, tokenizer, end_ids)
-    return prompt, chosen, _response_ids(pair, pair.rejected, prompt, tokenizer, end_ids)
+    """Return prompt, chosen and rejected in tokens, whole.
+
+    Raises:
+        DataError, ModelError: as `tokenize_pair`.
+    """
+    name = "prompt"
+    try:
+        prompt = tokenize_prompt(pair.prompt, tokenizer)
+        name = "chosen"
+        chosen = _response_ids(pair, pair.chosen, prompt, tokenizer, end_ids)
+        name = "rejected"
+        rejected = _response_ids(pair, pair.rejected, prompt, tokenizer, end_ids)
+    except DataError as error:
+        raise DataError(f"{pair.source}: {name!r}: {error}") from error
+    return prompt, chosen, rejected
 
 
 def drop_reason(
@@ -174,6 +193,7 @@ def tokenize_pair(
         truncate: keep long responses, cut and not terminal, instead of dropping the pair.
 
     Raises:
+        DataError: the template refuses the pair's messages.
         ModelError: there is no template, its prompt is not a prefix of the conversation, or a
             response needs an eos token and the tokenizer's is not in `end_ids`.
     """
@@ -203,7 +223,7 @@ def kept_pairs(
     """Yield the pairs with their tokens; `dropped` is given the sources of those left out.
 
     Raises:
-        DataError: nothing is left.
+        DataError: nothing is left, or as `tokenize_pair`.
         ModelError: as `tokenize_pair`.
     """
     empty = True
@@ -217,8 +237,21 @@ def kept_pairs(
         else:
             dropped.setdefault(result, Sources()).append(pair.source)
     if empty:
-        reasons = ", ".join(f"{len(v)} {k}" for k, v in dropped.items()) or "no pairs given"
-        raise DataError(f"no pair is left ({reasons}); raise max_length or set truncate.")
+        raise DataError(_none_left(dropped, truncate=truncate))
+
+
+def _none_left(dropped: Mapping[str, Sources], *, truncate: bool) -> str:
+    """Return why, where that begins, and what would help."""
+    if not dropped:
+        return "no pair is left (no pairs given); give some."
+    reasons = ", ".join(f"{len(v)} {k}" for k, v in dropped.items())
+    mend = "raise max_length"
+    if "too long" in dropped:
+        mend += " or set truncate"
+    elif dropped.keys() == {"identical after truncation"}:
+        mend = f"give responses that differ{' or raise max_length' if truncate else ''}"
+    first = next(iter(dropped.values()))[0]
+    return f"{first}: no pair is left ({reasons}), of which this is the first; {mend}."
 
 
 def tokenize_pairs(
@@ -232,7 +265,7 @@ def tokenize_pairs(
     """Return the pairs in tokens, and the sources of those left out, by reason.
 
     Raises:
-        DataError: nothing is left.
+        DataError: nothing is left, or as `tokenize_pair`.
         ModelError: as `tokenize_pair`.
     """
     dropped: dict[str, Sources] = {}
