@@ -475,10 +475,10 @@ def _compare(args: argparse.Namespace) -> None:
         print(_printable(f"failed {failure['cell']}: {failure['error']}"), file=sys.stderr)
     report = write_report(found, path.parent)
     print(f"report  {report}\nfigures {path}")
-    if found["failures"]:
+    if n := len(found["failures"]):
         raise TrainingError(
-            f"{len(found['failures'])} cells failed, as told above; run the command again to try "
-            "them anew."
+            f"{n} {'cell' if n == 1 else 'cells'} failed, as told above; run the command again to "
+            "try what failed anew."
         )
 
 

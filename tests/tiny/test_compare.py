@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from qadapter import hub
 from qadapter.cli import main
 from qadapter.compare import METHODS, CompareConfig, cells, fanout, measure, run
 from qadapter.compare import train as training
-from qadapter.compare.data import split, varied
+from qadapter.compare.data import prompts_of, split, varied
 from qadapter.data import prompt_key, read_pairs, tokenize_pairs
 from qadapter.errors import DataError
 from qadapter.model import QAdapterModel
@@ -198,6 +199,16 @@ def test_variations_of_the_training_pairs(settings: dict[str, Any]) -> None:
     strange = varied(pairs, "irrelevant", 0.5)
     assert sum(a != b for a, b in zip(pairs, strange, strict=False)) >= 50
     assert varied(pairs, "pairs", 7) == pairs[:7]
+
+
+def test_a_prompt_of_several_pairs_is_asked_once(settings: dict[str, Any]) -> None:
+    pairs = list(read_pairs(settings["train"]))
+    again = [replace(pair, chosen="another answer") for pair in pairs]
+    mixed = [pair for both in zip(pairs, again, strict=True) for pair in both]
+    found = prompts_of(mixed)
+    assert len(found) == len({prompt_key(pair) for pair in pairs}) < len(mixed)
+    assert found == prompts_of(pairs)
+    assert found[0] == pairs[0].prompt
 
 
 # ── figures ─────────────────────────────────────────────────────────────────────────────────────

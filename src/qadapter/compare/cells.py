@@ -136,14 +136,15 @@ class _Work:
 
 def _answers(work: _Work) -> dict[str, Any]:
     """Write the base's answers to general, training and test prompts."""
+    from qadapter.compare.data import prompts_of
     from qadapter.compare.measure import answers_of
     from qadapter.data import read_pairs, read_prompts
 
     spec = work.spec
     asked = {
         "general": read_prompts(work.file("prompts"))[: spec["replay_prompts"]],
-        "training": [p.prompt for p in read_pairs(work.file("train"))][: spec["replay_prompts"]],
-        "test": [p.prompt for p in read_pairs(work.file("test"))][: spec["answers"]],
+        "training": prompts_of(read_pairs(work.file("train")))[: spec["replay_prompts"]],
+        "test": prompts_of(read_pairs(work.file("test")))[: spec["answers"]],
     }
     policy, rows = work.policy(), []
     for kind, prompts in asked.items():

@@ -67,9 +67,9 @@ class CompareConfig:
     replay_prompts: int = 200
     """General prompts that the base answers."""
     rl_prompts: int = 96
-    """Training prompts of online reinforcement learning, which answers each four times."""
+    """Distinct training prompts of online reinforcement learning, which answers each four times."""
     answers: int = 48
-    """Test prompts answered for the win rate."""
+    """Distinct test prompts answered for the win rate."""
     answer_tokens: int = 96
     """Most tokens of any answer made."""
     suite_limit: int = 100

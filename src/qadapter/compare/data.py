@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from qadapter.compare.config import CompareConfig
-from qadapter.data import Pair, prompt_key, read_pairs
+from qadapter.data import Pair, Text, prompt_key, read_pairs
 from qadapter.errors import DataError
 from qadapter.files import write_jsonl
 
@@ -60,6 +60,11 @@ def split(config: CompareConfig) -> Splits:
             "`validation_pairs` ask for; lower them."
         )
     return Splits(train, validation, pairs, test)
+
+
+def prompts_of(pairs: Iterable[Pair]) -> list[Text]:
+    """Return the pairs' prompts, each once: one answer judged four times is no four answers."""
+    return list({prompt_key(p): p.prompt for p in pairs}.values())
 
 
 def varied(pairs: Sequence[Pair], name: str, value: float) -> list[Pair]:

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from qadapter import fused, hub
+from qadapter.compare.data import prompts_of
 from qadapter.config import QAdapterConfig, QConfig
 from qadapter.data import Pair, TokenizedPair, read_pairs, tokenize_pairs, tokenize_prompt
 from qadapter.files import read_jsonl, write_jsonl
@@ -252,7 +253,7 @@ def train_rloo(task: Task) -> None:
     def reward(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
         return judge.rewards(prompts, [_said(c) for c in completions])
 
-    prompts = [{"prompt": q.prompt} for q in base.raw[: task.rl_prompts]]
+    prompts = [{"prompt": prompt} for prompt in prompts_of(base.raw)[: task.rl_prompts]]
     settings = _settings(task, base) | {"per_device_train_batch_size": 16}
     trainer = RLOOTrainer(
         base.model,
