@@ -176,7 +176,7 @@ def estimate(config: QAdapterConfig) -> Estimate:
         elsewhere.output_dir = directory  # transformers' Trainer makes it at once
         trainer = run.trainer(elsewhere)
         rows = _rows(trainer, run.train_set)
-        keeps = config.num_train_epochs > 1 and _fits(trainer, int(rows.tokens.sum()))
+        keeps = config.wants_trunk_cache and _fits(trainer, int(rows.tokens.sum()))
         return _tried(config, run, rows, Path(directory), keeps)
 
 

@@ -126,6 +126,9 @@ def test_a_cache_that_the_run_may_not_write_is_not_counted_on(
     assert (found.later, found.cache) == (None, 0)
     with pytest.raises(ConfigError, match="cache_trunk_gib"):
         estimate(config_for(base, data, tmp_path / "out", cache_trunk=True, **fields))
+    fields["num_train_epochs"] = 1
+    with pytest.raises(ConfigError, match="cache_trunk_gib"):
+        estimate(config_for(base, data, tmp_path / "out", cache_trunk=True, **fields))
 
 
 def test_nothing_is_written(
