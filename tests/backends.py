@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fakes import VOCABULARY, tiny_tokenizer
+from fakes import SIZES_FOR_VLLM, tiny_tokenizer, write_base
 from models import disturbed
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from qadapter.config import QConfig
 from qadapter.model import QAdapterModel
@@ -84,23 +84,7 @@ Backend = Callable[[Path, Case, Sequence[Answer]], Sequence[Sequence[float]]]
 
 def write(place: Path) -> None:
     """Write the base and the adapters."""
-    torch.manual_seed(0)
-    # vLLM's attention on CPUs takes heads of 32 and more.
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=256,
-        bos_token_id=2,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(place / "base")
-    tiny_tokenizer().save_pretrained(place / "base")
+    write_base(place / "base", SIZES_FOR_VLLM)
     for number, (name, fields) in enumerate(ADAPTERS.items()):
         base = AutoModelForCausalLM.from_pretrained(place / "base", dtype=torch.float32)
         fields = dict(fields)
@@ -143,6 +127,13 @@ def check(backend: Backend, place: Path, case: Case, answers: Sequence[Answer]) 
         assert len(log_probs) == len(answer.log_probs)
         gap = max(gap, *(abs(a - b) for a, b in zip(log_probs, answer.log_probs, strict=True)))
     assert gap < TOLERANCE
+
+
+def of_tokens(logits: torch.Tensor, tokens: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Return log-probs of tokens `[R, T]`, chosen from logits `[R, T, V]`."""
+    chosen = torch.tensor(tokens)[..., None]
+    found: list[list[float]] = logits.double().log_softmax(-1).gather(2, chosen)[..., 0].tolist()
+    return found
 
 
 @torch.no_grad()

@@ -1,17 +1,34 @@
-"""A small real tokenizer: byte-level, ChatML, `<|im_end|>` both end and pad."""
+"""A small real tokenizer: byte-level, ChatML, `<|im_end|>` both end and pad; a base with it."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 VOCABULARY = 260
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+"""Of a tiny base with this tokenizer."""
+# vLLM's attention on CPUs takes heads of 32 and more; two ranks want two of them for keys.
+SIZES_FOR_VLLM = SIZES | {"hidden_size": 128, "intermediate_size": 96, "head_dim": 32}
 
 
 def tiny_tokenizer(template: str | None = CHATML, *, bos: bool = False) -> Any:
@@ -38,3 +55,10 @@ def tiny_tokenizer(template: str | None = CHATML, *, bos: bool = False) -> Any:
         chat_template=template,
         clean_up_tokenization_spaces=False,
     )
+
+
+def write_base(directory: Path, sizes: dict[str, Any] = SIZES) -> None:
+    """Write a random Llama with the tokenizer."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)

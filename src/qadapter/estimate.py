@@ -9,6 +9,7 @@ import tempfile
 import time
 from array import array
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -170,8 +171,7 @@ def estimate(config: QAdapterConfig) -> Estimate:
         UserError: as `run_training` would before its first step, but for a budget that the
             untrained policy is over.
     """
-    run = prepare(config)
-    with tempfile.TemporaryDirectory() as directory:
+    with closing(prepare(config)) as run, tempfile.TemporaryDirectory() as directory:
         elsewhere = copy.copy(config)
         elsewhere.output_dir = directory  # transformers' Trainer makes it at once
         trainer = run.trainer(elsewhere)

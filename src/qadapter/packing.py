@@ -57,14 +57,17 @@ class PairBatch(TypedDict):
     """`[2B]` bool, False for a response cut by the length limit."""
 
 
-def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Return `input_ids` and `attention_mask`, `[R, T]` int64, padded on the right."""
+def pad_rows(
+    rows: Sequence[Sequence[int]], pad_id: int, *, left: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return `input_ids` and `attention_mask`, `[R, T]` int64, padded on the right, or the left."""
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     mask = torch.zeros((len(rows), width), dtype=torch.int64)
     for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
-        mask[i, : len(row)] = 1
+        at = slice(width - len(row), None) if left else slice(len(row))
+        ids[i, at] = torch.tensor(row, dtype=torch.int64)
+        mask[i, at] = 1
     return ids, mask
 
 

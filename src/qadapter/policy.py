@@ -223,8 +223,7 @@ class Policy:
                     f"{self.context}; shorten it."
                 )
         pad = cast(int, self.tokenizer.pad_token_id)
-        # Generation wants its prompts padded on the left: reverse, pad right, reverse.
-        ids, mask = (t.flip(1) for t in pad_rows([row[::-1] for row in rows], pad))
+        ids, mask = pad_rows(rows, pad, left=True)
         options = {"do_sample": False, "max_new_tokens": 256, **generate}
         # Past its context a model either fails or talks nonsense: an answer ends there.
         room = self.context - max(len(row) for row in rows)

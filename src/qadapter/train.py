@@ -6,7 +6,7 @@ import ctypes
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -466,6 +466,11 @@ class Prepared:
         """Return the pairs that lie in files until they are closed."""
         return [table for table in (self.train_set, self.eval_set) if table is not None]
 
+    def close(self) -> None:
+        """Remove the files of the pairs, but for those that were kept."""
+        for table in self.tables:
+            table.close()
+
     def trainer(self, config: QAdapterConfig, **kwargs: Any) -> QAdapterTrainer:
         """Return a trainer of these; `kwargs` are passed on to it."""
         return QAdapterTrainer(
@@ -595,12 +600,8 @@ def run_training(config: QAdapterConfig) -> TrainResult:
     Raises:
         UserError: any of its kinds, before anything is written where that is possible.
     """
-    run = prepare(config)
-    try:
+    with closing(prepare(config)) as run:
         return _trained(run, config)
-    finally:
-        for table in run.tables:
-            table.close()
 
 
 def _trained(run: Prepared, config: QAdapterConfig) -> TrainResult:

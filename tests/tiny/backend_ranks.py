@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from backends import Case
+from backends import TOKENS, Case, of_tokens
 
 from qadapter.config import QAdapterConfig
 from qadapter.train import QAdapterTrainer
@@ -36,9 +36,7 @@ def main(asked: dict[str, Any]) -> None:
         ids = torch.tensor([row])
         with torch.no_grad():
             logits = model(input_ids=ids, strength=case.strength).logits
-        taken = logits[0, -asked["tokens"] - 1 : -1].double().log_softmax(-1)
-        answer = ids[0, -asked["tokens"] :, None]
-        found.append(taken.gather(1, answer)[:, 0].tolist())
+        found += of_tokens(logits[:, -TOKENS - 1 : -1], [row[-TOKENS:]])
     both = gather_object([found])
     if accelerator.is_main_process:
         print(json.dumps([both[i % 2][i // 2] for i in range(len(rows))]))

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import VOCABULARY, tiny_tokenizer
+from fakes import write_base
 from models import disturbed
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qadapter import hub
 from qadapter.cli import main
@@ -30,21 +29,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     directory = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=2,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
+    write_base(directory)
     return str(directory)
 
 

@@ -13,7 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from backends import CASES, TOKENS, TOLERANCE, Answer, Backend, Case, check, oracle, write
+from backends import (
+    CASES,
+    TOKENS,
+    TOLERANCE,
+    Answer,
+    Backend,
+    Case,
+    check,
+    of_tokens,
+    oracle,
+    write,
+)
 from serving import Running
 from transformers import AutoModelForCausalLM
 
@@ -40,27 +51,16 @@ def expected(place: Path) -> dict[str, list[Answer]]:
     return {name: oracle(place, case) for name, case in CASES.items()}
 
 
-def of_tokens(logits: torch.Tensor, answers: Sequence[Answer]) -> list[list[float]]:
-    """Return log-probs of the answers' tokens, chosen from logits `[R, TOKENS, V]`."""
-    rows = torch.tensor([answer.tokens for answer in answers])
-    taken = logits.double().log_softmax(-1).gather(2, rows[..., None])[..., 0]
-    found: list[list[float]] = taken.tolist()
-    return found
-
-
-def whole_rows(answers: Sequence[Answer]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return prompts with their answers, padded on the left."""
-    rows = [[*answer.prompt_ids, *answer.tokens][::-1] for answer in answers]
-    ids, mask = pad_rows(rows, 1)
-    return ids.flip(1), mask.flip(1)
+def tokens_of(answers: Sequence[Answer]) -> list[list[int]]:
+    return [answer.tokens for answer in answers]
 
 
 def eager(place: Path, case: Case, answers: Sequence[Answer]) -> list[list[float]]:
-    ids, mask = whole_rows(answers)
+    ids, mask = pad_rows([[*a.prompt_ids, *a.tokens] for a in answers], 1, left=True)
     model = case.policy(place).model
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=mask, strength=case.strength).logits
-    return of_tokens(logits[:, -TOKENS - 1 : -1], answers)
+    return of_tokens(logits[:, -TOKENS - 1 : -1], tokens_of(answers))
 
 
 def pairs_of(answers: Sequence[Answer]) -> list[TokenizedPair]:
@@ -80,7 +80,7 @@ def of_pairs(
     with torch.no_grad():
         logits = policy.model.policy_logits(states, case.strength)
     chosen = moves.response < len(answers)
-    return of_tokens(logits[chosen].unflatten(0, (len(answers), TOKENS)), answers)
+    return of_tokens(logits[chosen].unflatten(0, (len(answers), TOKENS)), tokens_of(answers))
 
 
 def packed(place: Path, case: Case, answers: Sequence[Answer]) -> list[list[float]]:
@@ -116,18 +116,18 @@ def generate(place: Path, case: Case, answers: Sequence[Answer]) -> list[list[fl
 
 
 def generated(model: Any, answers: Sequence[Answer], **options: Any) -> list[list[float]]:
-    ids, mask = pad_rows([answer.prompt_ids[::-1] for answer in answers], 1)
+    ids, mask = pad_rows([answer.prompt_ids for answer in answers], 1, left=True)
     out = model.generate(
-        input_ids=ids.flip(1),
-        attention_mask=mask.flip(1),
+        input_ids=ids,
+        attention_mask=mask,
         max_new_tokens=TOKENS,
         do_sample=False,
         output_logits=True,
         return_dict_in_generate=True,
         **options,
     )
-    assert out.sequences[:, ids.shape[1] :].tolist() == [answer.tokens for answer in answers]
-    return of_tokens(torch.stack(out.logits, 1), answers)
+    assert out.sequences[:, ids.shape[1] :].tolist() == tokens_of(answers)
+    return of_tokens(torch.stack(out.logits, 1), tokens_of(answers))
 
 
 def exported(place: Path, case: Case, answers: Sequence[Answer]) -> list[list[float]]:
@@ -190,7 +190,7 @@ def two_processes(place: Path, case: Case, answers: Sequence[Answer]) -> list[li
     here = Path(__file__)
     config = here.parents[2] / "configs" / "fsdp.yaml"
     asked = {"place": str(place), "case": [case.adapters, case.strengths]}
-    asked |= {"rows": [[*a.prompt_ids, *a.tokens] for a in answers], "tokens": TOKENS}
+    asked |= {"rows": [[*a.prompt_ids, *a.tokens] for a in answers]}
     words = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
     words += ["--num_processes", "2", str(here.with_name("backend_ranks.py"))]
     done = subprocess.run(

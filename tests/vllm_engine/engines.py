@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from fakes import VOCABULARY, tiny_tokenizer
+from fakes import SIZES_FOR_VLLM, VOCABULARY, tiny_tokenizer
 from models import disturbed
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -19,19 +22,14 @@ from qadapter.model import QAdapterModel
 from qadapter.policy import Policy
 from qadapter.strength import Strength
 
-# vLLM's attention on CPUs takes heads of 32 and more; two ranks want two of them for keys.
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 128,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 256,
-    "pad_token_id": 1,
-    "bos_token_id": 2,
-    "eos_token_id": 1,
+NEEDS_VLLM = pytest.mark.skipif(
+    find_spec("vllm") is None,
+    reason="vLLM is not installed here; `make test-vllm` has an environment with it",
+)
+os.environ |= {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
 }
 
 
@@ -40,7 +38,7 @@ def tiny_policy(
 ) -> Policy:
     """Return a policy on a random base, written if asked, whose adapter has a visible effect."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SIZES, tie_word_embeddings=family == "qwen2")
+    config = AutoConfig.for_model(family, **SIZES_FOR_VLLM, tie_word_embeddings=family == "qwen2")
     base = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
     if base_at is not None:
         base.save_pretrained(base_at)

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from backends import CASES, TOKENS, Answer, Case, check, oracle, write
+from engines import NEEDS_VLLM, engine
 from engines import answers as engine_answers
-from engines import engine
 
 from qadapter.export import export_policy
 
-pytestmark = pytest.mark.skipif(
-    find_spec("vllm") is None,
-    reason="vLLM is not installed here; `make test-vllm` has an environment with it",
-)
-os.environ |= {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-}
+pytestmark = NEEDS_VLLM
 
 
 def vllm(place: Path, case: Case, answers: Sequence[Answer]) -> list[list[float]]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import answers, difference, engine, prompts, tiny_policy
+from engines import NEEDS_VLLM, answers, difference, engine, prompts, tiny_policy
 from models import disturbed
 from serving import Running
 
@@ -31,15 +31,7 @@ from qadapter.export import export_policy
 from qadapter.model import QAdapterModel
 from qadapter.policy import Policy
 
-pytestmark = pytest.mark.skipif(
-    find_spec("vllm") is None,
-    reason="vLLM is not installed here; `make test-vllm` has an environment with it",
-)
-os.environ |= {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-}
+pytestmark = NEEDS_VLLM
 
 # float32, eight layers of width 128; every log-prob of the vocabulary, to −20 nats.
 TOLERANCE = 1e-4

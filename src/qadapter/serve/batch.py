@@ -84,8 +84,7 @@ class Batch:
         adapters: tuple[Adapter, ...],
     ) -> None:
         self._model, self._adapters = model, adapters
-        # Padded on the left: reverse, pad right, reverse.
-        ids, mask = (t.flip(1) for t in pad_rows([list(row)[::-1] for row in prompts], 0))
+        ids, mask = pad_rows(prompts, 0, left=True)
         self._next, self._mask = ids.to(model.device), mask.to(model.device)
         layers = model.base.config.num_hidden_layers + sum(a.depth for a in adapters)
         self._cache = Cache(layers=[_Roomy() for _ in range(layers)])
