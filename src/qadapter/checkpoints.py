@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import signal
@@ -18,43 +17,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from qadapter.errors import ArtefactError, UserError
-from qadapter.files import sha256, write_text
-
-SEAL = "manifest.json"
-"""Written last: a checkpoint without it was cut while it was written."""
-
-
-def seal(checkpoint: Path) -> None:
-    """Write the digest of every file of a checkpoint beside them.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != SEAL)
-    digests = {str(p.relative_to(checkpoint)): sha256(p) for p in files}
-    write_text(checkpoint / SEAL, json.dumps(digests, indent=1) + "\n")
-
-
-def damage(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint, None where every file is as it was written."""
-    try:
-        digests = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
-        if not digests:
-            return f"{SEAL} names no file"
-        inside = checkpoint.resolve()
-        for name, digest in digests.items():
-            # Neither "..", a whole path nor a link may lead to a file that is not the checkpoint's.
-            if not (checkpoint / name).resolve().is_relative_to(inside):
-                return f"{name} leads out of the checkpoint"
-            if not (checkpoint / name).is_file():
-                return f"{name} is missing"
-            if sha256(checkpoint / name) != digest:
-                return f"{name} is damaged"
-    except FileNotFoundError:
-        return "it was not written to its end"
-    except (OSError, ValueError, AttributeError):
-        return f"{SEAL} is damaged"
-    return None
+from qadapter.files import damage as damage
+from qadapter.files import seal
 
 
 def step_of(checkpoint: Path) -> int:

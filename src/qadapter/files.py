@@ -163,6 +163,43 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+MANIFEST = "manifest.json"
+"""Written last: a directory without it was cut while it was written."""
+
+
+def seal(directory: Path) -> None:
+    """Write the digest of every file of a directory beside them.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+    digests = {str(p.relative_to(directory)): sha256(p) for p in files}
+    write_text(directory / MANIFEST, json.dumps(digests, indent=1) + "\n")
+
+
+def damage(directory: Path) -> str | None:
+    """Return what is wrong with a sealed directory, None where every file is as it was written."""
+    try:
+        digests = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        if not digests:
+            return f"{MANIFEST} names no file"
+        inside = directory.resolve()
+        for name, digest in digests.items():
+            # Neither "..", a whole path nor a link may lead to a file that lies elsewhere.
+            if not (directory / name).resolve().is_relative_to(inside):
+                return f"{name} leads out of the directory"
+            if not (directory / name).is_file():
+                return f"{name} is missing"
+            if sha256(directory / name) != digest:
+                return f"{name} is damaged"
+    except FileNotFoundError:
+        return "it was not written to its end"
+    except (OSError, ValueError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    return None
+
+
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """Yield `(line number from 1, text)` of every non-blank line of a UTF-8 file.
 

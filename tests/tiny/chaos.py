@@ -61,7 +61,7 @@ def state(output: Path) -> str:
     found = sorted(output.glob("checkpoint-*"), key=checkpoints.step_of)
     if not found:
         return "before a checkpoint"
-    return "between checkpoints" if checkpoints.damage(found[-1]) is None else "in a checkpoint"
+    return "between checkpoints" if files.damage(found[-1]) is None else "in a checkpoint"
 
 
 def cached() -> str:

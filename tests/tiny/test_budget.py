@@ -22,7 +22,7 @@ from models import FAMILIES, VOCAB, tiny_adapter
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from qadapter import checkpoints, hub
+from qadapter import files, hub
 from qadapter.budget import Budget, Reading, hold_out, thinned, tune
 from qadapter.cli import main
 from qadapter.config import QAdapterConfig
@@ -251,7 +251,7 @@ def test_a_best_checkpoint_from_before_there_was_a_budget_is_taken_back(
     state |= {"best_metric": -1.0, "best_global_step": 18}
     state |= {"best_model_checkpoint": str(out / "checkpoint-18")}
     (first / "trainer_state.json").write_text(json.dumps(state))
-    checkpoints.seal(first)
+    files.seal(first)
     limit = 2 * drift(first, text)
     assert outside > 1.5 * limit
     options = f"--max_kl {limit} --budget_text {text} --resume_from_checkpoint {first}"

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qadapter import checkpoints, files
+from qadapter import files
 from qadapter.cli import main
 from qadapter.train import QAdapterTrainer
 
@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(
     assert f"{file.name} is damaged" in caplog.text
     assert f"going on from {older}: up to 2 steps are done again" in caplog.text
     assert same(saved(out), whole)
-    assert checkpoints.damage(newest) is None
+    assert files.damage(newest) is None
 
 
 def test_where_no_checkpoint_is_whole_the_run_is_refused(
@@ -107,7 +107,7 @@ def test_where_no_checkpoint_is_whole_the_run_is_refused(
     out = tmp_path / "run"
     assert main(["train", *words, "--output", str(out)]) == 0
     for checkpoint in out.glob("checkpoint-*"):
-        (checkpoint / checkpoints.SEAL).unlink()
+        (checkpoint / files.MANIFEST).unlink()
     capsys.readouterr()
     assert main(["train", *words, "--output", str(out), "--resume_from_checkpoint", "true"]) == 2
     said = capsys.readouterr().err

@@ -16,7 +16,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from qadapter import functional
-from qadapter.cli import _printable, main
+from qadapter.cli import main
+from qadapter.cli.terminal import printable
 from qadapter.data import read_pairs
 from qadapter.errors import ArtefactError, ConfigError
 from qadapter.model import QAdapterModel
@@ -348,7 +349,7 @@ def test_chat_takes_several_and_a_strength_for_each(
     for strength in ((1.0, 0.5), (0.0, 2.0)):
         asked = [[{"role": "user", "content": "Say 3"}]]
         (said,) = policy.answer(asked, strength=strength, max_new_tokens=8)
-        assert _printable(said) in printed
+        assert printable(said) in printed
     assert "[1,0.5] >" in printed
     assert "[0,2] >" in printed
     assert "/strength: strength: 3 numbers (1,2,3) for 2 adapters (adapter, second)" in printed

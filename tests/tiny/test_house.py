@@ -47,6 +47,19 @@ def test_importing_the_package_does_not_import_torch() -> None:
     assert result.stdout.strip() == "False"
 
 
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    program = (
+        "import atexit, sys; from qadapter.cli import main\n"
+        "atexit.register(lambda: print({'torch', 'transformers'} & set(sys.modules)))\n"
+        "main(['--help'])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.startswith("usage: qadapter")
+    assert result.stdout.splitlines()[-1] == "set()"
+
+
 def test_every_test_that_the_documents_name_is_there() -> None:
     named = {
         (path.name, *found)

@@ -36,7 +36,7 @@ def _cache(directory: Path) -> Path:
     directory.mkdir(parents=True)
     (directory / "model.safetensors").write_bytes(b"0123456789")
     digest = hashlib.sha256(b"0123456789").hexdigest()
-    (directory / "manifest.json").write_text(json.dumps({"model.safetensors": [10, digest]}))
+    (directory / "manifest.json").write_text(json.dumps({"model.safetensors": digest}))
     return directory
 
 
@@ -134,7 +134,7 @@ def test_a_damaged_cache_is_detected(damage: str, tmp_path: Path) -> None:
     elif damage == "no manifest":
         manifest.unlink()
     elif damage == "not JSON":
-        manifest.write_text('{"model.safetensors": [10,')
+        manifest.write_text('{"model.safetensors": "10')
     assert hub.verify_manifest(directory) == (damage == "none")
 
 

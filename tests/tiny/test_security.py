@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import qadapter
-from qadapter import checkpoints, hub
+from qadapter import files, hub
 from qadapter.cli import main
 from qadapter.errors import ArtefactError, ModelError
 from qadapter.policy import Policy
@@ -94,7 +94,7 @@ def test_a_checkpoint_with_a_bomb_does_not_run_it(
     words += ["--disable_tqdm", "true", "--max_length", "200", "--bf16", "false"]
     assert main(words) == 0
     plant(mark, tmp_path / "run" / "checkpoint-1" / name)
-    checkpoints.seal(tmp_path / "run" / "checkpoint-1")  # who plants can seal as well
+    files.seal(tmp_path / "run" / "checkpoint-1")  # who plants can seal as well
     shutil.rmtree(tmp_path / "run" / "checkpoint-2")
     capsys.readouterr()
     assert main([*words, "--resume_from_checkpoint", "true"]) == 2
@@ -122,21 +122,21 @@ def test_a_checkpoints_seal_cannot_name_what_lies_outside(
     checkpoint = tmp_path / "run" / "checkpoint-1"
     checkpoint.mkdir(parents=True)
     (checkpoint / "inside").write_bytes(b"1")
-    checkpoints.seal(checkpoint)
-    assert checkpoints.damage(checkpoint) is None
+    files.seal(checkpoint)
+    assert files.damage(checkpoint) is None
     name = {"up": "../../outside", "whole": str(outside), "link": "link"}.get(way, "up/outside")
     if way == "link":
         (checkpoint / name).symlink_to(outside)
     elif way == "linked directory":
         (checkpoint / "up").symlink_to(tmp_path, target_is_directory=True)
     digest = hashlib.sha256(outside.read_bytes()).hexdigest()
-    (checkpoint / checkpoints.SEAL).write_text(json.dumps({name: digest}))
-    assert checkpoints.damage(checkpoint) == f"{name} leads out of the checkpoint"
+    (checkpoint / files.MANIFEST).write_text(json.dumps({name: digest}))
+    assert files.damage(checkpoint) == f"{name} leads out of the directory"
 
 
 def test_a_seal_of_nothing_is_no_seal(tmp_path: Path) -> None:
-    (tmp_path / checkpoints.SEAL).write_text("{}")
-    assert checkpoints.damage(tmp_path) == f"{checkpoints.SEAL} names no file"
+    (tmp_path / files.MANIFEST).write_text("{}")
+    assert files.damage(tmp_path) == f"{files.MANIFEST} names no file"
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -146,9 +146,9 @@ def test_a_converted_bases_manifest_cannot_name_what_lies_outside(
     directory = tmp_path / "base"
     directory.mkdir()
     (directory / "outside").write_bytes(outside.read_bytes())
-    entry = [6, hashlib.sha256(outside.read_bytes()).hexdigest()]
-    (directory / "manifest.json").write_text(json.dumps({"outside": entry}))
+    digest = hashlib.sha256(outside.read_bytes()).hexdigest()
+    (directory / "manifest.json").write_text(json.dumps({"outside": digest}))
     assert hub.verify_manifest(directory)
     name = str(outside) if whole else "../outside"
-    (directory / "manifest.json").write_text(json.dumps({name: entry}))
+    (directory / "manifest.json").write_text(json.dumps({name: digest}))
     assert not hub.verify_manifest(directory)

@@ -1,0 +1,143 @@
+"""`qadapter serve` and `qadapter play`: a policy behind HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from qadapter.cli.arguments import Commands, add_policy, count, load_policy, named, port
+from qadapter.cli.terminal import without
+from qadapter.errors import ConfigError
+
+_LIMITS = ("max_context", "max_tokens", "max_body")
+
+
+def add_serve(commands: Commands) -> None:
+    """Add the parser of `qadapter serve`."""
+    serve = commands.add_parser("serve", help="serve a policy behind OpenAI's endpoints")
+    add_policy(serve)
+    _add_address(serve, 8000)
+    serve.add_argument(
+        "--engine", choices=["embedded", "vllm"], default="embedded", help="vllm: its own server"
+    )
+    serve.add_argument("--api-key", help="ask clients for it; default $QADAPTER_API_KEY, or none")
+    serve.add_argument(
+        "--adapter-dir",
+        metavar="D",
+        help="let clients load adapters from under D (/v1/load_lora_adapter); default nobody may",
+    )
+    serve.add_argument("--max-batch", type=count, default=16, help="answers made together")
+    serve.add_argument("--max-queue", type=count, help="answers that may wait, default 64")
+    serve.add_argument("--max-tokens", type=count, help="tokens of an answer, default 1024")
+    serve.add_argument("--max-context", type=count, help="of prompt and answer, default 4096")
+    serve.add_argument("--max-body", type=count, help="bytes of a request, default 1 MiB")
+    serve.add_argument("--vllm-args", metavar="FLAGS", help="further flags of vLLM's, quoted")
+    # An export has a strength of its own.
+    serve.set_defaults(run=_serve, strength=None)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    key = os.environ.get("QADAPTER_API_KEY") if args.api_key is None else args.api_key
+    if key == "":
+        raise ConfigError("--api-key: is empty, which any client could guess; give one or none.")
+    if args.engine == "vllm":
+        _serve_on_vllm(args, key)
+        return
+    args.strength = 1.0 if args.strength is None else args.strength
+    if args.vllm_args is not None:
+        raise ConfigError("--vllm-args: goes with --engine vllm; leave it out or add that.")
+    with _extra("serve"):
+        from qadapter.serve.asking import Limits
+        from qadapter.serve.run import listen, run
+        from qadapter.serve.shelf import Shelf
+
+    limits = {n: getattr(args, n) for n in _LIMITS if getattr(args, n) is not None}
+    shelf = None if args.adapter_dir is None else Shelf(args.adapter_dir)
+    with closing(listen(args.host, args.port)) as bound:
+        run(
+            load_policy(args),
+            bound,
+            strength=args.strength,
+            limits=Limits(**limits),
+            max_batch=args.max_batch,
+            max_queue=64 if args.max_queue is None else args.max_queue,
+            api_key=key,
+            shelf=shelf,
+        )
+
+
+def _serve_on_vllm(args: argparse.Namespace, key: str | None) -> None:
+    from qadapter.serve import on_vllm
+
+    for name in ("max_tokens", "max_body", "max_queue", "adapter_dir"):
+        if getattr(args, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            what = "reads no adapters" if name == "adapter_dir" else "has no such limit"
+            raise ConfigError(f"{flag}: vLLM {what}; leave it out, or --engine vllm.")
+    if args.port == 0:
+        raise ConfigError("--port: vLLM takes no 0 for any free one; name a port.")
+    on_vllm.check_installed()
+    with tempfile.TemporaryDirectory(prefix="qadapter-vllm.") as made:
+        adapters = named(args.adapter)
+        export = Path(next(iter(adapters.values())))
+        if len(adapters) > 1 or not on_vllm.is_export(export):
+            from qadapter.export import export_policy
+
+            args.strength = 1.0 if args.strength is None else args.strength
+            export = export_policy(load_policy(args), Path(made) / "export").directory
+        words = on_vllm.command(
+            export,
+            name="+".join(adapters),
+            host=args.host,
+            port=args.port,
+            strength=args.strength,
+            dtype=args.dtype,
+            max_batch=args.max_batch,
+            max_context=args.max_context,
+            more=args.vllm_args or "",
+        )
+        print(shlex.join(without("--api-key", words)), flush=True)
+        on_vllm.run(words, api_key=key)
+
+
+def add_play(commands: Commands) -> None:
+    """Add the parser of `qadapter play`."""
+    play = commands.add_parser("play", help="a page with base and policy side by side")
+    add_policy(play)
+    _add_address(play, 7860)
+    play.add_argument("--max-new-tokens", type=count, default=256)
+    play.set_defaults(run=_play)
+
+
+def _play(args: argparse.Namespace) -> None:
+    with _extra("play"):
+        from qadapter import play
+        from qadapter.serve.run import listen
+
+        play.check_installed()
+    with closing(listen(args.host, args.port)) as bound:
+        policy = load_policy(args)
+        host, port = bound.getsockname()[:2]
+        print(f"http://{host}:{port}  (Ctrl-C ends it)", flush=True)
+        play.run(policy, bound, strength=args.strength, max_tokens=args.max_new_tokens)
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Turn a failed import of an extra's packages into a ConfigError that says what to install."""
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(
+            f"{name}: {error.name or error} is not installed; run `pip install 'qadapter[{name}]'`."
+        ) from error
+
+
+def _add_address(parser: argparse.ArgumentParser, usual: int) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
+    parser.add_argument("--port", type=port, default=usual, help=f"default {usual}; 0 any free one")
