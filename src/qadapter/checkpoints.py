@@ -18,7 +18,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from qadapter.errors import ArtefactError, UserError
 from qadapter.files import damage as damage
-from qadapter.files import seal
+from qadapter.files import seal, why_not_written
 
 
 def step_of(checkpoint: Path) -> int:
@@ -73,20 +73,22 @@ class SealingTrainer(Trainer):
         self.args.save_total_limit = None
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-                raise
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                seal(checkpoint)
+        except Exception as error:
+            told = error.__cause__ if isinstance(error, UserError) else error
+            reason = why_not_written(told or error, run)
             shutil.rmtree(checkpoint, ignore_errors=True)
-            reason = error.strerror if isinstance(error, OSError) else "the disk may be full"
+            if reason is None:
+                raise
             raise UserError(
                 f"{checkpoint}: cannot be written ({reason}); free some space, then go on from the "
                 "last one by --resume_from_checkpoint true."
             ) from error
         finally:
             self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            seal(checkpoint)
             best = self.state.best_model_checkpoint
             rotate_checkpoints(
                 output_dir=str(run), save_total_limit=limit, best_model_checkpoint=best

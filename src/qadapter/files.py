@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -48,18 +49,36 @@ def check_new(directory: str | Path) -> None:
         raise UserError(f"{directory}: is there already; name a new directory.")
 
 
+def why_not_written(error: BaseException, directory: Path) -> str | None:
+    """Return what kept a file from being written to a directory; None if that was not it.
+
+    safetensors and torch tell of a full disk by errors of their own, and torch without the reason:
+    then the system is asked, by a file of 1 MiB.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, SafetensorError) and (code := re.search(r"os error (\d+)", str(error))):
+        return os.strerror(int(code[1]))
+    if isinstance(error, RuntimeError):
+        try:
+            with tempfile.TemporaryFile(dir=directory) as file:
+                file.write(bytes(1 << 20))
+        except OSError as told:
+            return told.strerror or str(told)
+    return None
+
+
 @contextmanager
 def _told(path: Path) -> Iterator[None]:
     """Turn what the system says of writing `path` into a UserError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        # safetensors tells of a full disk by an error of its own, which is no OSError.
-        if not isinstance(error, OSError) and "os error" not in str(error):
+        reason = why_not_written(error, path.parent)
+        if reason is None:
             raise
         raise UserError(
-            f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); "
-            "free some space or choose another output."
+            f"{path}: cannot be written ({reason}); free some space or choose another output."
         ) from error
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -115,29 +114,48 @@ def test_where_no_checkpoint_is_whole_the_run_is_refused(
     assert "not written to its end" in said
 
 
-def test_a_full_disk_in_a_checkpoint_is_told_and_the_last_one_stays(
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, for which `mounted` sets what fits on it."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def mounted(place: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(place)], check=True)
+
+
+def size(directory: Path) -> int:
+    return sum(-(-p.stat().st_size // 4096) * 4096 for p in directory.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("checkpoints_that_fit", [0.4, 1.3, 1.8, 2.2, 2.7])
+def test_a_full_disk_is_told_and_the_last_checkpoint_stays(
+    checkpoints_that_fit: float,
     words: list[str],
     whole: dict[str, torch.Tensor],
+    disk: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out, save, saves = tmp_path / "run", torch.save, []
-
-    def full(*args: object, **kwargs: object) -> None:
-        saves.append(args)
-        if len(saves) > 4:  # optimizer and scheduler and random numbers of the first went well
-            raise OSError(28, "No space left on device")
-        save(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
-        capsys.readouterr()
-        assert main(["train", *words, "--output", str(out)]) == 2
-    said = capsys.readouterr().err
-    assert "cannot be written (No space left on device)" in said
-    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-2"]
-    assert main(["train", *words, "--output", str(out), "--resume_from_checkpoint", "true"]) == 0
+    out, room = disk / "run", checkpoints_that_fit * size(tmp_path / "whole" / "checkpoint-18")
+    mounted(disk, f"size={int(room)}")
+    train = ["train", *words, "--output", str(out)]
+    capsys.readouterr()
+    assert main(train) == 2
+    assert "cannot be written (No space left on device)" in capsys.readouterr().err
+    left = sorted(out.glob("checkpoint-*"))
+    assert len(left) == int(checkpoints_that_fit)
+    assert all(files.damage(checkpoint) is None for checkpoint in left)
+    assert sorted(out.glob("*")) == left  # nothing half-written, hidden or not
+    mounted(disk, "size=64m")
+    assert main([*train, *(["--resume_from_checkpoint", "true"] if left else [])]) == 0
     assert same(saved(out), whole)
 
 
@@ -176,14 +194,29 @@ def test_sigterm_ends_with_a_checkpoint_and_says_how_to_go_on(
 
 
 def test_a_read_only_output_is_told_before_training(
+    words: list[str], disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (disk / "run").mkdir()
+    mounted(disk, "ro")
+    assert main(["train", *words, "--output", str(disk / "run")]) == 2
+    said = capsys.readouterr()
+    assert "cannot be written" in said.err
+    assert "'loss'" not in said.out
+
+
+@pytest.mark.parametrize("options", ["ro", "size=8k"])
+def test_a_cache_that_cannot_be_written_is_told_before_training(
+    options: str,
     words: list[str],
+    disk: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out = tmp_path / "run"
-    out.mkdir()
-    monkeypatch.setattr(files.os, "access", lambda *_: False)  # root may write anywhere
-    assert main(["train", *words, "--output", str(out)]) == 2
-    assert "cannot be written" in capsys.readouterr().err
-    shutil.rmtree(out)
+    monkeypatch.setenv("QADAPTER_CACHE", str(disk))
+    mounted(disk, options)
+    assert main(["train", *words, "--output", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr()
+    assert "cannot be written" in said.err
+    assert "'loss'" not in said.out
+    assert not (tmp_path / "run").exists()
