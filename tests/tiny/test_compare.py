@@ -16,7 +16,7 @@ from qadapter import hub
 from qadapter.cli import main
 from qadapter.compare import METHODS, CompareConfig, cells, fanout, measure, run
 from qadapter.compare import train as training
-from qadapter.compare.data import prompts_of, split, varied
+from qadapter.compare.data import Splits, prompts_of, split, varied
 from qadapter.data import prompt_key, read_pairs, tokenize_pairs
 from qadapter.errors import DataError
 from qadapter.model import QAdapterModel
@@ -179,10 +179,70 @@ def test_no_prompt_is_in_two_splits(settings: dict[str, Any], tmp_path: Path) ->
     assert split(config) == parts
 
 
-def test_a_prompt_of_the_test_file_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
-    settings["test"] = settings["train"]
+def of_four(count: int, start: int = 0) -> list[dict[str, Any]]:
+    """Return four pairs of each prompt, one after the other, as DSP has them."""
+    return [
+        {**row, "chosen": chat("assistant", f"so {i}")}
+        for row in rows(count, start)
+        for i in range(4)
+    ]
+
+
+def turns(pairs: list[Any]) -> list[str]:
+    return [pair.chosen[0]["content"] for pair in pairs]
+
+
+def prompts_in(parts: Splits) -> list[int]:
+    return [len(prompts_of(pairs)) for pairs in (parts.train, parts.validation, parts.judge)]
+
+
+def test_every_split_is_spread_over_prompts(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["train"] = write_rows(tmp_path / "four.jsonl", of_four(100))
+    settings["test"] = write_rows(tmp_path / "four.test.jsonl", of_four(16, start=1000))
     config = CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings))
-    with pytest.raises(DataError, match=r"train\.jsonl:1: its prompt is in"):
+    parts = split(config)
+    # 48 prompts of one pair each leave the other half to the judge, with all their pairs.
+    assert prompts_in(parts) == [8, 40, 52]
+    assert (len(parts.train), len(parts.validation), len(parts.judge)) == (8, 40, 208)
+    # Of the test file: all 16 prompts in its order, then four of them again.
+    asked = [p.prompt[0]["content"] for p in parts.test]  # type: ignore[index]
+    assert asked == [f"Name {1000 + i}" for i in [*range(16), *range(4)]]
+    assert turns(parts.test) == ["so 0"] * 16 + ["so 1"] * 4
+
+
+def test_as_few_pairs_of_a_prompt_as_leave_half_to_the_judge(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings |= {"train": write_rows(tmp_path / "four.jsonl", of_four(100)), "pairs": 85}
+    parts = split(CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings)))
+    # 85 + 40 pairs: one each wants 125 prompts, two 43 + 20, three 29 + 14.
+    assert prompts_in(parts) == [
+        29,
+        14,
+        57,
+    ]
+    assert turns(parts.train) == ["so 0"] * 29 + ["so 1"] * 29 + ["so 2"] * 27
+    settings["pairs"] = 350
+    parts = split(CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings)))
+    assert prompts_in(parts) == [88, 10, 2]
+
+
+def test_a_test_file_of_one_prompt_shows_no_spread(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings["test"] = write_rows(tmp_path / "one.jsonl", of_four(1, start=1000))
+    with pytest.raises(DataError, match=r"one\.jsonl: has one prompt"):
+        split(CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings)))
+
+
+def test_a_prompt_of_the_test_file_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    # Also beyond the first `test_pairs`.
+    settings["test"] = write_rows(
+        tmp_path / "shared.jsonl", rows(20, start=1000) + rows(4, start=117)
+    )
+    config = CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings))
+    said = r"train\.jsonl:118: its prompt is in .*shared\.jsonl too, as are 3 of the 120 prompts"
+    with pytest.raises(DataError, match=said):
         split(config)
 
 
