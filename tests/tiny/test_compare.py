@@ -22,6 +22,7 @@ from qadapter.errors import DataError
 from qadapter.model import QAdapterModel
 from qadapter.policy import Policy
 from qadapter.report.results import Results
+from qadapter.stats import INTERVALS, share_interval, wilson_interval
 
 WORDS = ["red", "green", "blue", "pink", "grey", "black", "white", "brown", "gold", "teal"]
 
@@ -438,10 +439,16 @@ def test_the_setting_with_least_kl_within_one_standard_error_is_chosen() -> None
         {"state": "complete", "params": {"a": 3}, "accuracy": 0.60, "kl": 0.0},
         {"state": "failed", "params": {"a": 4}},
     ]
-    # One standard error of 0.80 is 0.04 on 100 pairs and 0.013 on 1000.
-    assert run.one_standard_error(trials, 100) == {"a": 2}
-    assert run.one_standard_error(trials, 1000) == {"a": 1}
-    assert run.one_standard_error(trials[3:], 100) is None
+
+    def chosen(prompts: int, pairs: int) -> Any:
+        right = [1.0] * round(0.8 * prompts) + [0.0] * round(0.2 * prompts)
+        ci = share_interval(right * pairs, [*range(prompts)] * pairs)
+        return run.one_standard_error([{**t, "accuracy_ci": ci} for t in trials])
+
+    # One standard error of 0.80 is 0.04 on 100 prompts and 0.013 on 1000, whatever pairs they have.
+    assert chosen(100, 1) == chosen(100, 10) == {"a": 2}
+    assert chosen(1000, 1) == {"a": 1}
+    assert run.one_standard_error(trials[3:]) is None
 
 
 def test_a_comparison_is_made_and_resumed_and_reported(
@@ -451,6 +458,7 @@ def test_a_comparison_is_made_and_resumed_and_reported(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     judges = ["bradley-terry", "rule:contains:!"]
+    settings["test"] = write_rows(tmp_path / "four.test.jsonl", of_four(8, start=1000))
     path = yaml_file(tmp_path / "run.yaml", settings | {"seeds": [0, 1], "judges": judges})
     assert main(["compare", path, "--vary", "flipped=0.5", "lora_r=2"]) == 0
     # dpo and qadapter: a search cell, which is also seed 0's, seed 1, and two variations.
@@ -464,6 +472,12 @@ def test_a_comparison_is_made_and_resumed_and_reported(
     assert point["dial"] == 1.0
     assert len(point["correct"]) == len(point["margins"]) == 20
     assert point["accuracy"] == sum(point["correct"]) / 20
+    assert point["ranking_accuracy"] == pytest.approx(sum(point["ranked"]) / 20)
+    assert found["pair_prompts"] == [*range(8), *range(8), *range(4)]
+    assert found["data"]["test"] == {"path": settings["test"], "pairs": 20, "prompts": 8}
+    assert found["intervals"] == INTERVALS
+    assert point["accuracy_ci"] == list(share_interval(point["correct"], found["pair_prompts"]))
+    assert point["accuracy_ci"] != list(wilson_interval(sum(point["correct"]), 20))
     assert point["kl"] > 0
     assert {r["variation"] for r in found["robustness"]} == {"flipped=0.5", "lora_r=2"}
     # The rule is the pairs' own, so it tells chosen from rejected every time; what bytes a random
@@ -563,6 +577,16 @@ def test_on_ray_the_results_are_those_of_one_after_another(
             del told["seconds"]
             told.pop("peak_gib", None)
     assert found[0] == found[1]
+
+
+def test_a_result_of_another_format_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = cells.Cell(tmp_path, "measure", "x", {"files": {}})
+    cell.run(lambda directory: (directory / "result.json").write_text("{}"))
+    assert cell.result == {}
+    monkeypatch.setattr(cells, "_FORMAT", cells._FORMAT + 1)
+    assert cell.result is None
 
 
 def test_a_cell_that_its_machine_does_not_see_has_failed(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from qadapter.data import Pair, Text, prompt_key, read_pairs
 from qadapter.errors import DataError
 from qadapter.files import write_jsonl
 
-SPLITS = ("train", "validation", "judge", "test")
 _SEED = 20240703
 """Of the shuffle of prompts; the same for every method, seed and machine."""
 
