@@ -18,6 +18,7 @@ from qadapter.stats import (
     by_group,
     frontier,
     mean_intervals,
+    numbered,
     paired_bootstrap,
     resampled_curve,
 )
@@ -94,7 +95,7 @@ class Results:
         """The finished ones, on the same pairs and text."""
         self.unlike: list[str] = []
         """Labels of methods left out because their pairs or text are others."""
-        self._prompts = np.array(comparison["pair_prompts"], np.intp)
+        self._prompts = numbered(comparison["pair_prompts"])
         self._tokens: list[int] = []
         for name, fields in comparison["methods"].items():
             self._add(name, fields)
