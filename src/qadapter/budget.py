@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast
@@ -23,7 +24,7 @@ from qadapter.errors import ArtefactError, ConfigError, TrainingError
 from qadapter.evaluate import TaskScore, evaluate_tasks
 from qadapter.model import QAdapterModel
 from qadapter.policy import KLCurve, Policy
-from qadapter.stats import bootstrap_mean_interval
+from qadapter.stats import bootstrap
 from qadapter.suite import file_task
 
 _log = logging.getLogger(__name__)
@@ -148,7 +149,10 @@ def _agreed(value: float) -> float:
 
 def interval(curve: KLCurve, by_row: Sequence[float]) -> tuple[float, float] | None:
     """Return the mean's 95% interval over rows, or None of a single row."""
-    return bootstrap_mean_interval(by_row, curve.lengths) if len(by_row) > 1 else None
+    if len(by_row) < 2:
+        return None
+    found = bootstrap(np.multiply(by_row, curve.lengths), curve.lengths)
+    return found.low, found.high
 
 
 def thinned(rows: Sequence[Sequence[int]], tokens: int) -> list[Sequence[int]]:

@@ -22,7 +22,7 @@ from qadapter.errors import ArtefactError, ConfigError, DataError
 from qadapter.model import Adapter, QAdapterModel, Streams
 from qadapter.objective import PairLoss, batch_streams, packable, pair_loss
 from qadapter.packing import PairCollator, pack_pairs, pad_rows
-from qadapter.stats import half_ties, wilson_interval
+from qadapter.stats import half_ties, numbered, share_interval
 from qadapter.strength import Strength, each, parse, told
 
 
@@ -32,12 +32,14 @@ class Score:
 
     pairs: int
     """Pairs scored."""
+    prompts: int
+    """Distinct prompts that they have."""
     dropped: int
     """Pairs left out because they are too long."""
     accuracy: float
     """Share of pairs whose chosen response has the larger return R; a tie counts half."""
     accuracy_ci: tuple[float, float]
-    """95% Wilson interval of the accuracy."""
+    """95% interval of the accuracy, prompts resampled with all their pairs (`share_interval`)."""
     length_baseline: float
     """Accuracy of preferring the longer response; a tie counts half."""
     margin: float
@@ -296,14 +298,16 @@ class Policy:
                 index, *(r.tolist() for r in out.returns.chunk(2)), strict=True
             ):
                 chosen[i], rejected[i] = won, lost
-        right = sum(half_ties(w, r) for w, r in zip(chosen, rejected, strict=True))
+        right = [half_ties(w, r) for w, r in zip(chosen, rejected, strict=True)]
+        prompts = numbered(tuple(p.prompt_ids) for p in tokenized)
         longer = sum(half_ties(len(p.chosen_ids), len(p.rejected_ids)) for p in tokenized)
         n = len(tokenized)
         return Score(
             pairs=n,
+            prompts=max(prompts) + 1,
             dropped=sum(len(v) for v in dropped.values()),
-            accuracy=right / n,
-            accuracy_ci=wilson_interval(right, n),
+            accuracy=sum(right) / n,
+            accuracy_ci=share_interval(right, prompts),
             length_baseline=longer / n,
             margin=(math.fsum(chosen) - math.fsum(rejected)) / n,
             kl=kl_sum / n_tokens,

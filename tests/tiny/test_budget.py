@@ -23,14 +23,13 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from qadapter import files, hub
-from qadapter.budget import Budget, Reading, hold_out, thinned, tune
+from qadapter.budget import Budget, Reading, hold_out, interval, thinned, tune
 from qadapter.cli import main
 from qadapter.config import QAdapterConfig
 from qadapter.data import read_texts
 from qadapter.errors import ArtefactError, ConfigError, TrainingError
 from qadapter.model import Streams
 from qadapter.policy import KLCurve, Policy
-from qadapter.stats import bootstrap_mean_interval
 from qadapter.suite import file_task
 from qadapter.train import QAdapterTrainer, prepare
 
@@ -721,21 +720,11 @@ def test_unequal_alphas_move_the_least_kl_away_from_zero() -> None:
     assert curve(0.0) > 1e-3
 
 
-# ── statistics ──────────────────────────────────────────────────────────────────────────────────
-
-
-def test_the_interval_is_the_normal_one_where_items_are_many() -> None:
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(400, generator=generator).tolist()
-    low, high = bootstrap_mean_interval(values, [1.0] * 400)
-    mean = sum(values) / 400
-    half = 1.96 * float(torch.tensor(values).std()) / 20
-    assert low == pytest.approx(mean - half, abs=0.1 * half)
-    assert high == pytest.approx(mean + half, abs=0.1 * half)
-    assert bootstrap_mean_interval(values, [7.0] * 400) == pytest.approx((low, high))
-
-
-def test_an_item_without_weight_does_not_count() -> None:
-    assert bootstrap_mean_interval([1.0, 1.0, 1.0, 99.0], [1, 1, 1, 1e-12])[0] == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="two items"):
-        bootstrap_mean_interval([1.0], [1.0])
+def test_rows_of_text_weigh_in_the_interval_by_their_tokens() -> None:
+    whole = curve_of("llama", 0)
+    curve = KLCurve(whole.model, whole.streams, (*[1000] * 19, 1))
+    found = interval(curve, [1.0] * 19 + [99.0])
+    assert found is not None
+    assert found[0] == pytest.approx(1.0)
+    assert 1.0 <= found[1] < 1.1  # among equals that row would be one of twenty: 15 at the end
+    assert interval(curve, [1.0]) is None

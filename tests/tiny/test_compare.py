@@ -16,12 +16,13 @@ from qadapter import hub
 from qadapter.cli import main
 from qadapter.compare import METHODS, CompareConfig, cells, fanout, measure, run
 from qadapter.compare import train as training
-from qadapter.compare.data import prompts_of, split, varied
+from qadapter.compare.data import Splits, prompts_of, split, varied
 from qadapter.data import prompt_key, read_pairs, tokenize_pairs
 from qadapter.errors import DataError
 from qadapter.model import QAdapterModel
 from qadapter.policy import Policy
 from qadapter.report.results import Results
+from qadapter.stats import INTERVALS, share_interval, wilson_interval
 
 WORDS = ["red", "green", "blue", "pink", "grey", "black", "white", "brown", "gold", "teal"]
 
@@ -179,10 +180,70 @@ def test_no_prompt_is_in_two_splits(settings: dict[str, Any], tmp_path: Path) ->
     assert split(config) == parts
 
 
-def test_a_prompt_of_the_test_file_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
-    settings["test"] = settings["train"]
+def of_four(count: int, start: int = 0) -> list[dict[str, Any]]:
+    """Return four pairs of each prompt, one after the other, as DSP has them."""
+    return [
+        {**row, "chosen": chat("assistant", f"so {i}")}
+        for row in rows(count, start)
+        for i in range(4)
+    ]
+
+
+def turns(pairs: list[Any]) -> list[str]:
+    return [pair.chosen[0]["content"] for pair in pairs]
+
+
+def prompts_in(parts: Splits) -> list[int]:
+    return [len(prompts_of(pairs)) for pairs in (parts.train, parts.validation, parts.judge)]
+
+
+def test_every_split_is_spread_over_prompts(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["train"] = write_rows(tmp_path / "four.jsonl", of_four(100))
+    settings["test"] = write_rows(tmp_path / "four.test.jsonl", of_four(16, start=1000))
     config = CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings))
-    with pytest.raises(DataError, match=r"train\.jsonl:1: its prompt is in"):
+    parts = split(config)
+    # 48 prompts of one pair each leave the other half to the judge, with all their pairs.
+    assert prompts_in(parts) == [8, 40, 52]
+    assert (len(parts.train), len(parts.validation), len(parts.judge)) == (8, 40, 208)
+    # Of the test file: all 16 prompts in its order, then four of them again.
+    asked = [p.prompt[0]["content"] for p in parts.test]  # type: ignore[index]
+    assert asked == [f"Name {1000 + i}" for i in [*range(16), *range(4)]]
+    assert turns(parts.test) == ["so 0"] * 16 + ["so 1"] * 4
+
+
+def test_as_few_pairs_of_a_prompt_as_leave_half_to_the_judge(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings |= {"train": write_rows(tmp_path / "four.jsonl", of_four(100)), "pairs": 85}
+    parts = split(CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings)))
+    # 85 + 40 pairs: one each wants 125 prompts, two 43 + 20, three 29 + 14.
+    assert prompts_in(parts) == [
+        29,
+        14,
+        57,
+    ]
+    assert turns(parts.train) == ["so 0"] * 29 + ["so 1"] * 29 + ["so 2"] * 27
+    settings["pairs"] = 350
+    parts = split(CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings)))
+    assert prompts_in(parts) == [88, 10, 2]
+
+
+def test_a_test_file_of_one_prompt_shows_no_spread(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings["test"] = write_rows(tmp_path / "one.jsonl", of_four(1, start=1000))
+    with pytest.raises(DataError, match=r"one\.jsonl: has one prompt"):
+        split(CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings)))
+
+
+def test_a_prompt_of_the_test_file_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    # Also beyond the first `test_pairs`.
+    settings["test"] = write_rows(
+        tmp_path / "shared.jsonl", rows(20, start=1000) + rows(4, start=117)
+    )
+    config = CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings))
+    said = r"train\.jsonl:118: its prompt is in .*shared\.jsonl too, as are 3 of the 120 prompts"
+    with pytest.raises(DataError, match=said):
         split(config)
 
 
@@ -341,8 +402,11 @@ def test_an_adapter_of_trl_is_the_policy_that_peft_makes_of_it(
     torch.testing.assert_close(ours.log_softmax(-1), theirs.log_softmax(-1), atol=1e-4, rtol=1e-4)
 
 
-def test_anchors_of_trl_trainers_are_those_of_ours() -> None:
-    model = tiny_adapter()
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_anchors_of_trl_trainers_are_those_of_ours(family: str) -> None:
+    model = tiny_adapter(family)
+    # So that gemma2's soft cap at 30 does something to logits.
+    model.peft_model.get_base_model().get_output_embeddings().weight.data *= 50
     found = [[5, 6, 7, 8, 9], [9, 8, 7], [11, 12, 13, 14, 15, 16, 17]]
     kl = training.anchor_kl(model.peft_model, found)
     states = []
@@ -378,10 +442,16 @@ def test_the_setting_with_least_kl_within_one_standard_error_is_chosen() -> None
         {"state": "complete", "params": {"a": 3}, "accuracy": 0.60, "kl": 0.0},
         {"state": "failed", "params": {"a": 4}},
     ]
-    # One standard error of 0.80 is 0.04 on 100 pairs and 0.013 on 1000.
-    assert run.one_standard_error(trials, 100) == {"a": 2}
-    assert run.one_standard_error(trials, 1000) == {"a": 1}
-    assert run.one_standard_error(trials[3:], 100) is None
+
+    def chosen(prompts: int, pairs: int) -> Any:
+        right = [1.0] * round(0.8 * prompts) + [0.0] * round(0.2 * prompts)
+        ci = share_interval(right * pairs, [*range(prompts)] * pairs)
+        return run.one_standard_error([{**t, "accuracy_ci": ci} for t in trials])
+
+    # One standard error of 0.80 is 0.04 on 100 prompts and 0.013 on 1000, whatever pairs they have.
+    assert chosen(100, 1) == chosen(100, 10) == {"a": 2}
+    assert chosen(1000, 1) == {"a": 1}
+    assert run.one_standard_error(trials[3:]) is None
 
 
 def test_a_comparison_is_made_and_resumed_and_reported(
@@ -391,6 +461,7 @@ def test_a_comparison_is_made_and_resumed_and_reported(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     judges = ["bradley-terry", "rule:contains:!"]
+    settings["test"] = write_rows(tmp_path / "four.test.jsonl", of_four(8, start=1000))
     path = yaml_file(tmp_path / "run.yaml", settings | {"seeds": [0, 1], "judges": judges})
     assert main(["compare", path, "--vary", "flipped=0.5", "lora_r=2"]) == 0
     # dpo and qadapter: a search cell, which is also seed 0's, seed 1, and two variations.
@@ -404,6 +475,12 @@ def test_a_comparison_is_made_and_resumed_and_reported(
     assert point["dial"] == 1.0
     assert len(point["correct"]) == len(point["margins"]) == 20
     assert point["accuracy"] == sum(point["correct"]) / 20
+    assert point["ranking_accuracy"] == pytest.approx(sum(point["ranked"]) / 20)
+    assert found["pair_prompts"] == [*range(8), *range(8), *range(4)]
+    assert found["data"]["test"] == {"path": settings["test"], "pairs": 20, "prompts": 8}
+    assert found["intervals"] == INTERVALS
+    assert point["accuracy_ci"] == list(share_interval(point["correct"], found["pair_prompts"]))
+    assert point["accuracy_ci"] != list(wilson_interval(sum(point["correct"]), 20))
     assert point["kl"] > 0
     assert {r["variation"] for r in found["robustness"]} == {"flipped=0.5", "lora_r=2"}
     # The rule is the pairs' own, so it tells chosen from rejected every time; what bytes a random
@@ -503,6 +580,16 @@ def test_on_ray_the_results_are_those_of_one_after_another(
             del told["seconds"]
             told.pop("peak_gib", None)
     assert found[0] == found[1]
+
+
+def test_a_result_of_another_format_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = cells.Cell(tmp_path, "measure", "x", {"files": {}})
+    cell.run(lambda directory: (directory / "result.json").write_text("{}"))
+    assert cell.result == {}
+    monkeypatch.setattr(cells, "_FORMAT", cells._FORMAT + 1)
+    assert cell.result is None
 
 
 def test_a_cell_that_its_machine_does_not_see_has_failed(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 from qadapter.data import Pair
 from qadapter.errors import ConfigError, DataError, UserError
 from qadapter.judge import BradleyTerryJudge, Judge, OpenAIJudge, RuleJudge
+from qadapter.stats import wilson_interval
 
 WORDS = ["river", "stone", "window", "garden", "letter", "music", "winter", "engine"]
 PIRATE = ["arr", "matey", "ahoy", "plunder", "treasure"]
@@ -392,6 +393,21 @@ def test_any_judge_can_be_validated(endpoint: Endpoint) -> None:
     found = judge.validate(held_out)
     assert (found.accuracy, found.pairs, found.length_baseline) == (0.75, 2, 0.0)
     assert judge.win_rate(["?"], ["good"], ["bad"]).judge_accuracy == 0.75
+
+
+def test_what_stands_there_several_times_makes_no_judge_surer(endpoint: Endpoint) -> None:
+    endpoint.says(prefers_good)
+    judge = asked(endpoint)
+    pairs = [Pair("1", "good", "bad", "x:1"), Pair("2", "good", "good too", "x:2")]
+    once, twelve = judge.validate(pairs), judge.validate(pairs * 6)
+    assert (once.pairs, once.prompts, twelve.pairs, twelve.prompts) == (2, 2, 12, 2)
+    # Two prompts, of which a resample draws one: 1 or 0.5.
+    assert twelve.accuracy_ci == (0.5, 1.0)
+    sure = judge.validate([pairs[0]] * 12)
+    assert sure.accuracy_ci == wilson_interval(1, 1)
+    chat = [[{"role": "user", "content": "?"}]]
+    rate = judge.win_rate(chat * 12, ["good"] * 12, ["bad"] * 12)
+    assert (rate.n, (rate.low, rate.high)) == (12, wilson_interval(1, 1))
 
 
 # --- Rules ----------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from qadapter.model import QAdapterModel
 from qadapter.objective import batch_streams, pair_loss
 from qadapter.packing import PairCollator, pack_pairs
 from qadapter.policy import Policy
+from qadapter.stats import wilson_interval
 from qadapter.train import QAdapterTrainer, TrainResult, run_training
 
 TWO_TEMPERATURES = {"alpha_0": 0.3, "alpha_tilde": 0.7}
@@ -194,6 +195,11 @@ def test_score_reports_the_oracles_figures(
         assert found.kl == pytest.approx(want.kl, rel=1e-3)
         margin = (math.fsum(want.returns[:5]) - math.fsum(want.returns[5:])) / 5
         assert found.margin == pytest.approx(margin, rel=1e-4)
+        # The same pairs again are no news, as they would be to an interval over pairs.
+        again = policy.score(pairs * 4, strength=strength, max_length=200)
+        assert (again.pairs, again.prompts) == (20, 5)
+        low, high = wilson_interval(20 * again.accuracy, 20)
+        assert again.accuracy_ci[1] - again.accuracy_ci[0] > 1.3 * (high - low)
 
 
 def pairs_of(*responses: tuple[str, str]) -> list[Pair]:

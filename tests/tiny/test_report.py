@@ -17,7 +17,15 @@ from qadapter.errors import UserError
 from qadapter.report import write_report
 from qadapter.report.results import Results
 from qadapter.report.wording import lead, number, paragraph, percent
-from qadapter.stats import Curve, frontier, wilson_interval
+from qadapter.stats import (
+    INTERVALS,
+    by_group,
+    frontier,
+    mean_intervals,
+    numbered,
+    resampled_curve,
+    wilson_interval,
+)
 
 pytest.importorskip("matplotlib")
 
@@ -46,8 +54,9 @@ def point(dial: float, accuracy: float, kl: float, seed: int, task_drop: float) 
         "perplexity": 20 + 10 * kl,
         "base_perplexity": 20.0,
         "correct": correct,
+        "ranked": [1 - x for x in correct],
         "margins": [12.5 * x for x in correct],
-        "ranking_accuracy": 0.5,
+        "ranking_accuracy": 1 - share,
         "window_kl": windows,
         "window_tokens": [TOKENS] * WINDOWS,
         "kl_generations": 2 * kl,
@@ -142,9 +151,11 @@ def comparison(**methods: dict[str, Any]) -> dict[str, Any]:
         "config": {"reference": "dpo", "seeds": [0, 1, 2]},
         "data": {
             "train": {"path": "train.jsonl", "pairs": 480},
-            "test": {"path": "test.jsonl", "pairs": ITEMS},
+            "test": {"path": "test.jsonl", "pairs": ITEMS, "prompts": ITEMS},
             "general_text": {"path": "text.txt", "tokens": WINDOWS * TOKENS},
         },
+        "intervals": INTERVALS,
+        "pair_prompts": list(range(ITEMS)),
         "length_baseline": 0.541,
         "reference": "dpo",
         "methods": methods,
@@ -288,13 +299,16 @@ def test_headline_figures_are_those_of_the_json(full: dict[str, Any], page: Page
 
 def test_the_ratio_is_that_of_the_votes_and_windows(full: dict[str, Any], page: Page) -> None:
     curves = {
-        name: Curve(
+        name: resampled_curve(
+            name,
             np.array([[p["margins"] for p in run["points"]] for run in fields["runs"]], float),
+            [1] * ITEMS,
             np.array([[p["window_kl"] for p in run["points"]] for run in fields["runs"]], float),
+            [TOKENS] * WINDOWS,
         )
         for name, fields in full["methods"].items()
     }
-    found = frontier(curves, [TOKENS] * WINDOWS, reference="dpo", reference_dial=1)["qadapter"]
+    found = frontier(curves, reference="dpo", reference_dial=1)["qadapter"]
     row = next(r for r in page.table("Method", "Verdict") if r["Method"] == "Q-Adapter")
     for column, interval in (
         ("Ratio to DPO’s KL", found.ratio),
@@ -312,9 +326,36 @@ def test_learning_figures_are_those_of_the_json(full: dict[str, Any], page: Page
         assert row["Seeds"] == str(len(points))
         assert row["Margin, nats"] == number(fmean(p["margin"] for p in points))
         assert row["Margin a token, nats"] == number(fmean(p["margin_per_token"] for p in points))
+        ranking = fmean(p["ranking_accuracy"] for p in points)
+        assert row["Ranking accuracy"].startswith(f"{percent(ranking)} (")
     wins = "55.0% (50.8% to 59.0%); a judge right in 82.3%; 12 ties of 300; +3.2 words"
     assert rows[1]["Wins, says Bradley–Terry"] == wins
     assert longer["Accuracy"] == "54.1%"
+
+
+def test_intervals_are_over_prompts(tmp_path: Path) -> None:
+    """Four pairs of each prompt, alike in difficulty: every interval of learning gets wider."""
+    by_difficulty = np.argsort(np.argsort(DIFFICULTY)) // 4
+    made = comparison(dpo=DPO, qadapter=BETTER)
+    apart = Results(made)
+    made["pair_prompts"] = numbered(by_difficulty)
+    results, page = Results(made), written(made, tmp_path)
+    assert "Learning is measured on 200 pairs of 50 prompts." in page.text
+    assert INTERVALS in page.text
+    assert "resamples that redraw prompts with all their pairs" in page.text
+    ours, alone = results.methods["qadapter"], apart.methods["qadapter"]
+    gains = [r.accuracy_gain(r.methods["qadapter"], r.methods["dpo"]) for r in (results, apart)]
+    for wide, narrow in (
+        (ours.accuracy, alone.accuracy),
+        (ours.margin, alone.margin),
+        (ours.ranking, alone.ranking),
+        gains,
+    ):
+        assert wide.value == pytest.approx(narrow.value)
+        assert wide.high - wide.low > 1.2 * (narrow.high - narrow.low)
+    correct = [p["correct"] for p in own(made, "qadapter")]
+    sums, sizes = by_group([[votes] for votes in correct], made["pair_prompts"])
+    assert ours.accuracy == mean_intervals(sums, sizes)[0]
 
 
 def test_forgetting_figures_are_those_of_the_json(full: dict[str, Any], page: Page) -> None:

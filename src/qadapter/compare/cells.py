@@ -19,10 +19,13 @@ from typing import Any, TextIO, cast
 
 from qadapter.errors import UserError
 from qadapter.files import write_jsonl, write_text
+from qadapter.stats import numbered
 
 UNSEEN = -1000
 """Exit code of a cell whose directory is not there on the machine that was to run it."""
 
+_FORMAT = 2
+"""Of what results hold; another number makes other cells, so that none of an older one is read."""
 _ASKED = 50
 """Held-out pairs that an endpoint is validated on: each is two calls."""
 
@@ -45,7 +48,7 @@ class Cell:
     @property
     def directory(self) -> Path:
         """Where it lives: the same for the same spec, whatever asks for it."""
-        text = json.dumps([self.kind, self.spec], sort_keys=True)
+        text = json.dumps([self.kind, _FORMAT, self.spec], sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()[:10]
         return self.root / "cells" / f"{self.kind}-{self.label.replace(' ', '-')}-{name}"
 
@@ -193,7 +196,11 @@ def _measure(work: _Work) -> dict[str, Any]:
         point |= {**far, "dial": strength}
     if spec["whole"]:
         points[strengths.index(1.0)] |= _answered(work, policy) | _tasks(work, policy)
-    return {"points": points, "length_baseline": measure.length_baseline(pairs)}
+    return {
+        "points": points,
+        "length_baseline": measure.length_baseline(pairs),
+        "prompts": numbered(tuple(pair.prompt_ids) for pair in pairs),
+    }
 
 
 def _answered(work: _Work, policy: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class CompareConfig:
     """
 
     train: str
-    """Preference pairs; split by prompt into training, validation and judge pairs."""
+    """Preference pairs; split by prompt into training, validation and judge pairs (`split`)."""
     test: str
     """Held-out preference pairs, on which the report's figures are measured."""
     text: str
@@ -61,7 +61,7 @@ class CompareConfig:
     validation_pairs: int = 200
     """Pairs of the training file that settings are chosen on."""
     test_pairs: int = 300
-    """Pairs of the test file."""
+    """Pairs of the test file: one of each prompt, then a second, and so on."""
     text_tokens: int = 8000
     """Tokens of the general text."""
     replay_prompts: int = 200

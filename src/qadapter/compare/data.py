@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, chain
+from operator import itemgetter
 from pathlib import Path
 
 from qadapter.compare.config import CompareConfig
@@ -13,7 +16,6 @@ from qadapter.data import Pair, Text, prompt_key, read_pairs
 from qadapter.errors import DataError
 from qadapter.files import write_jsonl
 
-SPLITS = ("train", "validation", "judge", "test")
 _SEED = 20240703
 """Of the shuffle of prompts; the same for every method, seed and machine."""
 
@@ -30,36 +32,67 @@ class Splits:
 
 
 def split(config: CompareConfig) -> Splits:
-    """Read and split the pairs by prompt.
+    """Read and split the pairs by prompt, each part spread over as many prompts as can be.
+
+    Pairs of one prompt are alike: 60 of 15 prompts tell less than 60 of 60. Prompts of the training
+    file are shuffled, and validation and training get the first of them, with as few pairs of each
+    as leave half of the prompts to the judge; where none do, with all.
 
     Raises:
-        DataError: a file cannot be read, holds too few pairs, or shares a prompt with the other.
+        DataError: a file cannot be read, holds too few pairs or prompts, or shares a prompt with
+            the other.
     """
-    test = list(islice(read_pairs(config.test), config.test_pairs))
-    pairs = list(read_pairs(config.train))
-    held_out = {prompt_key(p) for p in test}
-    if shared := [p.source for p in pairs if prompt_key(p) in held_out]:
-        raise DataError(f"{shared[0]}: its prompt is in {config.test} too; drop it from one.")
-    keys = sorted({prompt_key(p) for p in pairs})
+    held_out = _by_prompt(read_pairs(config.test))
+    if len(held_out) < 2:
+        raise DataError(f"{config.test}: has one prompt, which shows no spread; give more prompts.")
+    by_prompt = _by_prompt(read_pairs(config.train))
+    if shared := [pairs[0].source for key, pairs in by_prompt.items() if key in held_out]:
+        raise DataError(
+            f"{shared[0]}: its prompt is in {config.test} too, as are {len(shared)} of the "
+            f"{len(by_prompt)} prompts; drop them from one."
+        )
+    keys = sorted(by_prompt)
     random.Random(_SEED).shuffle(keys)
-    rank = {key: i for i, key in enumerate(keys)}
-    pairs.sort(key=lambda p: rank[prompt_key(p)])
-    parts: list[list[Pair]] = []
-    for wanted in (config.validation_pairs, config.pairs):
-        # A prompt's pairs stay together, so a part may pass its number by a few.
-        end = wanted
-        while 0 < end < len(pairs) and prompt_key(pairs[end]) == prompt_key(pairs[end - 1]):
-            end += 1
-        parts.append(pairs[:end])
-        pairs = pairs[end:]
-    validation, train = parts
+    prompts = [by_prompt[key] for key in keys]
+
+    def parts(most: int) -> tuple[list[Pair], list[Pair], list[list[Pair]]]:
+        validation, rest = _take(prompts, config.validation_pairs, most)
+        train, rest = _take(rest, config.pairs, most)
+        return validation, train, rest
+
+    longest = max(map(len, prompts))
+    most = 1 + bisect_left(
+        range(1, longest), True, key=lambda most: 2 * len(parts(most)[2]) >= len(prompts)
+    )
+    validation, train, rest = parts(most)
     if len(train) < config.pairs:
         need = config.pairs + config.validation_pairs
         raise DataError(
             f"{config.train}: holds fewer than the {need} pairs that `pairs` and "
             "`validation_pairs` ask for; lower them."
         )
-    return Splits(train, validation, pairs, test)
+    test = in_turn(held_out.values())[: config.test_pairs]
+    return Splits(train, validation, list(chain.from_iterable(rest)), test)
+
+
+def _by_prompt(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
+    found: defaultdict[str, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        found[prompt_key(pair)].append(pair)
+    return found
+
+
+def _take(prompts: list[list[Pair]], wanted: int, most: int) -> tuple[list[Pair], list[list[Pair]]]:
+    """Return pairs of the first prompts, at most so many of each, and the prompts left."""
+    held = list(accumulate(min(most, len(pairs)) for pairs in prompts))
+    end = bisect_left(held, wanted) + 1
+    return in_turn(pairs[:most] for pairs in prompts[:end])[:wanted], prompts[end:]
+
+
+def in_turn(prompts: Iterable[Sequence[Pair]]) -> list[Pair]:
+    """Return the pairs of several prompts: the first of each prompt, then the second of each, …"""
+    turns = ((turn, pair) for pairs in prompts for turn, pair in enumerate(pairs))
+    return [pair for _, pair in sorted(turns, key=itemgetter(0))]
 
 
 def prompts_of(pairs: Iterable[Pair]) -> list[Text]:

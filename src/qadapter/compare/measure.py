@@ -118,8 +118,8 @@ def preference(
     """Return for each strength how the policy tells chosen from rejected on held-out pairs.
 
     `margins` are, per pair, log-ratio of chosen less that of rejected, nats; `correct` is 1 where
-    it is positive, ½ at a tie. `ranking_accuracy` asks the policy itself: whose log-likelihood per
-    token is greater (as lm-eval's `acc_norm` does by bytes).
+    it is positive, ½ at a tie. `ranking_accuracy`, by pair `ranked`, asks the policy itself: whose
+    log-likelihood per token is greater (as lm-eval's `acc_norm` does by bytes).
     """
     rows = [[*p.prompt_ids, *p.chosen_ids] for p in pairs]
     rows += [[*p.prompt_ids, *p.rejected_ids] for p in pairs]
@@ -130,13 +130,15 @@ def preference(
         won_tokens, lost_tokens = found.tokens.chunk(2)
         margin, correct = won - lost, _half_ties(won - lost)
         likely, unlikely = (policy_sums / found.tokens).chunk(2)
+        ranked = _half_ties(likely - unlikely)
         points.append(
             {
                 "accuracy": float(correct.mean()),
                 "margin": float(margin.mean()),
                 "margin_per_token": float((won / won_tokens - lost / lost_tokens).mean()),
-                "ranking_accuracy": float(_half_ties(likely - unlikely).mean()),
+                "ranking_accuracy": float(ranked.mean()),
                 "correct": correct.tolist(),
+                "ranked": ranked.tolist(),
                 "margins": [round(m, 5) for m in margin.tolist()],
             }
         )

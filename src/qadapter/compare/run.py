@@ -19,12 +19,19 @@ from typing import Any
 
 from qadapter.compare.cells import Cell, CellFailed
 from qadapter.compare.config import CompareConfig, retrained
-from qadapter.compare.data import DATA_VARIATIONS, SPLITS, split, varied, write_pairs
+from qadapter.compare.data import (
+    DATA_VARIATIONS,
+    Splits,
+    prompts_of,
+    split,
+    varied,
+    write_pairs,
+)
 from qadapter.compare.fanout import Fanout, fanout
 from qadapter.compare.methods import METHODS, Choice, Method, Range
 from qadapter.errors import ConfigError
 from qadapter.files import check_writable, write_text
-from qadapter.stats import wilson_interval
+from qadapter.stats import INTERVALS, share_interval
 
 _SEARCH_SEED = 0
 _SEARCH_TEXT_TOKENS = 4000
@@ -133,9 +140,9 @@ def _compare(
         + 2 * len(variations) * len(varied_methods)
     )
     run = _Run(config, root, tell, total, ways)
-    for name in SPLITS:
+    for name, pairs in vars(parts).items():
         path = root / "data" / f"{name}.jsonl"
-        write_pairs(path, getattr(parts, name))
+        write_pairs(path, pairs)
         run.add_file(name, path)
     run.add_file("text", Path(config.text))
     run.add_file("prompts", Path(config.prompts))
@@ -161,7 +168,7 @@ def _compare(
     told = ways.map(lambda curve: _retrained(run, curve[0], methods[curve[0]], *curve[1:]), curves)
     for (name, parameter, _), curve in zip(curves, told, strict=True):
         methods[f"{name}.{parameter}"] = curve
-    return _write(run, methods, robustness, command)
+    return _write(run, parts, methods, robustness, command)
 
 
 # ── one method ──────────────────────────────────────────────────────────────────────────────────
@@ -245,7 +252,7 @@ def _search(run: _Run, name: str, method: Method) -> dict[str, Any]:
         if found := _tried(run, name, params, _SEARCH_SEED, f"{name} trial {i}"):
             point = found["points"][0]
             study.tell(trial, (point["accuracy"], point["kl"]))
-            figures = {k: point[k] for k in ("accuracy", "kl", "margin")}
+            figures = {k: point[k] for k in ("accuracy", "accuracy_ci", "kl", "margin")}
             trials.append(
                 {"params": params, "state": "complete", "seconds": found["seconds"], **figures}
             )
@@ -256,17 +263,20 @@ def _search(run: _Run, name: str, method: Method) -> dict[str, Any]:
         "sampler": "optuna TPESampler",
         "space": {k: str(v) for k, v in method.space.items()},
         "trials": trials,
-        "best": one_standard_error(trials, run.config.validation_pairs),
+        "best": one_standard_error(trials),
     }
 
 
-def one_standard_error(trials: Sequence[Mapping[str, Any]], pairs: int) -> dict[str, Any] | None:
-    """Return the parameters with the least KL among those within one SE of the best accuracy."""
+def one_standard_error(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return the parameters with the least KL among those within one SE of the best accuracy.
+
+    The standard error is what the accuracy lies above its 95% interval's lower end, over 1.96.
+    """
     done = [t for t in trials if t["state"] == "complete"]
     if not done:
         return None
-    best = max(t["accuracy"] for t in done)
-    mark = best - (best * (1 - best) / pairs) ** 0.5
+    best = max(done, key=lambda t: t["accuracy"])
+    mark = best["accuracy"] - (best["accuracy"] - best["accuracy_ci"][0]) / 1.96
     return dict(min((t for t in done if t["accuracy"] >= mark), key=lambda t: t["kl"])["params"])
 
 
@@ -351,9 +361,8 @@ def _points(
     if found is None:
         return None
     for point in found["points"]:
-        n = len(point["correct"])
-        point["accuracy_ci"] = wilson_interval(sum(point["correct"]), n)
-    return {"points": found["points"], "length_baseline": found["length_baseline"]}
+        point["accuracy_ci"] = share_interval(point["correct"], found["prompts"])
+    return {name: found[name] for name in ("points", "length_baseline", "prompts")}
 
 
 # ── robustness ──────────────────────────────────────────────────────────────────────────────────
@@ -409,9 +418,14 @@ def _robust(
 # ── the JSON ────────────────────────────────────────────────────────────────────────────────────
 
 
-def _write(run: _Run, methods: Mapping[str, Any], robustness: Sequence[Any], command: str) -> Path:
+def _write(
+    run: _Run, parts: Splits, methods: Mapping[str, Any], robustness: Sequence[Any], command: str
+) -> Path:
     config = run.config
-    baselines = [r.pop("length_baseline") for m in methods.values() for r in m["runs"]]
+    runs = [found for method in methods.values() for found in method["runs"]]
+    # The same of every run, since all are measured on the same pairs.
+    told = [(found.pop("length_baseline"), found.pop("prompts")) for found in runs]
+    baseline, prompts = told[0] if told else (None, [])
     out = {
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -420,13 +434,16 @@ def _write(run: _Run, methods: Mapping[str, Any], robustness: Sequence[Any], com
         "config": dataclasses.asdict(config),
         "data": {
             name: {
-                "path": getattr(config, origin),
-                "pairs": _lines(run.root / run.files[name]["path"]),
+                "path": config.test if name == "test" else config.train,
+                "pairs": len(pairs),
+                "prompts": len(prompts_of(pairs)),
             }
-            for name, origin in zip(SPLITS, ("train", "train", "train", "test"), strict=True)
+            for name, pairs in vars(parts).items()
         }
         | {"general_text": {"path": config.text, "tokens": config.text_tokens}},
-        "length_baseline": baselines[0] if baselines else None,
+        "intervals": INTERVALS,
+        "pair_prompts": prompts,
+        "length_baseline": baseline,
         "reference": config.reference,
         "methods": methods,
         "failures": sorted(run.failures, key=lambda failure: failure["cell"]),
@@ -435,10 +452,6 @@ def _write(run: _Run, methods: Mapping[str, Any], robustness: Sequence[Any], com
     path = run.root / "comparison.json"
     write_text(path, json.dumps(out, indent=1, allow_nan=False) + "\n")
     return path
-
-
-def _lines(path: Path) -> int:
-    return path.read_text(encoding="utf-8").count("\n")
 
 
 def _machine() -> dict[str, str]:

@@ -15,11 +15,13 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from qadapter import fused, hub
+from qadapter import hub
 from qadapter.compare.data import prompts_of
 from qadapter.config import QAdapterConfig, QConfig
 from qadapter.data import Pair, TokenizedPair, read_pairs, tokenize_pairs, tokenize_prompt
 from qadapter.files import read_jsonl, write_jsonl
+from qadapter.judge.verdicts import plain
+from qadapter.model import QAdapterModel, lora_config
 from qadapter.packing import pad_rows
 from qadapter.train import anchor_batch, anchor_rows, run_training
 
@@ -135,8 +137,6 @@ class _Base:
 
 
 def _load(task: Task) -> _Base:
-    from qadapter.model import lora_config
-
     ours = QAdapterConfig(output_dir=str(task.output))
     dtype = torch.bfloat16 if ours.bf16 else torch.float32
     model = hub.load_base(task.model, dtype=dtype)
@@ -251,7 +251,7 @@ def train_rloo(task: Task) -> None:
     judge.fit(base.raw, seed=task.seed)
 
     def reward(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
-        return judge.rewards(prompts, [_said(c) for c in completions])
+        return judge.rewards(prompts, [plain(c) for c in completions])
 
     prompts = [{"prompt": prompt} for prompt in prompts_of(base.raw)[: task.rl_prompts]]
     settings = _settings(task, base) | {"per_device_train_batch_size": 16}
@@ -269,10 +269,6 @@ def train_rloo(task: Task) -> None:
         peft_config=base.lora,
     )
     _finish(task, trainer, base)
-
-
-def _said(completion: Any) -> str:
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
 def _anchored(trainer: Any, task: Task, base: _Base) -> Any:
@@ -301,18 +297,9 @@ def _anchored(trainer: Any, task: Task, base: _Base) -> Any:
 
 def anchor_kl(model: Any, rows: Sequence[Sequence[int]]) -> torch.Tensor:
     """Return the mean per token of KL(π1 ‖ π) of a peft model on rows of tokens (METHOD §6)."""
+    ours = QAdapterModel(model, QConfig(alpha_0=1.0, alpha_tilde=1.0))
     ids, mask = (t.to(model.device) for t in pad_rows(rows, 0))
-    base = model.get_base_model()
-    decoder, at = base.get_decoder(), mask.bool()
-
-    def states() -> torch.Tensor:
-        out = decoder(input_ids=ids, attention_mask=mask, use_cache=False)
-        return cast(torch.Tensor, out.last_hidden_state[at])
-
-    with torch.no_grad(), model.disable_adapter():
-        fixed = states()
-    weight = base.get_output_embeddings().weight
-    return fused.linear_kl(fixed.to(weight.dtype), states().to(weight.dtype), weight).mean()
+    return ours.kl_from_base(ours.streams(ids, mask).at(mask.bool())).mean()
 
 
 def _finish(task: Task, trainer: Any, base: _Base) -> None:

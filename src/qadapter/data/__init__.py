@@ -1,6 +1,6 @@
 """Preference data: file → `Pair` → tokens, every problem named by file and line."""
 
-from qadapter.data.audit import Audit, audit, format_audit, prompt_digest, prompt_key
+from qadapter.data.audit import Audit, audit, format_audit, prompt_digest, prompt_key, text_key
 from qadapter.data.pairs import (
     BadRow,
     Message,
@@ -41,6 +41,7 @@ __all__ = [
     "read_pairs",
     "read_prompts",
     "read_texts",
+    "text_key",
     "token_table",
     "tokenize_pair",
     "tokenize_pairs",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def prompt_key(pair: Pair) -> str:
     """Return a text that two pairs share exactly when their prompts are equal."""
-    return _key(pair.prompt)
+    return text_key(pair.prompt)
 
 
 def prompt_digest(pair: Pair) -> int:
@@ -38,7 +38,8 @@ def _digest(*texts: str) -> int:
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
-def _key(text: Text) -> str:
+def text_key(text: Text) -> str:
+    """Return a text that two texts or conversations share exactly when they are equal."""
     return json.dumps(text, sort_keys=True, ensure_ascii=False)
 
 
@@ -103,7 +104,7 @@ def audit(
             found.bad_rows += 1
             found.bad += [row] if found.bad_rows <= _SHOWN else []
             continue
-        prompt, chosen, rejected = prompt_key(row), _key(row.chosen), _key(row.rejected)
+        prompt, chosen, rejected = prompt_key(row), text_key(row.chosen), text_key(row.rejected)
         pairs.append(_digest(prompt, chosen, rejected))
         turned.append(_digest(prompt, rejected, chosen))
         if held_out is not None:

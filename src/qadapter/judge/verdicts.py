@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qadapter.data import Pair, Text
+from qadapter.data import Pair, Text, prompt_key, text_key
 from qadapter.errors import UserError
-from qadapter.stats import half_ties, paired_bootstrap, wilson_interval
+from qadapter.stats import half_ties, share_interval
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,14 @@ class Validation:
 
     pairs: int
     """Pairs with a verdict."""
+    prompts: int
+    """Distinct prompts that they have."""
     unread: int
     """Pairs left out because the judge gave no readable verdict."""
     accuracy: float
     """Share of pairs whose chosen response it prefers; a tie counts half."""
     accuracy_ci: tuple[float, float]
-    """95% Wilson interval of the accuracy."""
+    """95% interval of the accuracy, prompts resampled with all their pairs (`share_interval`)."""
     length_baseline: float
     """Accuracy of preferring the longer response, in words; a tie counts half."""
 
@@ -36,15 +38,15 @@ class WinRate:
     value: float
     """Mean of the votes: 1 for the answer, 0 for the base's, 0.5 a tie, or a probability."""
     low: float
-    """Lower end of its 95% interval over prompts."""
+    """Lower end of its 95% interval, prompts resampled with all their answers."""
     high: float
     """Upper end."""
     n: int
-    """Prompts with a verdict."""
+    """Answers with a verdict."""
     ties: int
     """Votes of exactly 0.5."""
     unread: int
-    """Prompts left out because the judge gave no readable verdict."""
+    """Answers left out because the judge gave no readable verdict."""
     judge: str
     """Its name."""
     judge_accuracy: float | None
@@ -93,13 +95,15 @@ class Judge(ABC):
         votes = self.votes([pair.prompt for pair in held_out], chosen, rejected)
         read = [(vote, i) for i, vote in enumerate(votes) if vote is not None]
         self._check_any(len(read), len(votes))
-        right = sum(half_ties(vote, 0.5) for vote, _ in read)
+        right = [half_ties(vote, 0.5) for vote, _ in read]
+        prompts = [prompt_key(held_out[i]) for _, i in read]
         longer = sum(half_ties(words(chosen[i]), words(rejected[i])) for _, i in read)
         self.validation = Validation(
             pairs=len(read),
+            prompts=len(set(prompts)),
             unread=len(votes) - len(read),
-            accuracy=right / len(read),
-            accuracy_ci=wilson_interval(right, len(read)),
+            accuracy=sum(right) / len(read),
+            accuracy_ci=share_interval(right, prompts),
             length_baseline=longer / len(read),
         )
         return self.validation
@@ -115,7 +119,8 @@ class Judge(ABC):
         votes = self.votes(prompts, answers, base_answers)
         read = [vote for vote in votes if vote is not None]
         self._check_any(len(read), len(votes))
-        low, high = _interval(read)
+        asked = [text_key(p) for p, vote in zip(prompts, votes, strict=True) if vote is not None]
+        low, high = share_interval(read, asked)
         longer = [words(a) - words(b) for a, b in zip(answers, base_answers, strict=True)]
         return WinRate(
             value=math.fsum(read) / len(read),
@@ -146,15 +151,3 @@ def plain(text: Text) -> str:
 def words(text: str) -> int:
     """Return how many words a text has, as blanks separate them."""
     return len(text.split())
-
-
-def _interval(votes: Sequence[float]) -> tuple[float, float]:
-    """Return the 95% interval of the mean vote over prompts.
-
-    Wilson's for votes of 0, 0.5 and 1, which has a width even where all are alike; for
-    probabilities, which lie closer together than votes, it would be several times too wide.
-    """
-    if set(votes) <= {0.0, 0.5, 1.0}:
-        return wilson_interval(math.fsum(votes), len(votes))
-    interval = paired_bootstrap(votes, [0.0] * len(votes))
-    return interval.low, interval.high

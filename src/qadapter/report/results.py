@@ -11,12 +11,16 @@ import numpy as np
 
 from qadapter.stats import (
     KL_FLOOR,
+    Array,
     Curve,
     EqualLearning,
     Interval,
+    by_group,
     frontier,
+    mean_intervals,
+    numbered,
     paired_bootstrap,
-    point_intervals,
+    resampled_curve,
 )
 
 Point = Mapping[str, Any]
@@ -38,12 +42,14 @@ class Method:
     """Points by dial, one mapping a seed."""
     curve: Curve
     """Margins, nats, and KL: accuracy hardly sees the size of a change, so it is no axis."""
-    right: Curve
-    """Pairs judged rightly, and KL."""
+    right: Array
+    """`[seeds, dial, prompts]`, how many pairs of each are judged rightly."""
     points: Sequence[tuple[Interval, Interval]]
     """Mean margin and KL per token on general text, at each value of the dial."""
     accuracies: Sequence[Interval]
     """Share of held-out pairs judged rightly, at each value of the dial."""
+    ranking: Interval
+    """Share of held-out pairs whose chosen response is the likelier a token, at its own setting."""
 
     @property
     def accuracy(self) -> Interval:
@@ -89,7 +95,8 @@ class Results:
         """The finished ones, on the same pairs and text."""
         self.unlike: list[str] = []
         """Labels of methods left out because their pairs or text are others."""
-        self._shape: tuple[int, list[int]] | None = None
+        self._prompts = numbered(comparison["pair_prompts"])
+        self._tokens: list[int] = []
         for name, fields in comparison["methods"].items():
             self._add(name, fields)
         self._equal: dict[str, dict[str, EqualLearning]] = {}
@@ -100,34 +107,38 @@ class Results:
         dials = tuple(d for d in runs[0] if all(d in run for run in runs)) if runs else ()
         if not dials:
             return
-        shapes = [(len(r[d]["correct"]), list(r[d]["window_tokens"])) for r in runs for d in dials]
-        self._shape = self._shape or shapes[0]
-        if any(shape != self._shape for shape in shapes):
+        found = [run[d] for run in runs for d in dials]
+        self._tokens = self._tokens or list(found[0]["window_tokens"])
+        shape = len(self._prompts), self._tokens
+        if any((len(p["correct"]), list(p["window_tokens"])) != shape for p in found):
             self.unlike.append(fields["label"])
             return
         own = fields.get("own_dial", 1.0)
-        margins, correct, far = (
+        at = dials.index(own) if own in dials else len(dials) - 1
+        *by_pair, far = (
             np.array([[run[d][field] for d in dials] for run in runs], np.float64)
-            for field in ("margins", "correct", "window_kl")
+            for field in ("margins", "correct", "ranked", "window_kl")
         )
-        curve, right = Curve(margins, far), Curve(correct, far)
+        (margins, right, ranked), pairs = by_group(by_pair, self._prompts)
+        curve = resampled_curve(name, margins, pairs, far, self._tokens)
         self.methods[name] = Method(
             name=name,
             label=fields["label"],
             ours=fields["library"].split(".")[0] == "qadapter",
             dials=dials,
-            own=dials.index(own) if own in dials else len(dials) - 1,
+            own=at,
             runs=tuple(runs),
             curve=curve,
             right=right,
-            points=point_intervals(name, curve, self.tokens),
-            accuracies=[a for a, _ in point_intervals(name, right, self.tokens)],
+            points=curve.intervals(),
+            accuracies=mean_intervals(right, pairs),
+            ranking=mean_intervals(ranked[:, [at]], pairs)[0],
         )
 
     @property
-    def tokens(self) -> list[int]:
-        """Predicted tokens of each window of general text."""
-        return self._shape[1] if self._shape else []
+    def scored(self) -> str:
+        """What learning is measured on, for people."""
+        return f"{len(self._prompts):,} pairs of {len(set(self._prompts)):,} prompts"
 
     @property
     def reference(self) -> Method | None:
@@ -159,7 +170,6 @@ class Results:
         if reference.name not in self._equal:
             self._equal[reference.name] = frontier(
                 {name: method.curve for name, method in self.methods.items()},
-                self.tokens,
                 reference=reference.name,
                 reference_dial=reference.own,
             )
@@ -167,17 +177,16 @@ class Results:
 
     def accuracy_gain(self, method: Method, other: Method) -> Interval:
         """Return the difference in accuracy, each at its own setting, over the same pairs."""
-        votes = (m.right.learning[:, m.own] for m in (method, other))
-        return paired_bootstrap(next(votes), next(votes))
+        ours, theirs = method.right[:, method.own], other.right[:, other.own]
+        return paired_bootstrap(ours, theirs, np.bincount(self._prompts))
 
     def own_ratio(self, method: Method, other: Method) -> Interval:
         """Return the ratio of KL, each at its own setting, over the same text."""
         curves = {}
         for name, m in (("method", method), ("other", other)):
-            far = m.curve.forgetting[:, [m.own]]
-            curves[name] = Curve(np.ones((len(far), 1, 1)), far)  # learned alike, by fiat
-        found = frontier(curves, self.tokens, reference="other", reference_dial=0)
-        return found["method"].ratio
+            far = m.curve.kl[:, [m.own]]
+            curves[name] = Curve(np.ones_like(far), far)  # learned alike, by fiat
+        return frontier(curves, reference="other", reference_dial=0)["method"].ratio
 
     def tasks(self) -> list[str]:
         """Return the tasks that any method was measured on, in order of appearance."""

@@ -77,7 +77,7 @@ def learning(results: Results) -> Table:
             ranged(method.accuracy, percent),
             _figure(method.mean("margin")),
             _figure(method.mean("margin_per_token")),
-            percent(method.mean("ranking_accuracy") or 0.0),
+            ranged(method.ranking, percent),
             *(_win_rate(method, judge) for judge in judges),
         ]
         for method in results.methods.values()
