@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from qadapter.data import (
     tokenize_pair,
     tokenize_pairs,
 )
+from qadapter.data.audit import _Seen
 from qadapter.errors import DataError, ModelError, UserError
 from qadapter.files import cache_dir
 from qadapter.packing import fill_rows
@@ -370,6 +372,38 @@ def test_any_text_goes_through_and_comes_back(prompt: str, chosen: str, rejected
         return
     assert TOKENIZER.decode(found.chosen_ids) == chosen + "<|im_end|>"
     assert TOKENIZER.decode(found.rejected_ids) == rejected + "<|im_end|>"
+
+
+WORDS = st.sampled_from(["a", "b", "c"])
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.tuples(WORDS, WORDS, WORDS), max_size=12))
+def test_repeated_and_turned_pairs_are_counted(drawn: list[tuple[str, str, str]]) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        names = ("prompt", "chosen", "rejected")
+        rows = [dict(zip(names, row, strict=True)) for row in drawn if row[1] != row[2]]
+        kept = [tuple(row.values()) for row in rows]
+        if not kept:
+            return
+        found = audit(write(Path(directory) / "p.jsonl", rows))
+    earlier = [kept[:i] for i in range(len(kept))]
+    assert found.duplicates == sum(p in e for p, e in zip(kept, earlier, strict=True))
+    assert found.contradictions == sum(
+        (p, r, c) in e for (p, c, r), e in zip(kept, earlier, strict=True)
+    )
+
+
+def test_no_room_for_the_digests_is_one_sentence() -> None:
+    seen = _Seen()
+    seen._run("PRAGMA max_page_count = 2")
+
+    def fill() -> None:
+        for pair in range(10_000):
+            seen.add(pair, -pair)
+
+    with pytest.raises(UserError, match=r"digests cannot be written .*full.*SQLITE_TMPDIR"):
+        fill()
 
 
 def test_the_audit_counts_what_it_says(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sqlite3
 from array import array
 from collections import Counter
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ import numpy as np
 
 from qadapter.data.pairs import BadRow, Pair, Text, audit_rows, read_pairs
 from qadapter.data.tokens import Sources, drop_reason, whole_ids
+from qadapter.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,10 +96,8 @@ def audit(
     """
     found = Audit(unit="words" if tokenizer is None else "tokens")
     found.lengths = {name: Counter() for name in ("prompt", "chosen", "rejected")}
-    held_out = array("q", map(prompt_digest, read_pairs(eval_path))) if eval_path else None
-    # Digests instead of texts, so that millions of pairs fit.
-    prompts, pairs, turned = array("q"), array("q"), array("q")
-    longer = 0.0
+    held_out = np.sort(_digests(eval_path)) if eval_path else None
+    seen, shared, longer = _Seen(), 0, 0.0
     for row in audit_rows(path):
         found.rows += 1
         if isinstance(row, BadRow):
@@ -105,10 +105,10 @@ def audit(
             found.bad += [row] if found.bad_rows <= _SHOWN else []
             continue
         prompt, chosen, rejected = prompt_key(row), text_key(row.chosen), text_key(row.rejected)
-        pairs.append(_digest(prompt, chosen, rejected))
-        turned.append(_digest(prompt, rejected, chosen))
+        seen.add(_digest(prompt, chosen, rejected), _digest(prompt, rejected, chosen))
         if held_out is not None:
-            prompts.append(_digest(prompt))
+            place = int(np.searchsorted(held_out, own := _digest(prompt)))
+            shared += place < len(held_out) and int(held_out[place]) == own
         found.turns[0 if isinstance(row.prompt, str) else len(row.prompt)] += 1
         found.empty_responses += sum(not _words(r).strip() for r in (row.chosen, row.rejected))
         sizes = [len(_words(t).split()) for t in (row.prompt, row.chosen, row.rejected)]
@@ -122,26 +122,48 @@ def audit(
             found.lengths[name][size] += 1
         found.equal_lengths += sizes[1] == sizes[2]
         longer += (sizes[1] > sizes[2]) + 0.5 * (sizes[1] == sizes[2])
-    found.duplicates, found.contradictions = _repeated(pairs, turned)
-    if held_out is not None:
-        found.shared_with_eval = int(np.isin(_numbers(prompts), _numbers(held_out)).sum())
+    found.duplicates, found.contradictions = seen.repeated()
+    found.shared_with_eval = None if held_out is None else shared
     good = found.rows - found.bad_rows
     found.length_bias = longer / good if good else 0.5
     return found
 
 
-def _numbers(digests: array[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    return np.frombuffer(digests, np.int64)
+def _digests(path: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    return np.frombuffer(array("q", map(prompt_digest, read_pairs(path))), np.int64)
 
 
-def _repeated(pairs: array[int], turned: array[int]) -> tuple[int, int]:
-    """Return how many pairs an earlier one equals, and how many one states the other way round."""
-    if not pairs:
-        return 0, 0
-    known, first = np.unique(_numbers(pairs), return_index=True)
-    place = np.searchsorted(known, _numbers(turned)).clip(max=len(known) - 1)
-    against = (known[place] == _numbers(turned)) & (first[place] < np.arange(len(pairs)))
-    return len(pairs) - len(known), int(against.sum())
+class _Seen:
+    """Digests of pairs, in a temporary file that SQLite keeps and removes: memory stays flat."""
+
+    def __init__(self) -> None:
+        self._rows = sqlite3.connect("", isolation_level=None)
+        self._run("CREATE TABLE seen (pair INTEGER, turned INTEGER)")
+        self._run("BEGIN")
+
+    def _run(self, command: str, values: tuple[int, ...] = ()) -> sqlite3.Cursor:
+        try:
+            return self._rows.execute(command, values)
+        except sqlite3.OperationalError as error:
+            raise UserError(
+                f"the temporary file of the pairs' digests cannot be written ({error}); free some "
+                "space, or name another place by SQLITE_TMPDIR."
+            ) from error
+
+    def add(self, pair: int, turned: int) -> None:
+        """Add a pair, and the same with chosen and rejected exchanged."""
+        self._run("INSERT INTO seen VALUES (?, ?)", (pair, turned))
+
+    def repeated(self) -> tuple[int, int]:
+        """Return how many pairs an earlier one equals, and how many one states the other way."""
+        self._run("CREATE INDEX by_pair ON seen (pair)")
+        (again,) = self._run("SELECT COUNT(*) - COUNT(DISTINCT pair) FROM seen").fetchone()
+        (against,) = self._run(
+            "SELECT COUNT(*) FROM seen AS one WHERE EXISTS (SELECT 1 FROM seen AS earlier "
+            "WHERE earlier.pair = one.turned AND earlier.rowid < one.rowid)"
+        ).fetchone()
+        self._rows.close()
+        return again, against
 
 
 def _percentiles(counts: Mapping[int, int]) -> list[int]:
