@@ -340,10 +340,16 @@ class QAdapterConfig(TrainingArguments):
                 "--load_best_model_at_end true."
             )
 
-    @property
-    def wants_trunk_cache(self) -> bool:
-        """Whether a trunk cache is asked for, or pays: the second epoch reads it."""
-        return self.num_train_epochs > 1 if self.cache_trunk is None else self.cache_trunk
+    def epochs(self, batches: int) -> float:
+        """Return how often a run passes over so many micro-batches."""
+        if self.max_steps <= 0:
+            return self.num_train_epochs
+        # transformers lets max_steps, where it is given, overrule the epochs.
+        return float(self.max_steps / math.ceil(batches / self.gradient_accumulation_steps))
+
+    def wants_trunk_cache(self, batches: int) -> bool:
+        """Return whether a trunk cache is asked for, or pays: the second epoch reads it."""
+        return self.epochs(batches) > 1 if self.cache_trunk is None else self.cache_trunk
 
     def q_config(self, **identity: str) -> QConfig:
         """Return the artefact's part of this run; `identity` fills base and tokenizer fields."""

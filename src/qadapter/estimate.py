@@ -176,7 +176,7 @@ def estimate(config: QAdapterConfig) -> Estimate:
         elsewhere.output_dir = directory  # transformers' Trainer makes it at once
         trainer = run.trainer(elsewhere)
         rows = _rows(trainer, run.train_set)
-        keeps = config.wants_trunk_cache and _fits(trainer, int(rows.tokens.sum()))
+        keeps = config.wants_trunk_cache(len(rows)) and _fits(trainer, int(rows.tokens.sum()))
         return _tried(config, run, rows, Path(directory), keeps)
 
 
@@ -227,14 +227,12 @@ def _tried(
         for seconds, count in zip(passes, flops, strict=True)
     )
     pairs = run.train_set
-    # transformers lets max_steps, where it is given, overrule the epochs.
-    steps = config.max_steps * config.gradient_accumulation_steps
     return Estimate(
         pairs=len(pairs),
         dropped=sum(len(v) for v in run.dropped.values()),
         tokens=whole,
         response_tokens=sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs),
-        epochs=config.num_train_epochs if steps <= 0 else steps / len(rows),
+        epochs=config.epochs(len(rows)),
         batches=len(rows),
         first=first,
         later=later if cached else None,

@@ -291,7 +291,7 @@ class QAdapterTrainer(EngineTrainer):
         """Return the trunk cache that the settings ask for, if this base can use one."""
         model, args = cast(QAdapterModel, self.model), cast(QAdapterConfig, self.args)
         asked = args.cache_trunk
-        if not args.wants_trunk_cache:
+        if not args.wants_trunk_cache(len(self.get_train_dataloader())):
             return None
         if not (packable(model) and model.caches_trunk):
             if asked:

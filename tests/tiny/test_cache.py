@@ -109,6 +109,21 @@ def test_one_epoch_writes_nothing_unless_asked(cache_root: Path, tmp_path: Path)
     assert not cache_root.exists()
 
 
+def test_steps_that_end_in_the_first_epoch_write_nothing_whatever_the_epochs(
+    cache_root: Path, tmp_path: Path
+) -> None:
+    """16 pairs are two micro-batches, and one step of an accumulation of three."""
+    for name, fields in {
+        "a": {"max_steps": 2},
+        "b": {"max_steps": 1, "gradient_accumulation_steps": 3},
+        "c": {"max_steps": 4, "per_device_train_batch_size": 4},
+    }.items():
+        trainer(tmp_path / name, random_pairs(16), num_train_epochs=3, **fields).train()
+        assert not cache_root.exists(), name
+    run = trainer(tmp_path / "d", random_pairs(16), num_train_epochs=1, max_steps=3)
+    assert layer_calls(run) == [1, 1, 0]
+
+
 @pytest.mark.parametrize("name", ["trunk.bin", "base.bin", "sums.bin"])
 def test_a_damaged_part_is_computed_again(name: str, cache_root: Path, tmp_path: Path) -> None:
     pairs = random_pairs(16)

@@ -89,6 +89,10 @@ def test_a_limit_of_steps_overrules_the_epochs(base: str, data: str, tmp_path: P
     found = estimate(config_for(base, data, tmp_path / "out", max_steps=1))
     assert found.epochs == pytest.approx(1 / found.batches)
     assert found.seconds == pytest.approx(found.first.seconds / found.batches)
+    assert (found.later, found.cache) == (None, 0)
+    # Of three micro-batches, a step takes two and the next the one that is left.
+    fields = {"max_steps": 2, "gradient_accumulation_steps": 2}
+    assert estimate(config_for(base, data, tmp_path / "out", **fields)).epochs == 1
 
 
 def test_one_epoch_has_no_later_ones(base: str, data: str, tmp_path: Path) -> None:
