@@ -114,7 +114,8 @@ class QConfig:
 def bf16_supported() -> bool:
     """Return whether the device has instructions for bfloat16."""
     if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
+        # Emulated it is slower than float32, and torch counts that as supported.
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if torch.backends.mps.is_available():
         return True
     capabilities = torch.cpu.get_capabilities()
