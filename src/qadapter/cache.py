@@ -110,6 +110,96 @@ def check_limit(size: int, limit: int) -> None:
         )
 
 
+class _Plan(NamedTuple):
+    """Where the cache of a set of pairs lies, and what is in it."""
+
+    directory: Path
+    text: str
+    """Of `key.json`."""
+    slots: dict[str, int]
+    """Place of each pair, by its name."""
+    ends: list[int]
+    """End of each pair, in tokens."""
+    sizes: dict[str, int]
+    """Bytes of each file."""
+
+    def sound(self) -> bool:
+        """Return whether the directory is there, with this key and files of the right size."""
+        where = self.directory
+        try:
+            same = (where / "key.json").read_text(encoding="utf-8") == self.text
+            return same and all((where / n).stat().st_size == s for n, s in self.sizes.items())
+        except (OSError, UnicodeDecodeError):
+            return False
+
+
+def _plan(
+    root: str | Path, key: Mapping[str, Any], pairs: Sequence[TokenizedPair], layout: Layout
+) -> _Plan:
+    lengths = {_pair_name(p): p.tokens for p in pairs}
+    ends = torch.tensor(list(lengths.values())).cumsum(0).tolist()
+    names = hashlib.sha256("".join(lengths).encode()).hexdigest()
+    told = {**key, "format": _FORMAT, "layout": repr(layout), "pairs": names}
+    text = json.dumps(told, indent=2, sort_keys=True) + "\n"
+    width, dtype = layout.base
+    sizes = {
+        "trunk.bin": ends[-1] * layout.width * layout.dtype.itemsize,
+        "base.bin": ends[-1] * width * dtype.itemsize,
+        "sums.bin": len(lengths) * 8,
+    }
+    directory = Path(root) / hashlib.sha256(text.encode()).hexdigest()[:32]
+    return _Plan(directory, text, {name: i for i, name in enumerate(lengths)}, ends, sizes)
+
+
+def _make(plan: _Plan, room: int) -> None:
+    """Write an empty cache of full size; all others may take `room` bytes."""
+    root = plan.directory.parent
+    files.check_writable(root)
+    root.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(plan.directory, ignore_errors=True)
+    others = sorted((d for d in root.iterdir() if d.is_dir()), key=lambda d: d.stat().st_mtime)
+    taken = {d: sum(f.stat().st_size for f in d.iterdir() if f.is_file()) for d in others}
+    for other in others:
+        if sum(taken.values()) <= room:
+            break
+        shutil.rmtree(other, ignore_errors=True)
+        del taken[other]
+    free, needed = shutil.disk_usage(root).free, sum(plan.sizes.values())
+    if needed > free:
+        raise ConfigError(
+            f"cache_trunk: {root} has {free / 2**30:.1f} GiB left and {needed / 2**30:.1f} are "
+            "needed; make room, set QADAPTER_CACHE to another disk, or set cache_trunk=false."
+        )
+    _log.info("trunk cache: %.2f GiB in %s", needed / 2**30, plan.directory)
+    with files.whole_directory(plan.directory) as partial:
+        for name, size in plan.sizes.items():
+            with open(partial / name, "wb") as file:
+                file.truncate(size)
+                if hasattr(os, "posix_fallocate"):
+                    # Reserved now: a write to the map of a full disk would kill the run.
+                    os.posix_fallocate(file.fileno(), 0, size)
+        (partial / "key.json").write_text(plan.text, encoding="utf-8")
+
+
+def share_kept(
+    root: str | Path, key: Mapping[str, Any], pairs: Sequence[TokenizedPair], layout: Layout
+) -> float:
+    """Return the share of the pairs' tokens that a cache on disk holds; arguments as `TrunkCache`.
+
+    What a disk has damaged counts, for only reading all would tell.
+    """
+    plan = _plan(root, key, pairs, layout)
+    try:
+        sums = (plan.directory / "sums.bin").read_bytes() if plan.sound() else b""
+    except OSError:  # another run removes it
+        sums = b""
+    if len(sums) != plan.sizes["sums.bin"]:
+        return 0.0
+    there = torch.frombuffer(bytearray(sums), dtype=torch.int64) != 0
+    tokens = torch.tensor(plan.ends).diff(prepend=torch.tensor([0]))
+    return int(tokens[there].sum()) / plan.ends[-1]
+
+
 class TrunkCache:
     """Trunk activations and the base's part of a set of pairs, on disk.
 
@@ -135,21 +225,14 @@ class TrunkCache:
     ) -> None:
         # First by the lengths alone: what does not fit is not read.
         check_limit(layout.size(int(pair_lengths(pairs).sum())), limit)
-        lengths = {_pair_name(p): p.tokens for p in pairs}
-        self._slots = {name: i for i, name in enumerate(lengths)}
-        self._ends = torch.tensor(list(lengths.values())).cumsum(0).tolist()
-        size = layout.size(self._ends[-1])
-        names = hashlib.sha256("".join(lengths).encode()).hexdigest()
-        told = {**key, "format": _FORMAT, "layout": repr(layout), "pairs": names}
-        text = json.dumps(told, indent=2, sort_keys=True) + "\n"
-        self.directory = Path(root) / hashlib.sha256(text.encode()).hexdigest()[:32]
+        plan = _plan(root, key, pairs, layout)
+        self.directory, self._slots, self._ends = plan.directory, plan.slots, plan.ends
         self.scalars = layout.scalars
-        sizes = self._sizes(layout)
         try:
-            if not self._sound(text, sizes):
-                self._make(text, sizes, limit - size)
+            if not plan.sound():
+                _make(plan, limit - layout.size(plan.ends[-1]))
             os.utime(self.directory)
-            self._maps = {name: self._mapped(name) for name in sizes}
+            self._maps = {name: self._mapped(name) for name in plan.sizes}
         except OSError as error:
             raise UserError(
                 f"cache_trunk: {self.directory} cannot be used ({error.strerror or error}), or "
@@ -160,51 +243,6 @@ class TrunkCache:
         self._trunk = trunk.view(-1, layout.width)
         self._base = torch.frombuffer(self._maps["base.bin"], dtype=dtype).view(-1, width)
         self._sums = torch.frombuffer(self._maps["sums.bin"], dtype=torch.int64)
-
-    def _sizes(self, layout: Layout) -> dict[str, int]:
-        tokens = self._ends[-1]
-        width, dtype = layout.base
-        return {
-            "trunk.bin": tokens * layout.width * layout.dtype.itemsize,
-            "base.bin": tokens * width * dtype.itemsize,
-            "sums.bin": len(self._slots) * 8,
-        }
-
-    def _sound(self, text: str, sizes: Mapping[str, int]) -> bool:
-        """Return whether the directory is there, with this key and files of the right size."""
-        try:
-            same = (self.directory / "key.json").read_text(encoding="utf-8") == text
-            return same and all((self.directory / n).stat().st_size == s for n, s in sizes.items())
-        except (OSError, UnicodeDecodeError):
-            return False
-
-    def _make(self, text: str, sizes: Mapping[str, int], room: int) -> None:
-        root = self.directory.parent
-        files.check_writable(root)
-        root.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(self.directory, ignore_errors=True)
-        others = sorted((d for d in root.iterdir() if d.is_dir()), key=lambda d: d.stat().st_mtime)
-        taken = {d: sum(f.stat().st_size for f in d.iterdir() if f.is_file()) for d in others}
-        for other in others:
-            if sum(taken.values()) <= room:
-                break
-            shutil.rmtree(other, ignore_errors=True)
-            del taken[other]
-        free, needed = shutil.disk_usage(root).free, sum(sizes.values())
-        if needed > free:
-            raise ConfigError(
-                f"cache_trunk: {root} has {free / 2**30:.1f} GiB left and {needed / 2**30:.1f} are "
-                "needed; make room, set QADAPTER_CACHE to another disk, or set cache_trunk=false."
-            )
-        _log.info("trunk cache: %.2f GiB in %s", needed / 2**30, self.directory)
-        with files.whole_directory(self.directory) as partial:
-            for name, size in sizes.items():
-                with open(partial / name, "wb") as file:
-                    file.truncate(size)
-                    if hasattr(os, "posix_fallocate"):
-                        # Reserved now: a write to the map of a full disk would kill the run.
-                        os.posix_fallocate(file.fileno(), 0, size)
-            (partial / "key.json").write_text(text, encoding="utf-8")
 
     def _mapped(self, name: str) -> mmap.mmap:
         with open(self.directory / name, "r+b") as file:

@@ -39,6 +39,11 @@ class Epoch:
     flops: float
     """Floating-point operations of matrix products and attention, two for a multiply-add."""
 
+    def mixed(self, other: Epoch, share: float) -> Epoch:
+        """Return what a pass takes of which this share goes as another one."""
+        pairs = ((self.seconds, other.seconds), (self.flops, other.flops))
+        return Epoch(*((1 - share) * mine + share * its for mine, its in pairs))
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -57,6 +62,8 @@ class Estimate:
     """Later epochs, where the trunk comes from the cache; None where it does not."""
     cache: int
     """Bytes of the trunk cache."""
+    kept: float
+    """Share of the tokens whose trunk lies on disk already: the first epoch reads it."""
     peak: float
     """GiB, of the accelerator, else of the process."""
 
@@ -177,7 +184,8 @@ def estimate(config: QAdapterConfig) -> Estimate:
         trainer = run.trainer(elsewhere)
         rows = _rows(trainer, run.train_set)
         keeps = config.wants_trunk_cache(len(rows)) and _fits(trainer, int(rows.tokens.sum()))
-        return _tried(config, run, rows, Path(directory), keeps)
+        kept = trainer.share_kept if keeps else 0.0
+        return _tried(config, run, rows, Path(directory), keeps, kept)
 
 
 def _tried(
@@ -186,6 +194,7 @@ def _tried(
     rows: Rows,
     directory: Path,
     keeps: bool,
+    kept: float,
 ) -> Estimate:
     spread = _spread(rows)
     short = copy.copy(config)
@@ -234,8 +243,9 @@ def _tried(
         response_tokens=sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs),
         epochs=config.epochs(len(rows)),
         batches=len(rows),
-        first=first,
+        first=first.mixed(later, kept) if cached else first,
         later=later if cached else None,
         cache=trainer.layout.size(whole) if cached else 0,
+        kept=kept if cached else 0.0,
         peak=peak,
     )
