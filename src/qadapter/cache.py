@@ -9,8 +9,9 @@ another as prompt, chosen, rejected:
     base.bin     [tokens, 2] float32, the base's scalars, or [tokens, D], its final states
     sums.bin     [pairs] int64, a checksum of each pair's part of the two; 0 where nothing is yet
 
-The last three are mapped into memory. A part is used only if its checksum fits, so what a crash or
-a second run left half-written, or a disk has damaged, is computed again.
+A part is used only if all of it is there and its checksum fits, so what a crash or a second run
+left half-written, a disk has damaged, or somebody has cut off, is computed again. The files are
+read, and not mapped into memory: a page of a map that is no longer in its file ends the process.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import mmap
 import os
 import shutil
+import weakref
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -110,6 +112,32 @@ def check_limit(size: int, limit: int) -> None:
         )
 
 
+class _Rows:
+    """A file of rows of numbers, one row after another."""
+
+    def __init__(self, path: Path, width: int, dtype: torch.dtype) -> None:
+        self._file = open(path, "r+b", buffering=0)  # noqa: SIM115  as long as the cache is open
+        weakref.finalize(self, self._file.close)
+        self._width, self.dtype = width, dtype
+
+    def empty(self, rows: int) -> Tensor:
+        """Return room for so many rows."""
+        return torch.empty(rows, self._width, dtype=self.dtype)
+
+    def _seek(self, row: int) -> None:
+        self._file.seek(row * self._width * self.dtype.itemsize)
+
+    def read(self, row: int, into: Tensor) -> bool:
+        """Read rows from one on; return whether the file holds them all."""
+        self._seek(row)
+        return self._file.readinto(_bytes(into)) == into.nbytes
+
+    def write(self, row: int, rows: Tensor) -> None:
+        """Write rows from one on."""
+        self._seek(row)
+        self._file.write(_bytes(rows))
+
+
 class _Plan(NamedTuple):
     """Where the cache of a set of pairs lies, and what is in it."""
 
@@ -176,7 +204,7 @@ def _make(plan: _Plan, room: int) -> None:
             with open(partial / name, "wb") as file:
                 file.truncate(size)
                 if hasattr(os, "posix_fallocate"):
-                    # Reserved now: a write to the map of a full disk would kill the run.
+                    # Reserved now: a full disk is told before the first step and not in an epoch.
                     os.posix_fallocate(file.fileno(), 0, size)
         (partial / "key.json").write_text(plan.text, encoding="utf-8")
 
@@ -228,69 +256,68 @@ class TrunkCache:
         plan = _plan(root, key, pairs, layout)
         self.directory, self._slots, self._ends = plan.directory, plan.slots, plan.ends
         self.scalars = layout.scalars
-        try:
+        self.size = sum(plan.sizes.values())
+        """Bytes on disk."""
+        with self._usable():
             if not plan.sound():
                 _make(plan, limit - layout.size(plan.ends[-1]))
             os.utime(self.directory)
-            self._maps = {name: self._mapped(name) for name in plan.sizes}
+            self._trunk = _Rows(self.directory / "trunk.bin", layout.width, layout.dtype)
+            self._base = _Rows(self.directory / "base.bin", *layout.base)
+            self._sums = _Rows(self.directory / "sums.bin", 1, torch.int64)
+
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise UserError(
                 f"cache_trunk: {self.directory} cannot be used ({error.strerror or error}), or "
                 "another run took its place; start again, or set cache_trunk=false."
             ) from error
-        width, dtype = layout.base
-        trunk = torch.frombuffer(self._maps["trunk.bin"], dtype=layout.dtype)
-        self._trunk = trunk.view(-1, layout.width)
-        self._base = torch.frombuffer(self._maps["base.bin"], dtype=dtype).view(-1, width)
-        self._sums = torch.frombuffer(self._maps["sums.bin"], dtype=torch.int64)
 
-    def _mapped(self, name: str) -> mmap.mmap:
-        with open(self.directory / name, "r+b") as file:
-            return mmap.mmap(file.fileno(), 0)
+    def _where(self, batch: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+        """Return of each pair of a `PackedBatch` its place, and its first token's."""
+        slots = [self._slots[name] for name in _batch_names(batch)]
+        return [(slot, self._ends[slot - 1] if slot else 0) for slot in slots]
 
-    def _let_go(self) -> None:
-        """Hand mapped pages back to the system, so that they do not count as this process's.
-
-        Nothing is lost: pages of a shared map live on in the file.
-        """
-        if hasattr(mmap, "MADV_DONTNEED"):
-            for mapped in self._maps.values():
-                mapped.madvise(mmap.MADV_DONTNEED)
-
-    @property
-    def size(self) -> int:
-        """Bytes on disk."""
-        return sum(t.numel() * t.itemsize for t in (self._trunk, self._base, self._sums))
-
-    def _part(self, slot: int) -> Kept:
-        where = slice(self._ends[slot - 1] if slot else 0, self._ends[slot])
-        return Kept(self._trunk[where], self._base[where])
+    def _load(self, slot: int, start: int, part: Kept) -> bool:
+        """Read one pair's part; return whether it is there and sound."""
+        told = self._sums.empty(1)
+        files = (self._sums, slot, told), (self._trunk, start, part.trunk)
+        whole = all(f.read(row, t) for f, row, t in (*files, (self._base, start, part.base)))
+        return whole and int(told) == _checksum(part)
 
     def forget(self, batch: Mapping[str, Tensor]) -> None:
         """Let the pairs of a `PackedBatch` be missing."""
-        for name in _batch_names(batch):
-            self._sums[self._slots[name]] = 0
+        for slot, _ in self._where(batch):
+            self._sums.write(slot, torch.zeros(1, dtype=torch.int64))
 
     def read(self, batch: Mapping[str, Tensor]) -> Kept | None:
-        """Return what is kept of a `PackedBatch`, on the CPU; None if any pair of it is missing."""
-        slots = [self._slots[name] for name in _batch_names(batch)]
-        parts = [self._part(slot) for slot in slots]
-        for slot, part in zip(slots, parts, strict=True):
-            if int(self._sums[slot]) != _checksum(part):
-                return None
-        found = Kept(torch.cat([p.trunk for p in parts]), torch.cat([p.base for p in parts]))
-        self._let_go()
-        return found
+        """Return what is kept of a `PackedBatch`, on the CPU; None if any pair of it is missing.
+
+        Raises:
+            UserError: the files cannot be read.
+        """
+        lengths = batch["spans"][:, 1:].sum(1).tolist()
+        found = Kept(self._trunk.empty(sum(lengths)), self._base.empty(sum(lengths)))
+        parts = map(Kept, *(t.split(lengths) for t in found))
+        with self._usable():
+            whole = all(self._load(*w, p) for w, p in zip(self._where(batch), parts, strict=True))
+        return found if whole else None
 
     def write(self, batch: Mapping[str, Tensor], kept: Kept) -> None:
-        """Keep what was computed of a `PackedBatch`."""
+        """Keep what was computed of a `PackedBatch`.
+
+        Raises:
+            UserError: the files cannot be written.
+        """
         lengths = batch["spans"][:, 1:].sum(1).tolist()
-        trunks, bases = kept.trunk.split(lengths), kept.base.split(lengths)
-        for name, trunk, base in zip(_batch_names(batch), trunks, bases, strict=True):
-            slot = self._slots[name]
-            part = self._part(slot)
-            self._sums[slot] = 0
-            part.trunk.copy_(trunk)
-            part.base.copy_(base)
-            self._sums[slot] = _checksum(part)
-        self._let_go()
+        pieces = ((kept.trunk, self._trunk), (kept.base, self._base))
+        parts = map(Kept, *(t.to("cpu", f.dtype).contiguous().split(lengths) for t, f in pieces))
+        with self._usable():
+            for (slot, start), part in zip(self._where(batch), parts, strict=True):
+                self._sums.write(slot, torch.zeros(1, dtype=torch.int64))
+                self._trunk.write(start, part.trunk)
+                self._base.write(start, part.base)
+                self._sums.write(slot, torch.tensor([_checksum(part)]))

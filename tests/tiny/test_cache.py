@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import FAMILIES, tiny_base
 from test_train import assert_close, random_pairs, trainer, weights
+from transformers import TrainerCallback
 
 from qadapter.cache import Kept, Layout, TrunkCache
 from qadapter.data import TokenizedPair
@@ -46,6 +47,12 @@ def layer_calls(run: QAdapterTrainer) -> list[int]:
     run.training_step = counted  # type: ignore[method-assign]
     run.train()
     return steps
+
+
+def losses_of(run: QAdapterTrainer) -> list[float]:
+    """Train; return the loss of every step."""
+    run.train()
+    return losses(run)
 
 
 def losses(run: QAdapterTrainer) -> list[float]:
@@ -156,6 +163,37 @@ def test_a_damaged_directory_is_made_anew(damage: Any, cache_root: Path, tmp_pat
     damage(directory)
     assert layer_calls(trainer(tmp_path / "b", pairs, cache_trunk=True)) == [1, 1]
     assert layer_calls(trainer(tmp_path / "c", pairs, cache_trunk=True)) == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["trunk.bin", "base.bin", "sums.bin"])
+def test_what_another_process_cuts_off_in_a_run_is_computed_again(
+    name: str, cache_root: Path, tmp_path: Path
+) -> None:
+    """The files were mapped into memory, and reading a page that is gone ended the process."""
+    pairs = random_pairs(16)
+    expected = losses_of(trainer(tmp_path / "a", pairs, num_train_epochs=3, cache_trunk=False))
+    run = trainer(tmp_path / "b", pairs, num_train_epochs=3)
+
+    class Cut(TrainerCallback):
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                (directory,) = cache_root.iterdir()
+                os.truncate(directory / name, 0)
+
+    run.add_callback(Cut())
+    assert layer_calls(run) == [1, 1, 1, 1, 0, 0]
+    assert losses(run) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full device")
+def test_a_disk_that_fills_up_is_told(tmp_path: Path) -> None:
+    pairs = random_pairs(2)
+    cache, batch = opened(tmp_path, pairs, 2**30), pack_pairs(pairs)
+    tokens = batch["input_ids"].shape[1]
+    with open("/dev/full", "r+b", buffering=0) as full:
+        cache._trunk._file = full
+        with pytest.raises(UserError, match=r"cache_trunk: .* cannot be used \(No space left"):
+            cache.write(batch, Kept(torch.zeros(tokens, 5), torch.zeros(tokens, 2)))
 
 
 def changed(tmp_path: Path, what: str) -> QAdapterTrainer:
