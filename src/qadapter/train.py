@@ -312,7 +312,8 @@ class QAdapterTrainer(EngineTrainer):
                     "cache_trunk: this base or objective cannot start from a kept trunk; "
                     "set cache_trunk=false."
                 )
-            if packable(model):  # what cannot pack has been told when the trainer was made
+            # What cannot pack, or has no trunk, has been told when it was made.
+            if packable(model) and model.shares_trunk:
                 _log.warning("training without a trunk cache: this base cannot start from one")
             return None
         try:

@@ -59,7 +59,7 @@ def losses(run: QAdapterTrainer) -> list[float]:
     return [line["loss"] for line in run.state.log_history if "loss" in line]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "granite", "cohere"])
 def test_training_from_the_cache_is_the_same_training(family: str, tmp_path: Path) -> None:
     runs = []
     for cached in (False, True):

@@ -128,9 +128,8 @@ def test_other_tensors_than_the_adapters_are_refused(
         ("qwen3_5_text", {}, 0.5),
         ("olmo_hybrid", {}, 0.0),
         ("olmo_hybrid", {}, 0.5),
-        ("granite", {"logits_scaling": 1.01}, 0.75),
         ("mixtral", {"num_local_experts": 2}, 0.75),
-        ("phi", {}, 0.75),
+        ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}, 0.75),
     ],
 )
 def test_a_base_without_exact_streams_is_refused(
