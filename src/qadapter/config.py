@@ -126,6 +126,7 @@ def _same(one: str, other: str) -> bool:
     return Path(one).resolve() == Path(other).resolve()
 
 
+_SAMPLING = ("random", "sequential")
 _POSITIVE = (
     "gradient_accumulation_steps",
     "per_device_eval_batch_size",
@@ -278,6 +279,11 @@ class QAdapterConfig(TrainingArguments):
             raise ConfigError(f"seed: {self.seed} must not be negative.")
         if not self.eval_data and (str(self.eval_strategy) != "no" or self.eval_on_start):
             raise ConfigError("eval_strategy: there is nothing to evaluate on; add --eval_data F.")
+        if self.train_sampling_strategy not in _SAMPLING:
+            raise ConfigError(
+                f"train_sampling_strategy: {self.train_sampling_strategy!r} is not one of "
+                f"{', '.join(_SAMPLING)}; leave it out, for packed pairs like lengths gain nothing."
+            )
         self._check_trackers()
         self._check_budget()
         if self.early_stopping_patience is not None:
