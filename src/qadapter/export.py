@@ -69,8 +69,8 @@ def export_policy(policy: Policy, output: str | Path, *, strength: Strength = 1.
     model = policy.model
     if model.head_weight is None:
         raise ModelError(
-            f"{model.base_name}: an adapted, biased, scaled or soft-capped head needs two, which "
-            "--format policy does not have; use --format merged, or adapt only the layers."
+            f"{model.base_name}: an adapted, biased, scaled or soft-capped head needs two heads, "
+            "which --format policy does not have; use --format merged, or adapt only the layers."
         )
     if not model.shares_trunk:
         raise ModelError(
