@@ -3,7 +3,8 @@
     python benchmarks/trunk_sweep.py --output benchmarks/results/trunk.jsonl --draw docs/trunk.svg
 
 Each run trains on the same pairs in the same order; accuracy is on held-out pairs, KL to the base
-on unrelated text. Runs that the output file already holds are left out, so a cut sweep goes on.
+on unrelated text. Runs that the output file already holds are not made again, so a cut sweep goes
+on; those of other code or settings, or of another machine, do not count.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measured import origin, read_rows
 from tqdm import tqdm
 
 from qadapter.config import QAdapterConfig
@@ -97,11 +99,13 @@ def main() -> None:
         parser.exit(message=f"skipped: no data in {DATA}; set QADAPTER_DATA\n")
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(x) for x in output.read_text().splitlines()] if output.exists() else []
+    asked = {"max_pairs": args.pairs, "held_out": args.held_out}
+    key = {**origin(Path(__file__)), **asked}
+    rows = read_rows(output, key)
     done = {(r["data"], r["depth"], r["seed"]) for r in rows}
     wanted = [(name, depth, args.seed) for depth in DEPTHS for name in SETS]
-    for key in tqdm([k for k in wanted if k not in done]):
-        row = measure(*key, args.pairs, args.held_out)
+    for run in tqdm([w for w in wanted if w not in done]):
+        row = {**measure(*run, args.pairs, args.held_out), "key": key}
         rows.append(row)
         with output.open("a") as file:
             file.write(json.dumps(row) + "\n")

@@ -3,7 +3,8 @@
     python benchmarks/speed --output benchmarks/results/speed.json --draw docs/speed.svg
 
 Every case runs in a process of its own; the cases of a repeat come one after another, then the next
-repeat. What the JSONL beside the output holds is not run again, so a cut run goes on.
+repeat. What the JSONL beside the output holds is not run again, so a cut run goes on; rows of other
+code or of another machine are left out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))
+from measured import origin, read_rows
 
 DATA = Path(os.environ.get("QADAPTER_DATA", "../shared/data"))
 SECTIONS = ("training", "gemm", "decoding", "profile", "growth", "quality")
@@ -219,26 +223,24 @@ def in_process(function: str, options: dict[str, Any]) -> dict[str, Any]:
 class Runs:
     """Results so far, in a file beside the output."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: list[dict[str, Any]] = []
+    def __init__(self, path: Path, key: dict[str, Any]) -> None:
+        self.path, self.key = path, key
+        self.rows = read_rows(path, key)
         self.used: list[dict[str, Any]] = []
         """Those that this call asked for."""
-        if path.exists():
-            self.rows = [json.loads(line) for line in path.read_text().splitlines()]
 
     def run(self, case: Case, repeat: int) -> dict[str, Any]:
         """Return the result of a case, from the file if it is there."""
-        key = {**dataclasses.asdict(case), "repeat": repeat}
+        asked = {**dataclasses.asdict(case), "repeat": repeat}
         for row in self.rows:
-            if all(row[name] == json.loads(json.dumps(value)) for name, value in key.items()):
+            if all(row[name] == json.loads(json.dumps(value)) for name, value in asked.items()):
                 self.used.append(row)
                 return row["result"]
         print(f"{case.section}: {case.name}, repeat {repeat}", file=sys.stderr, flush=True)
         options = dict(case.options)
         if case.section == "training":
             options["flops"] = repeat == 0 and not case.once
-        row = {**key, "result": in_process(case.function, options)}
+        row = {**asked, "key": self.key, "result": in_process(case.function, options)}
         self.used.append(row)
         if "error" in row["result"]:  # told in the output, and tried again the next time
             print(f"  failed: {row['result']['error']}", file=sys.stderr, flush=True)
@@ -329,7 +331,7 @@ def main() -> None:
     lines = output.with_suffix(".jsonl")
     if args.fresh:
         lines.unlink(missing_ok=True)
-    runs = Runs(lines)
+    runs = Runs(lines, origin(Path(__file__).parent))
     trl = run_all(runs, sizes, set(args.skip))
 
     import report  # after the runs: a child process counts its parent's memory at its start

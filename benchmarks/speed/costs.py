@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from measuring import Memory, own_dtype
+from measuring import Memory, name_of, own_dtype
 from torch.profiler import ProfilerActivity, profile
 from training import our_trainer, picked, rows
 
@@ -43,8 +43,7 @@ def gemm(*, sizes: list[int], repeats: int) -> dict[str, Any]:
                 a @ b
                 times.append(time.perf_counter() - start)
             speeds[str(size)] = 2 * size**3 / median(times[1:])
-        name = str(dtype).removeprefix("torch.")
-        out[name] = {"best": max(speeds.values()), "sizes": speeds}
+        out[name_of(dtype)] = {"best": max(speeds.values()), "sizes": speeds}
     return out
 
 

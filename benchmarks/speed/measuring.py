@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from measured import processor, versions
 
 from qadapter.config import bf16_supported
 from qadapter.estimate import peak_memory
@@ -38,17 +38,19 @@ def own_dtype() -> torch.dtype:
     return torch.bfloat16 if bf16_supported() else torch.float32
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """Return a dtype's name without its module."""
+    return str(dtype).removeprefix("torch.")
+
+
 def machine() -> dict[str, Any]:
     """Return the processor, whether it has bf16, cores, load, and the libraries' versions."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": processor(),
         "bf16": bf16_supported(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
-        "versions": {n: version(n) for n in ("torch", "transformers", "trl", "peft", "qadapter")},
+        "versions": versions(),
     }

@@ -47,6 +47,7 @@ def _training(rows: list[Row]) -> dict[str, Any]:
     peak = _pick(rows, "training", lambda r: r["peak_gib"])
     extra = _pick(rows, "training", lambda r: r["extra_gib"])
     flops = _pick(rows, "training", lambda r: r["epochs"][0].get("flops_per_second"))
+    dtype = _pick(rows, "training", lambda r: r["dtype"])
     best = first.get("trl_best", {})
     out: dict[str, Any] = {}
     for name in first:
@@ -60,6 +61,7 @@ def _training(rows: list[Row]) -> dict[str, Any]:
             "later_to_trl_later": ratio(later[name], later.get("trl_best", {})),
             "peak_to_trl": ratio(peak[name], peak.get("trl_best", {})),
             "extra_to_trl": ratio(extra[name], extra.get("trl_best", {})),
+            "dtype": next(iter(dtype[name].values())),
             "flops_per_second": flops[name].get(0),
         }
     return out
@@ -135,10 +137,8 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
             if "error" in r["result"]
         },
     }
-    # Training's own dtype is the faster one.
-    peak = max((g["median"] for g in summary["gemm"].values()), default=None)
     for case in summary["training"].values():
-        flops = case["flops_per_second"]
+        flops, peak = case["flops_per_second"], _at(summary, "gemm", case["dtype"], "median")
         case["share_of_gemm_peak"] = flops / peak if flops and peak else None
     return summary
 

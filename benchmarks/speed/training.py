@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Memory
+from measuring import Memory, name_of
 from torch import Tensor, nn
 
 from qadapter import functional, hub
@@ -206,7 +206,8 @@ def ours(
         for i, epoch in reversed(list(enumerate(paces if flops else []))):
             trainer.cache = trainer.cache if i else None
             _add_flops(epoch, trainer, trainer.data_collator(batch), batch)
-    return {"epochs": paces, "cached": cached, "pairs": pairs, **figures}
+        dtype = name_of(trainer.model.dtype)
+    return {"epochs": paces, "cached": cached, "dtype": dtype, "pairs": pairs, **figures}
 
 
 def _add_flops(
@@ -311,6 +312,8 @@ def trl(*, pairs: int, of: int, flops: bool, **options: Any) -> dict[str, Any]:
             _add_flops(later, trainer, trainer.data_collator(examples), batch)
     return {
         "epochs": [first, later],
+        # Of the matrix products: autocast runs those of float32 weights in bfloat16.
+        "dtype": "bfloat16" if options["autocast"] else options["weights"],
         "precompute_seconds": trainer.precompute_seconds,
         "pairs": pairs,
         **figures,

@@ -9,8 +9,9 @@ another as prompt, chosen, rejected:
     base.bin     [tokens, 2] float32, the base's scalars, or [tokens, D], its final states
     sums.bin     [pairs] int64, a checksum of each pair's part of the two; 0 where nothing is yet
 
-The last three are mapped into memory. A part is used only if its checksum fits, so what a crash or
-a second run left half-written, or a disk has damaged, is computed again.
+A part is used only if all of it is there and its checksum fits, so what a crash or a second run
+left half-written, a disk has damaged, or somebody has cut off, is computed again. The files are
+read, and not mapped into memory: a page of a map that is no longer in its file ends the process.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import mmap
 import os
 import shutil
+import weakref
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -110,6 +112,122 @@ def check_limit(size: int, limit: int) -> None:
         )
 
 
+class _Rows:
+    """A file of rows of numbers, one row after another."""
+
+    def __init__(self, path: Path, width: int, dtype: torch.dtype) -> None:
+        self._file = open(path, "r+b", buffering=0)  # noqa: SIM115  as long as the cache is open
+        weakref.finalize(self, self._file.close)
+        self._width, self.dtype = width, dtype
+
+    def empty(self, rows: int) -> Tensor:
+        """Return room for so many rows."""
+        return torch.empty(rows, self._width, dtype=self.dtype)
+
+    def _seek(self, row: int) -> None:
+        self._file.seek(row * self._width * self.dtype.itemsize)
+
+    def read(self, row: int, into: Tensor) -> bool:
+        """Read rows from one on; return whether the file holds them all."""
+        self._seek(row)
+        return self._file.readinto(_bytes(into)) == into.nbytes
+
+    def write(self, row: int, rows: Tensor) -> None:
+        """Write rows from one on."""
+        self._seek(row)
+        self._file.write(_bytes(rows))
+
+
+class _Plan(NamedTuple):
+    """Where the cache of a set of pairs lies, and what is in it."""
+
+    directory: Path
+    text: str
+    """Of `key.json`."""
+    slots: dict[str, int]
+    """Place of each pair, by its name."""
+    ends: list[int]
+    """End of each pair, in tokens."""
+    sizes: dict[str, int]
+    """Bytes of each file."""
+
+    def sound(self) -> bool:
+        """Return whether the directory is there, with this key and files of the right size."""
+        where = self.directory
+        try:
+            same = (where / "key.json").read_text(encoding="utf-8") == self.text
+            return same and all((where / n).stat().st_size == s for n, s in self.sizes.items())
+        except (OSError, UnicodeDecodeError):
+            return False
+
+
+def _plan(
+    root: str | Path, key: Mapping[str, Any], pairs: Sequence[TokenizedPair], layout: Layout
+) -> _Plan:
+    lengths = {_pair_name(p): p.tokens for p in pairs}
+    ends = torch.tensor(list(lengths.values())).cumsum(0).tolist()
+    names = hashlib.sha256("".join(lengths).encode()).hexdigest()
+    told = {**key, "format": _FORMAT, "layout": repr(layout), "pairs": names}
+    text = json.dumps(told, indent=2, sort_keys=True) + "\n"
+    width, dtype = layout.base
+    sizes = {
+        "trunk.bin": ends[-1] * layout.width * layout.dtype.itemsize,
+        "base.bin": ends[-1] * width * dtype.itemsize,
+        "sums.bin": len(lengths) * 8,
+    }
+    directory = Path(root) / hashlib.sha256(text.encode()).hexdigest()[:32]
+    return _Plan(directory, text, {name: i for i, name in enumerate(lengths)}, ends, sizes)
+
+
+def _make(plan: _Plan, room: int) -> None:
+    """Write an empty cache of full size; all others may take `room` bytes."""
+    root = plan.directory.parent
+    files.check_writable(root)
+    root.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(plan.directory, ignore_errors=True)
+    others = sorted((d for d in root.iterdir() if d.is_dir()), key=lambda d: d.stat().st_mtime)
+    taken = {d: sum(f.stat().st_size for f in d.iterdir() if f.is_file()) for d in others}
+    for other in others:
+        if sum(taken.values()) <= room:
+            break
+        shutil.rmtree(other, ignore_errors=True)
+        del taken[other]
+    free, needed = shutil.disk_usage(root).free, sum(plan.sizes.values())
+    if needed > free:
+        raise ConfigError(
+            f"cache_trunk: {root} has {free / 2**30:.1f} GiB left and {needed / 2**30:.1f} are "
+            "needed; make room, set QADAPTER_CACHE to another disk, or set cache_trunk=false."
+        )
+    _log.info("trunk cache: %.2f GiB in %s", needed / 2**30, plan.directory)
+    with files.whole_directory(plan.directory) as partial:
+        for name, size in plan.sizes.items():
+            with open(partial / name, "wb") as file:
+                file.truncate(size)
+                if hasattr(os, "posix_fallocate"):
+                    # Reserved now: a full disk is told before the first step and not in an epoch.
+                    os.posix_fallocate(file.fileno(), 0, size)
+        (partial / "key.json").write_text(plan.text, encoding="utf-8")
+
+
+def share_kept(
+    root: str | Path, key: Mapping[str, Any], pairs: Sequence[TokenizedPair], layout: Layout
+) -> float:
+    """Return the share of the pairs' tokens that a cache on disk holds; arguments as `TrunkCache`.
+
+    What a disk has damaged counts, for only reading all would tell.
+    """
+    plan = _plan(root, key, pairs, layout)
+    try:
+        sums = (plan.directory / "sums.bin").read_bytes() if plan.sound() else b""
+    except OSError:  # another run removes it
+        sums = b""
+    if len(sums) != plan.sizes["sums.bin"]:
+        return 0.0
+    there = torch.frombuffer(bytearray(sums), dtype=torch.int64) != 0
+    tokens = torch.tensor(plan.ends).diff(prepend=torch.tensor([0]))
+    return int(tokens[there].sum()) / plan.ends[-1]
+
+
 class TrunkCache:
     """Trunk activations and the base's part of a set of pairs, on disk.
 
@@ -135,124 +253,71 @@ class TrunkCache:
     ) -> None:
         # First by the lengths alone: what does not fit is not read.
         check_limit(layout.size(int(pair_lengths(pairs).sum())), limit)
-        lengths = {_pair_name(p): p.tokens for p in pairs}
-        self._slots = {name: i for i, name in enumerate(lengths)}
-        self._ends = torch.tensor(list(lengths.values())).cumsum(0).tolist()
-        size = layout.size(self._ends[-1])
-        names = hashlib.sha256("".join(lengths).encode()).hexdigest()
-        told = {**key, "format": _FORMAT, "layout": repr(layout), "pairs": names}
-        text = json.dumps(told, indent=2, sort_keys=True) + "\n"
-        self.directory = Path(root) / hashlib.sha256(text.encode()).hexdigest()[:32]
+        plan = _plan(root, key, pairs, layout)
+        self.directory, self._slots, self._ends = plan.directory, plan.slots, plan.ends
         self.scalars = layout.scalars
-        sizes = self._sizes(layout)
-        try:
-            if not self._sound(text, sizes):
-                self._make(text, sizes, limit - size)
+        self.size = sum(plan.sizes.values())
+        """Bytes on disk."""
+        with self._usable():
+            if not plan.sound():
+                _make(plan, limit - layout.size(plan.ends[-1]))
             os.utime(self.directory)
-            self._maps = {name: self._mapped(name) for name in sizes}
+            self._trunk = _Rows(self.directory / "trunk.bin", layout.width, layout.dtype)
+            self._base = _Rows(self.directory / "base.bin", *layout.base)
+            self._sums = _Rows(self.directory / "sums.bin", 1, torch.int64)
+
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise UserError(
                 f"cache_trunk: {self.directory} cannot be used ({error.strerror or error}), or "
                 "another run took its place; start again, or set cache_trunk=false."
             ) from error
-        width, dtype = layout.base
-        trunk = torch.frombuffer(self._maps["trunk.bin"], dtype=layout.dtype)
-        self._trunk = trunk.view(-1, layout.width)
-        self._base = torch.frombuffer(self._maps["base.bin"], dtype=dtype).view(-1, width)
-        self._sums = torch.frombuffer(self._maps["sums.bin"], dtype=torch.int64)
 
-    def _sizes(self, layout: Layout) -> dict[str, int]:
-        tokens = self._ends[-1]
-        width, dtype = layout.base
-        return {
-            "trunk.bin": tokens * layout.width * layout.dtype.itemsize,
-            "base.bin": tokens * width * dtype.itemsize,
-            "sums.bin": len(self._slots) * 8,
-        }
+    def _where(self, batch: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+        """Return of each pair of a `PackedBatch` its place, and its first token's."""
+        slots = [self._slots[name] for name in _batch_names(batch)]
+        return [(slot, self._ends[slot - 1] if slot else 0) for slot in slots]
 
-    def _sound(self, text: str, sizes: Mapping[str, int]) -> bool:
-        """Return whether the directory is there, with this key and files of the right size."""
-        try:
-            same = (self.directory / "key.json").read_text(encoding="utf-8") == text
-            return same and all((self.directory / n).stat().st_size == s for n, s in sizes.items())
-        except (OSError, UnicodeDecodeError):
-            return False
-
-    def _make(self, text: str, sizes: Mapping[str, int], room: int) -> None:
-        root = self.directory.parent
-        files.check_writable(root)
-        root.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(self.directory, ignore_errors=True)
-        others = sorted((d for d in root.iterdir() if d.is_dir()), key=lambda d: d.stat().st_mtime)
-        taken = {d: sum(f.stat().st_size for f in d.iterdir() if f.is_file()) for d in others}
-        for other in others:
-            if sum(taken.values()) <= room:
-                break
-            shutil.rmtree(other, ignore_errors=True)
-            del taken[other]
-        free, needed = shutil.disk_usage(root).free, sum(sizes.values())
-        if needed > free:
-            raise ConfigError(
-                f"cache_trunk: {root} has {free / 2**30:.1f} GiB left and {needed / 2**30:.1f} are "
-                "needed; make room, set QADAPTER_CACHE to another disk, or set cache_trunk=false."
-            )
-        _log.info("trunk cache: %.2f GiB in %s", needed / 2**30, self.directory)
-        with files.whole_directory(self.directory) as partial:
-            for name, size in sizes.items():
-                with open(partial / name, "wb") as file:
-                    file.truncate(size)
-                    if hasattr(os, "posix_fallocate"):
-                        # Reserved now: a write to the map of a full disk would kill the run.
-                        os.posix_fallocate(file.fileno(), 0, size)
-            (partial / "key.json").write_text(text, encoding="utf-8")
-
-    def _mapped(self, name: str) -> mmap.mmap:
-        with open(self.directory / name, "r+b") as file:
-            return mmap.mmap(file.fileno(), 0)
-
-    def _let_go(self) -> None:
-        """Hand mapped pages back to the system, so that they do not count as this process's.
-
-        Nothing is lost: pages of a shared map live on in the file.
-        """
-        if hasattr(mmap, "MADV_DONTNEED"):
-            for mapped in self._maps.values():
-                mapped.madvise(mmap.MADV_DONTNEED)
-
-    @property
-    def size(self) -> int:
-        """Bytes on disk."""
-        return sum(t.numel() * t.itemsize for t in (self._trunk, self._base, self._sums))
-
-    def _part(self, slot: int) -> Kept:
-        where = slice(self._ends[slot - 1] if slot else 0, self._ends[slot])
-        return Kept(self._trunk[where], self._base[where])
+    def _load(self, slot: int, start: int, part: Kept) -> bool:
+        """Read one pair's part; return whether it is there and sound."""
+        told = self._sums.empty(1)
+        files = (self._sums, slot, told), (self._trunk, start, part.trunk)
+        whole = all(f.read(row, t) for f, row, t in (*files, (self._base, start, part.base)))
+        return whole and int(told) == _checksum(part)
 
     def forget(self, batch: Mapping[str, Tensor]) -> None:
         """Let the pairs of a `PackedBatch` be missing."""
-        for name in _batch_names(batch):
-            self._sums[self._slots[name]] = 0
+        for slot, _ in self._where(batch):
+            self._sums.write(slot, torch.zeros(1, dtype=torch.int64))
 
     def read(self, batch: Mapping[str, Tensor]) -> Kept | None:
-        """Return what is kept of a `PackedBatch`, on the CPU; None if any pair of it is missing."""
-        slots = [self._slots[name] for name in _batch_names(batch)]
-        parts = [self._part(slot) for slot in slots]
-        for slot, part in zip(slots, parts, strict=True):
-            if int(self._sums[slot]) != _checksum(part):
-                return None
-        found = Kept(torch.cat([p.trunk for p in parts]), torch.cat([p.base for p in parts]))
-        self._let_go()
-        return found
+        """Return what is kept of a `PackedBatch`, on the CPU; None if any pair of it is missing.
+
+        Raises:
+            UserError: the files cannot be read.
+        """
+        lengths = batch["spans"][:, 1:].sum(1).tolist()
+        found = Kept(self._trunk.empty(sum(lengths)), self._base.empty(sum(lengths)))
+        parts = map(Kept, *(t.split(lengths) for t in found))
+        with self._usable():
+            whole = all(self._load(*w, p) for w, p in zip(self._where(batch), parts, strict=True))
+        return found if whole else None
 
     def write(self, batch: Mapping[str, Tensor], kept: Kept) -> None:
-        """Keep what was computed of a `PackedBatch`."""
+        """Keep what was computed of a `PackedBatch`.
+
+        Raises:
+            UserError: the files cannot be written.
+        """
         lengths = batch["spans"][:, 1:].sum(1).tolist()
-        trunks, bases = kept.trunk.split(lengths), kept.base.split(lengths)
-        for name, trunk, base in zip(_batch_names(batch), trunks, bases, strict=True):
-            slot = self._slots[name]
-            part = self._part(slot)
-            self._sums[slot] = 0
-            part.trunk.copy_(trunk)
-            part.base.copy_(base)
-            self._sums[slot] = _checksum(part)
-        self._let_go()
+        pieces = ((kept.trunk, self._trunk), (kept.base, self._base))
+        parts = map(Kept, *(t.to("cpu", f.dtype).contiguous().split(lengths) for t, f in pieces))
+        with self._usable():
+            for (slot, start), part in zip(self._where(batch), parts, strict=True):
+                self._sums.write(slot, torch.zeros(1, dtype=torch.int64))
+                self._trunk.write(start, part.trunk)
+                self._base.write(start, part.base)
+                self._sums.write(slot, torch.tensor([_checksum(part)]))

@@ -114,7 +114,8 @@ class QConfig:
 def bf16_supported() -> bool:
     """Return whether the device has instructions for bfloat16."""
     if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
+        # Emulated it is slower than float32, and torch counts that as supported.
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if torch.backends.mps.is_available():
         return True
     capabilities = torch.cpu.get_capabilities()
@@ -125,6 +126,7 @@ def _same(one: str, other: str) -> bool:
     return Path(one).resolve() == Path(other).resolve()
 
 
+_SAMPLING = ("random", "sequential")
 _POSITIVE = (
     "gradient_accumulation_steps",
     "per_device_eval_batch_size",
@@ -277,6 +279,11 @@ class QAdapterConfig(TrainingArguments):
             raise ConfigError(f"seed: {self.seed} must not be negative.")
         if not self.eval_data and (str(self.eval_strategy) != "no" or self.eval_on_start):
             raise ConfigError("eval_strategy: there is nothing to evaluate on; add --eval_data F.")
+        if self.train_sampling_strategy not in _SAMPLING:
+            raise ConfigError(
+                f"train_sampling_strategy: {self.train_sampling_strategy!r} is not one of "
+                f"{', '.join(_SAMPLING)}; leave it out, for packed pairs like lengths gain nothing."
+            )
         self._check_trackers()
         self._check_budget()
         if self.early_stopping_patience is not None:
@@ -340,10 +347,16 @@ class QAdapterConfig(TrainingArguments):
                 "--load_best_model_at_end true."
             )
 
-    @property
-    def wants_trunk_cache(self) -> bool:
-        """Whether a trunk cache is asked for, or pays: the second epoch reads it."""
-        return self.num_train_epochs > 1 if self.cache_trunk is None else self.cache_trunk
+    def epochs(self, batches: int) -> float:
+        """Return how often a run passes over so many micro-batches."""
+        if self.max_steps <= 0:
+            return self.num_train_epochs
+        # transformers lets max_steps, where it is given, overrule the epochs.
+        return float(self.max_steps / math.ceil(batches / self.gradient_accumulation_steps))
+
+    def wants_trunk_cache(self, batches: int) -> bool:
+        """Return whether a trunk cache is asked for, or pays: the second epoch reads it."""
+        return self.epochs(batches) > 1 if self.cache_trunk is None else self.cache_trunk
 
     def q_config(self, **identity: str) -> QConfig:
         """Return the artefact's part of this run; `identity` fills base and tokenizer fields."""

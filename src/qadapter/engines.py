@@ -76,7 +76,8 @@ def _options(config: QAdapterConfig) -> list[str]:
     used = {
         "quantised base": config.quantize_base is not None,
         "gradient checkpointing": config.gradient_checkpointing,
-        "trunk cache": config.wants_trunk_cache,
+        # As of the fewest pairs, which are not read yet.
+        "trunk cache": config.wants_trunk_cache(1),
         "forgetting budget": config.max_kl is not None or config.max_drop is not None,
     }
     return [precision, *(name for name, on in used.items() if on)]

@@ -40,6 +40,11 @@ class Epoch:
     flops: float
     """Floating-point operations of matrix products and attention, two for a multiply-add."""
 
+    def mixed(self, other: Epoch, share: float) -> Epoch:
+        """Return what a pass takes of which this share goes as another one."""
+        pairs = ((self.seconds, other.seconds), (self.flops, other.flops))
+        return Epoch(*((1 - share) * mine + share * its for mine, its in pairs))
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -58,6 +63,8 @@ class Estimate:
     """Later epochs, where the trunk comes from the cache; None where it does not."""
     cache: int
     """Bytes of the trunk cache."""
+    kept: float
+    """Share of the tokens whose trunk lies on disk already: the first epoch reads it."""
     peak: float
     """GiB, of the accelerator, else of the process."""
 
@@ -176,8 +183,9 @@ def estimate(config: QAdapterConfig) -> Estimate:
         elsewhere.output_dir = directory  # transformers' Trainer makes it at once
         trainer = run.trainer(elsewhere)
         rows = _rows(trainer, run.train_set)
-        keeps = config.wants_trunk_cache and _fits(trainer, int(rows.tokens.sum()))
-        return _tried(config, run, rows, Path(directory), keeps)
+        keeps = config.wants_trunk_cache(len(rows)) and _fits(trainer, int(rows.tokens.sum()))
+        kept = trainer.share_kept if keeps else 0.0
+        return _tried(config, run, rows, Path(directory), keeps, kept)
 
 
 def _tried(
@@ -186,6 +194,7 @@ def _tried(
     rows: Rows,
     directory: Path,
     keeps: bool,
+    kept: float,
 ) -> Estimate:
     spread = _spread(rows)
     short = copy.copy(config)
@@ -227,17 +236,16 @@ def _tried(
         for seconds, count in zip(passes, flops, strict=True)
     )
     pairs = run.train_set
-    # transformers lets max_steps, where it is given, overrule the epochs.
-    steps = config.max_steps * config.gradient_accumulation_steps
     return Estimate(
         pairs=len(pairs),
         dropped=sum(len(v) for v in run.dropped.values()),
         tokens=whole,
         response_tokens=sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs),
-        epochs=config.num_train_epochs if steps <= 0 else steps / len(rows),
+        epochs=config.epochs(len(rows)),
         batches=len(rows),
-        first=first,
+        first=first.mixed(later, kept) if cached else first,
         later=later if cached else None,
         cache=trainer.layout.size(whole) if cached else 0,
+        kept=kept if cached else 0.0,
         peak=peak,
     )

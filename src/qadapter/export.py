@@ -69,8 +69,13 @@ def export_policy(policy: Policy, output: str | Path, *, strength: Strength = 1.
     model = policy.model
     if model.head_weight is None:
         raise ModelError(
-            f"{model.base_name}: an adapted, biased or soft-capped head needs two heads, which "
-            "--format policy does not have; use --format merged, or adapt only the layers."
+            f"{model.base_name}: an adapted, biased, scaled or soft-capped head needs two heads, "
+            "which --format policy does not have; use --format merged, or adapt only the layers."
+        )
+    if not model.shares_trunk:
+        raise ModelError(
+            f"{model.base_name}: its decoder cannot be split, and so not be lengthened by a branch "
+            "as --format policy does; use --format merged."
         )
 
     def write(directory: Path) -> None:

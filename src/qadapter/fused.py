@@ -45,11 +45,15 @@ class _Running:
         self.peak = torch.full((states,), -torch.inf, dtype=dtype, device=device)
         self.total = torch.zeros(states, dtype=dtype, device=device)
 
-    def take(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a tile's `exp(logits − peak)`, in place, and what older sums shrink by."""
-        peak = torch.maximum(self.peak, logits.amax(-1))
+    def take(self, logits: Tensor, near: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+        """Return a tile's `exp(logits − peak)`, in place, and what older sums shrink by.
+
+        Args:
+            near: what was taken off the logits of each state.
+        """
+        peak = torch.maximum(self.peak, logits.amax(-1) + near)
         shrink = (self.peak - peak).exp()
-        weights = logits.sub_(peak[:, None]).exp_()
+        weights = logits.sub_((peak - near)[:, None]).exp_()
         self.total.mul_(shrink).add_(weights.sum(-1))
         self.peak = peak
         return weights, shrink
@@ -60,6 +64,22 @@ class _Running:
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+_FIRST_WORDS = 1024
+"""Words that are looked at first in half precision, for a logit near the largest."""
+
+
+def _logits(h: Tensor, w: Tensor, peak: Tensor) -> tuple[Tensor, Tensor | float]:
+    """Return a tile's logits less what is near the largest so far, and that, as wide as `peak`.
+
+    A product in half precision ends in a rounding, in bfloat16 of a logit of 20 by up to 0.06. As
+    a distance from the largest it loses least where its weight is most.
+    """
+    if h.itemsize >= 4:
+        return h @ w.T, 0.0
+    near = peak.to(h.dtype)
+    return torch.addmm(-near[:, None], h, w.T).to(peak.dtype), near.to(peak.dtype)
 
 
 def _check(weight: Tensor) -> None:
@@ -78,10 +98,12 @@ class _LinearLogsumexp(torch.autograd.Function):
         for row in rows:
             h = hidden[row]
             running = _Running(len(h), wide, h.device)
+            if h.itemsize < 4:
+                running.peak = (h @ weight[:_FIRST_WORDS].T).amax(-1).to(wide)
             mean = torch.zeros(h.shape, dtype=wide, device=h.device)
             for column in columns:
                 w = weight[column]
-                weights, shrink = running.take((h @ w.T).to(wide))
+                weights, shrink = running.take(*_logits(h, w, running.peak))
                 if needs_grad:
                     # d logsumexp(W·h)/dh = Σ_a softmax_a · W_a: made now, while the tile is here.
                     mean.mul_(shrink[:, None]).add_(weights.to(w.dtype) @ w)
@@ -107,7 +129,8 @@ def linear_logsumexp(hidden: Tensor, weight: Tensor) -> Tensor:
         weight: `[V, D]`, the frozen head, same dtype.
 
     Returns:
-        `[M]`, float32 (float64 for float64 inputs), in nats.
+        `[M]`, float32 (float64 for float64 inputs), in nats. In bfloat16 products are rounded once,
+        and SmolLM2's values are off by 0.003 (root mean square; 0.03 at most).
 
     Raises:
         ValueError: the head asks for a gradient.

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from qadapter import alarms, engines, files, hub, ranks
 from qadapter.budget import Budget, DropMeter, KLMeter, Meter, hold_out
-from qadapter.cache import Kept, Layout, TrunkCache
+from qadapter.cache import Kept, Layout, TrunkCache, share_kept
 from qadapter.checkpoints import damage, newest_sound
 from qadapter.config import QAdapterConfig
 from qadapter.data import (
@@ -287,11 +287,24 @@ class QAdapterTrainer(EngineTrainer):
         model = cast(QAdapterModel, self.model)
         return Layout(model.base_width, model.dtype, model.scalars_suffice)
 
+    def _cache_key(self, base_hash: str) -> dict[str, Any]:
+        model = cast(QAdapterModel, self.model)
+        # "no", "bf16" or "fp16": what autocast does to the base's layers.
+        autocast = self.accelerator.mixed_precision
+        return {"weights": base_hash, "autocast": autocast, **model.trunk_key}
+
+    @property
+    def share_kept(self) -> float:
+        """The share of the pairs' tokens of which the trunk lies on disk already."""
+        base = hub.exact_weights_hash(cast(QAdapterModel, self.model).base_parameters())
+        pairs = cast(Sequence[TokenizedPair], self.train_dataset)
+        return share_kept(self.cache_root, self._cache_key(base), pairs, self.layout)
+
     def _open_cache(self, base_hash: str) -> TrunkCache | None:
         """Return the trunk cache that the settings ask for, if this base can use one."""
         model, args = cast(QAdapterModel, self.model), cast(QAdapterConfig, self.args)
         asked = args.cache_trunk
-        if not args.wants_trunk_cache:
+        if not args.wants_trunk_cache(len(self.get_train_dataloader())):
             return None
         if not (packable(model) and model.caches_trunk):
             if asked:
@@ -299,16 +312,15 @@ class QAdapterTrainer(EngineTrainer):
                     "cache_trunk: this base or objective cannot start from a kept trunk; "
                     "set cache_trunk=false."
                 )
-            if packable(model):  # what cannot pack has been told when the trainer was made
+            # What cannot pack, or has no trunk, has been told when it was made.
+            if packable(model) and model.shares_trunk:
                 _log.warning("training without a trunk cache: this base cannot start from one")
             return None
-        # "no", "bf16" or "fp16": what autocast does to the base's layers.
-        key = {"weights": base_hash, "autocast": self.accelerator.mixed_precision}
         try:
             with args.main_process_first(desc="trunk cache"):
                 return TrunkCache(
                     self.cache_root,
-                    {**key, **model.trunk_key},
+                    self._cache_key(base_hash),
                     cast(Sequence[TokenizedPair], self.train_dataset),
                     self.layout,
                     limit=int(args.cache_trunk_gib * 2**30),

@@ -35,12 +35,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "gpt2": {},
 }
+UNUSUAL: dict[str, dict[str, Any]] = {
+    "granite": {"logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2},
+    "cohere": {"logit_scale": 0.25},
+    "phi": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16},
+    "gemma3n_text": {"head_dim": 8, "num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCAB},
+}
+"""Families whose head is scaled, or whose decoder does not end as others do."""
+WHOLE = ("phi", "opt", "gemma3n_text")
+"""Those of them whose decoder cannot be split."""
 
 
 def tiny_base(family: str, seed: int = 0) -> Any:
     """Return a four-layer random model in float32, eval mode."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family]})
+    config = AutoConfig.for_model(family, **{**_COMMON, **(FAMILIES | UNUSUAL)[family]})
     for key, value in config.to_dict().items():
         if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import FAMILIES, tiny_base
 from test_train import assert_close, random_pairs, trainer, weights
+from transformers import TrainerCallback
 
 from qadapter.cache import Kept, Layout, TrunkCache
 from qadapter.data import TokenizedPair
@@ -48,11 +49,17 @@ def layer_calls(run: QAdapterTrainer) -> list[int]:
     return steps
 
 
+def losses_of(run: QAdapterTrainer) -> list[float]:
+    """Train; return the loss of every step."""
+    run.train()
+    return losses(run)
+
+
 def losses(run: QAdapterTrainer) -> list[float]:
     return [line["loss"] for line in run.state.log_history if "loss" in line]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "granite", "cohere"])
 def test_training_from_the_cache_is_the_same_training(family: str, tmp_path: Path) -> None:
     runs = []
     for cached in (False, True):
@@ -109,6 +116,21 @@ def test_one_epoch_writes_nothing_unless_asked(cache_root: Path, tmp_path: Path)
     assert not cache_root.exists()
 
 
+def test_steps_that_end_in_the_first_epoch_write_nothing_whatever_the_epochs(
+    cache_root: Path, tmp_path: Path
+) -> None:
+    """16 pairs are two micro-batches, and one step of an accumulation of three."""
+    for name, fields in {
+        "a": {"max_steps": 2},
+        "b": {"max_steps": 1, "gradient_accumulation_steps": 3},
+        "c": {"max_steps": 4, "per_device_train_batch_size": 4},
+    }.items():
+        trainer(tmp_path / name, random_pairs(16), num_train_epochs=3, **fields).train()
+        assert not cache_root.exists(), name
+    run = trainer(tmp_path / "d", random_pairs(16), num_train_epochs=1, max_steps=3)
+    assert layer_calls(run) == [1, 1, 0]
+
+
 @pytest.mark.parametrize("name", ["trunk.bin", "base.bin", "sums.bin"])
 def test_a_damaged_part_is_computed_again(name: str, cache_root: Path, tmp_path: Path) -> None:
     pairs = random_pairs(16)
@@ -141,6 +163,37 @@ def test_a_damaged_directory_is_made_anew(damage: Any, cache_root: Path, tmp_pat
     damage(directory)
     assert layer_calls(trainer(tmp_path / "b", pairs, cache_trunk=True)) == [1, 1]
     assert layer_calls(trainer(tmp_path / "c", pairs, cache_trunk=True)) == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["trunk.bin", "base.bin", "sums.bin"])
+def test_what_another_process_cuts_off_in_a_run_is_computed_again(
+    name: str, cache_root: Path, tmp_path: Path
+) -> None:
+    """The files were mapped into memory, and reading a page that is gone ended the process."""
+    pairs = random_pairs(16)
+    expected = losses_of(trainer(tmp_path / "a", pairs, num_train_epochs=3, cache_trunk=False))
+    run = trainer(tmp_path / "b", pairs, num_train_epochs=3)
+
+    class Cut(TrainerCallback):
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                (directory,) = cache_root.iterdir()
+                os.truncate(directory / name, 0)
+
+    run.add_callback(Cut())
+    assert layer_calls(run) == [1, 1, 1, 1, 0, 0]
+    assert losses(run) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full device")
+def test_a_disk_that_fills_up_is_told(tmp_path: Path) -> None:
+    pairs = random_pairs(2)
+    cache, batch = opened(tmp_path, pairs, 2**30), pack_pairs(pairs)
+    tokens = batch["input_ids"].shape[1]
+    with open("/dev/full", "r+b", buffering=0) as full:
+        cache._trunk._file = full
+        with pytest.raises(UserError, match=r"cache_trunk: .* cannot be used \(No space left"):
+            cache.write(batch, Kept(torch.zeros(tokens, 5), torch.zeros(tokens, 2)))
 
 
 def changed(tmp_path: Path, what: str) -> QAdapterTrainer:

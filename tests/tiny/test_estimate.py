@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,7 +14,15 @@ from qadapter.cli import main
 from qadapter.config import QAdapterConfig
 from qadapter.errors import ConfigError
 from qadapter.estimate import Clock, Estimate, estimate
+from qadapter.packing import pack_pairs
 from qadapter.train import QAdapterTrainer, prepare
+
+
+@pytest.fixture(autouse=True)
+def own_trunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place for trunk caches in which no other test leaves one."""
+    monkeypatch.setenv("QADAPTER_CACHE", str(tmp_path / "own"))
+    return tmp_path / "own" / "trunk"
 
 
 def config_for(base: str, data: str, output: Path, **fields: Any) -> QAdapterConfig:
@@ -89,6 +97,10 @@ def test_a_limit_of_steps_overrules_the_epochs(base: str, data: str, tmp_path: P
     found = estimate(config_for(base, data, tmp_path / "out", max_steps=1))
     assert found.epochs == pytest.approx(1 / found.batches)
     assert found.seconds == pytest.approx(found.first.seconds / found.batches)
+    assert (found.later, found.cache) == (None, 0)
+    # Of three micro-batches, a step takes two and the next the one that is left.
+    fields = {"max_steps": 2, "gradient_accumulation_steps": 2}
+    assert estimate(config_for(base, data, tmp_path / "out", **fields)).epochs == 1
 
 
 def test_one_epoch_has_no_later_ones(base: str, data: str, tmp_path: Path) -> None:
@@ -129,6 +141,35 @@ def test_a_cache_that_the_run_may_not_write_is_not_counted_on(
     fields["num_train_epochs"] = 1
     with pytest.raises(ConfigError, match="cache_trunk_gib"):
         estimate(config_for(base, data, tmp_path / "out", cache_trunk=True, **fields))
+
+
+def test_a_cache_that_lies_there_is_counted_on(
+    base: str, data: str, tmp_path: Path, own_trunks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_for(base, data, tmp_path / "out")
+    run = trainer_of(config, own_trunks)
+    run.train()
+    again = counted(config, own_trunks, 2)
+    found = estimate(config_for(base, data, tmp_path / "out"))
+    assert found.kept == 1
+    assert found.later is not None
+    assert found.first.flops + found.later.flops == pytest.approx(again, rel=0.25)
+    assert found.first == found.later
+    words = f"train --data {data} --model {base} --output {tmp_path / 'out'} --max_length 200"
+    options = "--bf16 false --trunk 0.5 --num_train_epochs 2 --dry-run"
+    assert main([*words.split(), *options.split()]) == 0
+    assert "GiB, 100% of it on disk already" in capsys.readouterr().out
+
+    pairs = list(cast(Any, run.train_dataset))
+    assert run.cache is not None
+    run.cache.forget(cast(Any, pack_pairs(pairs[:5])))
+    part = estimate(config_for(base, data, tmp_path / "out"))
+    gone = sum(p.tokens for p in pairs[:5]) / sum(p.tokens for p in pairs)
+    assert part.kept == pytest.approx(1 - gone)
+    assert part.later is not None
+    assert part.later.flops < part.first.flops < counted(config, tmp_path / "fresh", 1)
+    other = estimate(config_for(base, data, tmp_path / "out", trunk=0.25))
+    assert other.kept == 0
 
 
 def test_nothing_is_written(

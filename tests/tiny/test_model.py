@@ -286,7 +286,7 @@ def test_q_and_v_from_hidden_states_equal_the_specification(
     assert torch.allclose(ours.following, value[0, following] * goes_on, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@families
 def test_gradients_equal_those_of_two_whole_passes(family: str) -> None:
     model, ids = tiny_adapter(family), tokens(rows=1, length=8)
     states, actions = torch.arange(7), ids[0, 1:]

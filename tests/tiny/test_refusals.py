@@ -128,9 +128,8 @@ def test_other_tensors_than_the_adapters_are_refused(
         ("qwen3_5_text", {}, 0.5),
         ("olmo_hybrid", {}, 0.0),
         ("olmo_hybrid", {}, 0.5),
-        ("granite", {"logits_scaling": 1.01}, 0.75),
         ("mixtral", {"num_local_experts": 2}, 0.75),
-        ("phi", {}, 0.75),
+        ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}, 0.75),
     ],
 )
 def test_a_base_without_exact_streams_is_refused(
@@ -321,7 +320,10 @@ BEST = "--load_best_model_at_end true --eval_strategy epoch --save_strategy epoc
         ("--learning_rate -1", "learning_rate:"),
         ("--seed -1", "seed:"),
         ("--lr_scheduler_type cosine_with_min_lr", "min_lr"),
-        ("--train_sampling_strategy group_by_length", "cannot go on with these settings"),
+        ("--train_sampling_strategy group_by_length", "qadapter: train_sampling_strategy:"),
+        ("--train_sampling_strategy group_by_length --dry-run", "train_sampling_strategy:"),
+        ("--train_sampling_strategy batch_rebalance", "qadapter: train_sampling_strategy:"),
+        ("--group_by_length true", "--group_by_length"),
         (f"{BEST} --metric_for_best_model nonsense --eval_data DATA", "nonsense"),
         ("--optim adamw_bnb_8bit", "bitsandbytes"),
         ("--deepspeed x.json", "deepspeed"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from models import FAMILIES, VOCAB, tiny_base
 
 from qadapter import attention, functional
-from qadapter.config import QAdapterConfig, QConfig
+from qadapter.config import QAdapterConfig, QConfig, bf16_supported
 from qadapter.data import TokenizedPair
 from qadapter.errors import ConfigError, ModelError, TrainingError
 from qadapter.fused import causal_attention
@@ -463,6 +463,18 @@ def test_a_base_that_changes_is_an_error(tmp_path: Path) -> None:
 def test_settings_out_of_range_are_refused(tmp_path: Path, field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=field):
         settings(tmp_path, **{field: value})
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_gpu_that_only_emulates_bfloat16_has_it_not(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def supported(including_emulation: bool = True) -> bool:
+        return native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert bf16_supported() == native
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

@@ -95,7 +95,8 @@ def _estimate(config: QAdapterConfig) -> None:
     print(f"first epoch      {told(found.first)}")
     if found.later is not None:
         print(f"later epochs     {told(found.later)} each, from a cache on disk")
-        print(f"trunk cache      {found.cache / 2**30:.2f} GiB")
+        there = f", {found.kept:.0%} of it on disk already" if found.kept else ""
+        print(f"trunk cache      {found.cache / 2**30:.2f} GiB{there}")
     print(f"training         {duration(found.seconds)} for {found.epochs:g} epochs")
     print(f"peak memory      {found.peak:.1f} GiB")
     print("nothing was written; leave out --dry-run to start")

@@ -4,7 +4,8 @@ The base pass runs with the adapter off; what it hands to each of its last K lay
 rotary embeddings, positions) is caught, and those layers run again from the trunk's output with the
 adapter on, their keys and values in cache entries of their own: layer `i` lives at `i + K`. No
 weights are copied and no family needs code of its own (arXiv:2407.03856; METHOD §6). Several
-adapters have a branch each, of its own depth, beside the one of the base.
+adapters have a branch each, of its own depth, beside the one of the base. Where a decoder cannot be
+taken apart so, each branch is a pass over all its layers.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qadapter.attention import PackedPairs
+from qadapter.decoder import final_norm
 from qadapter.errors import ModelError
 from qadapter.model.stacked import CacheView, Stacked, agree, cache_shifts, hooked
 from qadapter.model.streams import Adapter, Streams
@@ -63,6 +65,13 @@ class _BranchCache(CacheView):
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         return self._cache.get_seq_length(layer_idx + self._shift)
 
+    # The two that a whole decoder asks for its masks.
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> Any:
+        return self._cache.get_mask_sizes(query_length, layer_idx + self._shift)
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        return self._cache.get_query_offset(layer_idx + self._shift)
+
 
 class Branches(Stacked):
     """The part of a `QAdapterModel` that runs its layers: tokens in, `Streams` out."""
@@ -70,8 +79,8 @@ class Branches(Stacked):
     if TYPE_CHECKING:
         config: Any
         dtype: torch.dtype
+        shares_trunk: bool
         _base: PreTrainedModel
-        _norm: nn.Module
         _tuned: list[Any]
         _off: bool
 
@@ -119,6 +128,10 @@ class Branches(Stacked):
     def branch_depth(self) -> int:
         """K, the number of layers that run more than once."""
         return max(adapter.depth for adapter in self.adapters)
+
+    @cached_property
+    def _norm(self) -> nn.Module:
+        return final_norm(self._decoder, self._layers)
 
     @property
     def _first(self) -> int:
@@ -179,6 +192,8 @@ class Branches(Stacked):
         self, inputs: dict[str, Any], cache: Any, adapters: tuple[Adapter, ...]
     ) -> Streams:
         """Return all branches from a base pass and another over its last K layers for each."""
+        if not self.shares_trunk:
+            return self._whole_passes(inputs, cache, adapters)
         calls: _Calls = []
         first = min(adapter.first for adapter in adapters)
 
@@ -200,6 +215,20 @@ class Branches(Stacked):
                 states.append(self._branch(trunk, mine, cache, shifts[adapter]))
         one = len(adapters) == 1
         return Streams(states[0], base, trunk if one else None, tuple(states[1:]))
+
+    def _whole_passes(
+        self, inputs: dict[str, Any], cache: Any, adapters: tuple[Adapter, ...]
+    ) -> Streams:
+        """Return all branches from a pass over all layers for each."""
+        with torch.no_grad(), self.adapter_off():
+            base = self._decoder(**inputs).last_hidden_state
+        shifts, states = cache_shifts(adapters), []
+        for adapter in adapters:
+            view = None if cache is None else _BranchCache(cache, shifts[adapter])
+            with self._only(adapter):
+                found = self._decoder(**{**inputs, "past_key_values": view})
+            states.append(found.last_hidden_state)
+        return Streams(states[0], base, None, tuple(states[1:]))
 
     def _arguments(self, inputs: dict[str, Any]) -> _Calls:
         """Return what the base hands to each of its last K layers, without running any."""
@@ -255,7 +284,7 @@ class Branches(Stacked):
         False where pairs cannot be packed or the decoder does more between its layers than call
         them one after another.
         """
-        if not self.packs:
+        if not (self.shares_trunk and self.packs):
             return False
         row: dict[str, Any] = {
             "input_ids": torch.tensor([[1, 2, 3, 1, 2]], device=self.device),

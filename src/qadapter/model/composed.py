@@ -144,6 +144,7 @@ class Composed:
         config: Any
         training: bool
         adapters: tuple[Adapter, ...]
+        shares_trunk: bool
         lengthened: Callable[..., Any]
         _base: PreTrainedModel
         _layers: nn.ModuleList
@@ -191,6 +192,8 @@ class Composed:
                 f"{weights}: cannot be loaded ({error}); the file is damaged, copy or train again."
             ) from error
         adapter = describe(name, key, q_config, inside, self._n_layers)
+        if not self.shares_trunk:
+            adapter = replace(adapter, first=0, depth=self._n_layers)
         self._have((*self.adapters, adapter))
         return adapter
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from qadapter import functional, fused
 from qadapter.config import QConfig
@@ -45,6 +47,27 @@ def _each(strength: float | Sequence[float] | Tensor, streams: Streams) -> list[
     return list(each(strength, [str(i) for i in range(1, n + 1)]))
 
 
+class _Known(nn.Module):
+    """Stands in a base for its decoder, whose final hidden states are known already."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self._states = states
+
+    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=cast(Any, self._states))
+
+
+def _with_states(module: nn.Module, path: Sequence[str], states: Tensor) -> nn.Module:
+    """Return a module that has these final states in the place of the decoder at `path`."""
+    name, *rest = path
+    inner = module._modules[name]
+    shell = copy.copy(module)
+    known = _with_states(cast(nn.Module, inner), rest, states) if rest else _Known(states)
+    shell._modules = {**module._modules, name: known}
+    return shell
+
+
 class Heads:
     """The part of a `QAdapterModel` after its layers: `Streams` in, figures of the method out."""
 
@@ -52,7 +75,9 @@ class Heads:
         q_config: QConfig
         adapter_off: Callable[[], AbstractContextManager[None]]
         _base: PreTrainedModel
+        _path: list[str]
         _softcap: float | None
+        _scaled_head: bool
         _plain_head: bool
 
     @property
@@ -64,6 +89,12 @@ class Heads:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return the logits of final hidden states `[..., D]`, soft-capped where the base does."""
+        if self._scaled_head:
+            # Whatever the base does beyond its linear map, it does itself.
+            row = hidden.reshape(1, -1, hidden.shape[-1])
+            ids = torch.zeros(row.shape[:2], dtype=torch.int64, device=row.device)
+            out = _with_states(self._base, self._path, row)(input_ids=ids, use_cache=False)
+            return cast(Tensor, out.logits.view(*hidden.shape[:-1], -1))
         logits = cast(Tensor, self._base.get_output_embeddings()(hidden))
         if self._softcap:
             logits = torch.tanh(logits / self._softcap) * self._softcap
@@ -77,7 +108,8 @@ class Heads:
     def _has_plain_head(self) -> bool:
         """Return whether the head is; asked once, for engines change the class of modules."""
         head = self._base.get_output_embeddings()
-        return type(head) is nn.Linear and head.bias is None and not self._softcap
+        plain = type(head) is nn.Linear and head.bias is None
+        return plain and not (self._softcap or self._scaled_head)
 
     def mix(self, streams: Streams, strength: float | Sequence[float] | Tensor) -> Tensor:
         """Return the hidden state whose logits are the policy's, up to a constant per position.

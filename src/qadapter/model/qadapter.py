@@ -27,7 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from qadapter import hub
 from qadapter.attention import let_pack
 from qadapter.config import QConfig
-from qadapter.decoder import decoder_layers, final_norm
+from qadapter.decoder import decoder_layers
 from qadapter.errors import ArtefactError, ConfigError, ModelError, TrainingError
 from qadapter.files import whole_files
 from qadapter.lora import speed_up
@@ -127,11 +127,14 @@ class QAdapterModel(Composed, Branches, Heads, PreTrainedModel, GenerationMixin)
         self.__dict__["_base"] = base
         self.__dict__["_decoder"] = decoder
         self.__dict__["_layers"] = layers
-        self.__dict__["_norm"] = final_norm(decoder, layers)
         self._softcap = getattr(base.config, "final_logit_softcapping", None)
-        self._plain_head = self._has_plain_head()
+        self._path = next(n for n, m in base.named_modules() if m is decoder).split(".")
+        self._scaled_head = False
+        self.shares_trunk = True
+        """Whether the branches begin from a common trunk; else each passes through all layers."""
         _end_base_dropout(peft_model)
-        self._check_streams()
+        self._choose_streams()
+        self._plain_head = self._has_plain_head()
 
     # ── construction ────────────────────────────────────────────────────────────────────────────
 
@@ -300,26 +303,53 @@ class QAdapterModel(Composed, Branches, Heads, PreTrainedModel, GenerationMixin)
                 full = state[name].to(held.device, held.dtype)
                 held.copy_(distribute_tensor(full, held.device_mesh, held.placements))
 
-    def _check_streams(self) -> None:
-        """Raise ModelError unless the streams reproduce the base's own logits, cached or not.
+    def _choose_streams(self) -> None:
+        """Choose how head and streams are computed: as fast as reproduces the base's own logits.
 
-        Catches a family whose final norm or head does more than ours (a logit scale, a second
-        norm), or whose layers keep a state that the branch's view of the cache does not shift,
-        before it can be trained or served wrongly.
+        What a family does beyond the usual (a logit scale, a second norm, a state that the branch's
+        view of the cache does not shift) is found before it can be trained or served wrongly.
+
+        Raises:
+            ModelError: no way does.
         """
         ids = torch.arange(1, 5, device=self.device)[None]
         with torch.no_grad(), self.adapter_off():
-            ours = self.head(self.streams(ids).adapted)
-            theirs = self._base(input_ids=ids, use_cache=False).logits
-            cache = DynamicCache(config=self.config)
+            states = self._decoder(input_ids=ids, use_cache=False).last_hidden_state
+            logits = self._base(input_ids=ids, use_cache=False).logits
+            self._scaled_head = not agree(self.head(states), logits)
+            if agree(self.head(states), logits):
+                if self._reproduces(ids, logits):
+                    return
+                (adapter,) = self.adapters
+                self.shares_trunk = False
+                self._have((dataclasses.replace(adapter, first=0, depth=self._n_layers),))
+                if self._reproduces(ids, logits):
+                    _log.warning(
+                        "%s: its decoder cannot be split into a shared trunk and two branches, so "
+                        "base and policy pass through all layers each: a token costs %d layers, "
+                        "where it would %d, and no trunk is kept",
+                        self.base_name,
+                        2 * self._n_layers,
+                        self._n_layers + adapter.depth,
+                    )
+                    return
+        raise ModelError(
+            f"{self.base_name}: this architecture is not supported (its own logits are not "
+            "reproduced, with a cache and without); choose another base."
+        )
+
+    def _reproduces(self, ids: Tensor, logits: Tensor) -> bool:
+        """Return whether the streams have these logits, read at once and in two steps."""
+        cache = DynamicCache(config=self.config)
+        try:
             steps = [self.streams(part, past_key_values=cache) for part in ids.split(3, dim=1)]
-            cached = self.head(torch.cat([step.adapted for step in steps], dim=1))
-        for found, what in ((ours, "its head or final norm"), (cached, "its cache")):
-            if not agree(found, theirs):
-                raise ModelError(
-                    f"{type(self._base).__name__}: this architecture is not supported ({what}); "
-                    "choose another base."
-                )
+            found = self.streams(ids).adapted, torch.cat([step.adapted for step in steps], dim=1)
+            return all(agree(self.head(states), logits) for states in found)
+        except torch.OutOfMemoryError:
+            raise
+        # What a decoder of another build raises when it is taken apart or called.
+        except (ModelError, AttributeError, LookupError, TypeError, ValueError, RuntimeError):
+            return False
 
     @property
     def base(self) -> PreTrainedModel:
@@ -420,7 +450,8 @@ class QAdapterModel(Composed, Branches, Heads, PreTrainedModel, GenerationMixin)
     @property
     def outer_modules(self) -> list[nn.Module]:
         """What is not in the layers: embeddings, the final norm and the head."""
-        return [self.get_input_embeddings(), self._norm, self.get_output_embeddings()]
+        around = [m for m in self._decoder.children() if m is not self._layers]
+        return [*around, self.get_output_embeddings()]
 
     def base_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every parameter that is not the adapter's."""

@@ -1,0 +1,82 @@
+"""What benchmarks take up again and what they divide by; no time is measured here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def loaded(name: str, path: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a benchmark's module, which is no part of the package."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(BENCHMARKS)])
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rows_of_other_code_or_machines_are_left_out_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows had no key, and `make bench` mixed those of older code into its medians."""
+    speed = loaded("speed_main", "speed/__main__.py", monkeypatch)
+    ran: list[str] = []
+
+    def noted(function: str, options: dict[str, Any]) -> dict[str, Any]:
+        ran.append(function)
+        return {"seconds": len(ran)}
+
+    monkeypatch.setattr(speed, "in_process", noted)
+    path, case = tmp_path / "speed.jsonl", speed.Case("growth", "a 1", "step", {"tokens": 1})
+    key = speed.origin(BENCHMARKS / "speed")
+    path.write_text(
+        json.dumps({**speed.dataclasses.asdict(case), "repeat": 0, "result": {}}) + "\n"
+    )
+    assert speed.Runs(path, key).run(case, 0) == {"seconds": 1}
+    assert "1 of 1 rows are left out" in capsys.readouterr().err
+    again = speed.Runs(path, key)
+    assert again.run(case, 0) == {"seconds": 1}
+    assert again.used == again.rows
+    for part, other in (("code", "f00"), ("cpu", "another"), ("versions", {"torch": "0"})):
+        assert key[part] != other
+        before = len(ran)
+        assert speed.Runs(path, {**key, part: other}).run(case, 0) == {"seconds": before + 1}
+    assert len(ran) == 4
+    assert "2 of 2 rows are left out" in capsys.readouterr().err
+
+
+def test_a_key_is_of_the_files_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = loaded("measured", "measured.py", monkeypatch)
+    script = tmp_path / "script.py"
+    script.write_text("a = 1\n")
+    first = measured.origin(script)
+    assert first == measured.origin(script)
+    script.write_text("a = 2\n")
+    second = measured.origin(script)
+    assert first["code"] != second["code"]
+    assert {k for k in first if first[k] != second[k]} == {"code"}
+
+
+def test_a_share_of_the_peak_is_of_the_dtype_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = loaded("speed_report", "speed/report.py", monkeypatch)
+
+    def row(name: str, dtype: str) -> dict[str, Any]:
+        epoch = {"pairs_per_second": 1.0, "flops_per_second": 60.0}
+        figures = {"epochs": [epoch], "dtype": dtype, "peak_gib": 1.0, "extra_gib": 1.0}
+        return {"section": "training", "name": name, "repeat": 0, "result": figures}
+
+    best = {"float32": {"best": 100.0}, "bfloat16": {"best": 600.0}}
+    gemm = {"section": "gemm", "name": "gemm", "repeat": 0, "result": best}
+    found = report.summarise([row("ours_k8", "bfloat16"), row("trl_best", "float32"), gemm])
+    shares = {n: case["share_of_gemm_peak"] for n, case in found["training"].items()}
+    assert shares == {"ours_k8": 0.1, "trl_best": 0.6}
