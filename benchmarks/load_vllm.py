@@ -3,8 +3,10 @@
     .venv-vllm/bin/python benchmarks/load_vllm.py --output benchmarks/results/load_vllm.json
 
 Two servers, of the base and of a policy with the default K whose adapter is random (what it says
-costs as much as what a trained one says), asked in turns; the ratio is of turns side by side. Run
-it in the environment of `make test-vllm`, on a machine that does nothing else.
+costs as much as what a trained one says), asked in turns; the ratio is of turns side by side. While
+one is asked the other is stopped, for a server that waits takes time from one that works. Run it in
+the environment of `make test-vllm`, on a machine that does nothing else, and leave the server and
+the client a core of their own (`OMP_NUM_THREADS=1` on two), as vLLM advises.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import psutil
 import torch
 from load import Question, ask_all, contents, figures
 
@@ -47,9 +50,18 @@ def write_adapter(directory: Path) -> None:
     model.save_pretrained(directory)
 
 
+def everyone(pid: int) -> list[psutil.Process]:
+    """Return a process and those that it started, and they; none if it is gone."""
+    try:
+        one = psutil.Process(pid)
+        return [one, *one.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
 @contextmanager
-def running(words: Sequence[str], port: int, log: Path) -> Iterator[str]:
-    """Yield the address of a server that runs for the block."""
+def running(words: Sequence[str], port: int, log: Path) -> Iterator[tuple[str, int]]:
+    """Yield address and process id of a server that runs for the block."""
     settings = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -67,10 +79,24 @@ def running(words: Sequence[str], port: int, log: Path) -> Iterator[str]:
                 break
             except httpx2.HTTPError:
                 time.sleep(1)
-        yield url
+        yield url, process.pid
     finally:
+        for one in everyone(process.pid):  # what is stopped cannot end
+            one.resume()
         process.send_signal(signal.SIGTERM)
         process.wait(120)
+
+
+@contextmanager
+def awake(pid: int) -> Iterator[None]:
+    """Let a server run for the block that is stopped otherwise."""
+    for process in everyone(pid):
+        process.resume()
+    try:
+        yield
+    finally:
+        for process in everyone(pid):
+            process.suspend()
 
 
 def free_port() -> int:
@@ -102,6 +128,7 @@ def main() -> None:
     found: dict[str, Any] = {
         "machine": {"cpus": os.cpu_count(), "system": platform.platform()},
         "command": " ".join(sys.argv),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
         "rows": [],
     }
     with tempfile.TemporaryDirectory() as made, ExitStack() as servers:
@@ -112,15 +139,20 @@ def main() -> None:
         plain = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         plain += ["--model", hub.resolve_base(hub.DEFAULT_BASE), "--served-model-name", "it"]
         plain += ["--dtype", "float32", "--max-num-seqs", "32", *args.vllm_args.split()]
-        urls = {}
+        started = {}
         for name, words in (("base", plain), ("policy", [*own, "--max-batch", "32", *more])):
             port, log = free_port(), Path(tempfile.gettempdir()) / f"load-vllm-{name}.log"
-            urls[name] = servers.enter_context(running([*words, "--port", str(port)], port, log))
-            turn(urls[name], asked, 8, 8)
+            server = running([*words, "--port", str(port)], port, log)
+            url, pid = started[name] = servers.enter_context(server)
+            with awake(pid):
+                turn(url, asked, 8, 8)
         for concurrent in args.concurrent:
             ratios = []
             for _ in range(args.turns):
-                pair = {n: turn(u, asked, concurrent, args.max_tokens) for n, u in urls.items()}
+                pair = {}
+                for name, (url, pid) in started.items():
+                    with awake(pid):
+                        pair[name] = turn(url, asked, concurrent, args.max_tokens)
                 ratios.append(
                     pair["policy"]["tokens_per_second"] / pair["base"]["tokens_per_second"]
                 )
