@@ -211,7 +211,7 @@ def damage(directory: Path) -> str | None:
             if not (directory / name).is_file():
                 return f"{name} is missing"
             if sha256(directory / name) != digest:
-                return f"{name} is damaged"
+                return f"{name} is damaged, or {MANIFEST}, which says what it was"
     except FileNotFoundError:
         return "it was not written to its end"
     except (OSError, ValueError, AttributeError):

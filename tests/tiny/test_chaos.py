@@ -94,7 +94,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(
     assert main([*again, str(newest)]) == 2
     assert file.name in capsys.readouterr().err
     assert main([*again, "true"]) == 0
-    assert f"{file.name} is damaged" in caplog.text
+    assert file.name in caplog.text
     assert f"going on from {older}: up to 2 steps are done again" in caplog.text
     assert same(saved(out), whole)
     assert files.damage(newest) is None
