@@ -251,6 +251,53 @@ def test_a_full_queue_is_429_and_a_closing_server_finishes_and_is_503(
     assert not running.thread.is_alive()
 
 
+def post(running: Running, content: bytes, length: int | None = None) -> socket.socket:
+    """Send a chat request, or only the first part of its body, and read no answer."""
+    plain = socket.socket()
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    plain.connect(("127.0.0.1", int(running.url.rpartition(":")[2])))
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    size = len(content) if length is None else length
+    plain.sendall(f"{head}Content-Length: {size}\r\n\r\n".encode() + content)
+    return plain
+
+
+@pytest.mark.parametrize("what", ["half a body", "a stream that nobody reads"])
+def test_a_client_that_does_not_finish_does_not_keep_the_server_from_its_end(
+    policy: Policy, what: str
+) -> None:
+    running = Running(policy)
+    config = running.server.config
+    config.timeout_graceful_shutdown = config.timeout_graceful_shutdown and 1
+    running.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    if what == "half a body":
+        client = post(running, b"{", length=100)
+    else:
+        body = {"messages": MESSAGES, "max_tokens": 60, "n": 4, "stream": True, "temperature": 1}
+        body |= {"logprobs": True, "top_logprobs": 20}
+        client = post(running, json.dumps(body).encode())
+        until(lambda: running.engine.running > 0)
+    with client:
+        until(lambda: bool(running.server.server_state.tasks))
+        running.server.handle_exit(15, None)
+        running.thread.join(20)
+        assert not running.thread.is_alive()
+    assert running.engine.idle
+
+
+def test_a_body_that_does_not_come_is_a_408(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qadapter.serve.gate.BODY_SECONDS", 0.2)
+    with post(running, b"{", length=100) as client:
+        client.settimeout(20)
+        answer = b""
+        while part := client.recv(4096):  # until the server closes
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b'"code":"request_timeout"' in answer
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_place(
     policy: Policy, monkeypatch: pytest.MonkeyPatch, stream: bool
