@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from fastapi.exceptions import RequestValidationError
 from serving import LIMITS, MESSAGES, Running, until
 
 from qadapter.cli import main
@@ -178,6 +179,57 @@ def test_bodies_that_are_no_json_too_large_or_of_broken_text(running: Running) -
         assert response.json()["error"]["code"] == "request_too_large"
     assert running.client.get("/nowhere").json()["error"]["type"] == "not_found_error"
     assert running.client.get(path).status_code == 405
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", '{"messages": [%s0]}' % ("0," * 9000)),
+        ("chat/completions", '{"messages": [{"role": "user", "content": [%s0]}]}' % ("0," * 9000)),
+        ("chat/completions", '{"messages": [%s{}]}' % ('{"role":"user","content":""},' * 600)),
+        ("chat/completions", json.dumps({"messages": [], **dict.fromkeys(range(1500), 0)})),
+        ("completions", '{"prompt": "x", "stop": [%s0]}' % ("0," * 9000)),
+        ("completions", '{"prompt": [%s""]}' % ('"",' * 6000)),
+        ("completions", '{"prompt": [%s[]]}' % ("[]," * 6000)),
+        ("completions", '{"prompt": [%s""]}' % ("0," * 9000)),
+        ("completions", '{"prompt": "x", "strength": [%s0]}' % ("-1," * 6000)),
+        ("completions", json.dumps({"prompt": "x", "strength": dict.fromkeys(range(1500), -1)})),
+    ],
+)
+def test_one_body_makes_few_errors_and_not_one_for_each_of_its_parts(
+    running: Running, path: str, body: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def invalid(errors: Any, **options: Any) -> RequestValidationError:
+        made.append(len(errors))
+        return RequestValidationError(errors, **options)
+
+    monkeypatch.setattr("fastapi.routing.RequestValidationError", invalid)
+    assert len(body) < LIMITS.max_body
+    headers = {"content-type": "application/json"}
+    response = running.client.post(f"/v1/{path}", content=body, headers=headers)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"]
+    assert 1 <= made[0] <= 5
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_read(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr("qadapter.serve.asking.tokenize_prompt", read)
+    text = "x" * 12_000
+    responses = [
+        running.chat(messages=[{"role": "user", "content": [{"type": "text", "text": text}]}]),
+        running.client.post("/v1/completions", json={"prompt": text}),
+        running.client.post("/v1/completions", json={"prompt": [text]}),
+    ]
+    for response in responses:
+        assert response.status_code == 400
+        assert response.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_models_health_and_metrics(running: Running) -> None:

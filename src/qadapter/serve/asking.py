@@ -10,11 +10,12 @@ from typing import Any, NamedTuple, cast
 
 from jinja2 import TemplateError
 
-from qadapter.data import tokenize_prompt
+from qadapter.data import render_prompt, tokenize_prompt
 from qadapter.errors import UserError
 from qadapter.model import Adapter
 from qadapter.serve import schema
 from qadapter.serve.answer import Piece
+from qadapter.serve.bound import TextBound
 from qadapter.serve.engine import Engine, EngineBusy, EngineClosed, Request, Ticket
 from qadapter.strength import each
 
@@ -153,6 +154,7 @@ class Desk:
     ) -> None:
         self.engine, self.limits = engine, limits
         self.context = min(engine.policy.context, limits.max_context)
+        self._bound = TextBound(engine.policy.tokenizer)
         now, adapters = int(time.time()), engine.policy.model.adapters
         strengths = each(strength, engine.policy.names)
         self.served = {
@@ -172,11 +174,15 @@ class Desk:
         """Return a conversation's tokens.
 
         Raises:
-            Refused: the chat template does not take it.
+            Refused: the chat template does not take it, or it is too long by its characters.
         """
         plain = [{"role": m.role, "content": _text(m.content)} for m in messages]
+        tokenizer = self.engine.policy.tokenizer
         try:
-            return tokenize_prompt(plain, self.engine.policy.tokenizer)
+            # A template may leave much of it out.
+            if self._bound.exceeds("".join(m["content"] for m in plain), self.context):
+                self._check_fits(render_prompt(plain, tokenizer))
+            return tokenize_prompt(plain, tokenizer)
         except (UserError, TemplateError) as problem:  # a template has its own idea of turns
             raise Refused(str(problem), param="messages") from problem
 
@@ -186,12 +192,12 @@ class Desk:
         """Return the tokens of each text that is to go on.
 
         Raises:
-            Refused: a text has none, or a token is not in the vocabulary.
+            Refused: a text has none or is too long by its characters, or a token is not in the
+                vocabulary.
         """
         one = isinstance(prompt, str) or isinstance(prompt[0], int)
-        tokenizer = self.engine.policy.tokenizer
         rows = [
-            tokenize_prompt(row, tokenizer) if isinstance(row, str) else cast("list[int]", row)
+            self._read(row) if isinstance(row, str) else cast("list[int]", row)
             for row in ([prompt] if one else prompt)
         ]
         size = self.engine.policy.model.get_input_embeddings().weight.shape[0]
@@ -201,6 +207,19 @@ class Desk:
             if max(row) >= size:
                 raise Refused(f"the vocabulary has {size} tokens", param="prompt")
         return rows
+
+    def _read(self, text: str) -> list[int]:
+        self._check_fits(text)
+        return tokenize_prompt(text, self.engine.policy.tokenizer)
+
+    def _check_fits(self, text: str) -> None:
+        """Refuse a text before reading it takes seconds."""
+        if self._bound.exceeds(text, self.context):
+            raise Refused(
+                f"{len(text)} characters of the prompt do not fit the context of {self.context} "
+                "tokens",
+                code="context_length_exceeded",
+            )
 
     def ask(
         self,

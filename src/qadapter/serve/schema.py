@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from qadapter.strength import NAME
 
 
 def _encodable(text: str) -> str:
     """Return the text; JSON can spell halves of characters, which no tokenizer takes."""
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError("Half a surrogate pair is no character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("Half a surrogate pair is no character") from None
     return text
 
 
@@ -21,19 +23,29 @@ Strength = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Tokens = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Stop = Annotated[Text, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=2**20)]
 Prompt = (
     Text
-    | Annotated[list[Text], Field(min_length=1, max_length=64)]
+    | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=64)]
     | TokenIds
-    | Annotated[list[TokenIds], Field(min_length=1, max_length=64)]
+    | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=64)]
 )
+"""Every list ends at its first error, of which one is told: a body may hold a million."""
 
 
 class _Asked(BaseModel):
     """A body with a field that is not known is refused: it would be ignored silently otherwise."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, data: Any) -> Any:
+        """Keep the first field that is not known, which is told, and no more of them."""
+        if not isinstance(data, dict):
+            return data
+        unknown = [name for name in data if name not in cls.model_fields]
+        return {k: v for k, v in data.items() if k in cls.model_fields or k == unknown[0]}
 
 
 class StreamOptions(_Asked):
@@ -54,7 +66,7 @@ class _Generation(_Asked):
     seed: int | None = Field(
         None, ge=0, le=2**32 - 1, description="Same seed, same draws; answer i takes seed + i."
     )
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = Field(
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=16)] | None = Field(
         None, description="An answer ends before the first of these."
     )
     stream: bool = Field(False, description="Send the answer as server-sent events, as it is made.")
@@ -64,8 +76,8 @@ class _Generation(_Asked):
     user: Text | None = Field(None, max_length=1024, description="Accepted and not used.")
     strength: (
         Strength
-        | Annotated[list[Strength], Field(min_length=1, max_length=16)]
-        | Annotated[dict[Text, Strength], Field(min_length=1, max_length=16)]
+        | Annotated[list[Strength], Field(fail_fast=True, min_length=1, max_length=16)]
+        | Annotated[dict[Text, Strength], Field(fail_fast=True, min_length=1, max_length=16)]
         | None
     ) = Field(
         None,
@@ -86,13 +98,13 @@ class Message(_Asked):
     """One turn of a conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True, min_length=1, max_length=4096)]
 
 
 class ChatRequest(_Generation):
     """A conversation that is to go on."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)]
     max_completion_tokens: Tokens | None = Field(
         None, description="The newer name of max_tokens; default as much as the server allows."
     )
