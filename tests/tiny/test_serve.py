@@ -22,7 +22,7 @@ from serving import LIMITS, MESSAGES, Running, until
 
 from qadapter.cli import main
 from qadapter.policy import Policy
-from qadapter.serve import on_vllm
+from qadapter.serve import on_vllm, schema
 from qadapter.serve.gate import JsonLines
 
 
@@ -179,6 +179,100 @@ def test_bodies_that_are_no_json_too_large_or_of_broken_text(running: Running) -
         assert response.json()["error"]["code"] == "request_too_large"
     assert running.client.get("/nowhere").json()["error"]["type"] == "not_found_error"
     assert running.client.get(path).status_code == 405
+
+
+CHAT_NULLS = [
+    "model",
+    "n",
+    "seed",
+    "stop",
+    "stream",
+    "stream_options",
+    "temperature",
+    "top_p",
+    "user",
+    "strength",
+    "max_tokens",
+    "max_completion_tokens",
+    "logprobs",
+    "top_logprobs",
+    "presence_penalty",
+    "frequency_penalty",
+    "response_format",
+]
+TEXT_NULLS = [
+    "n",
+    "stream",
+    "temperature",
+    "top_p",
+    "logprobs",
+    "echo",
+    "best_of",
+    "presence_penalty",
+]
+
+
+def test_null_is_a_fields_default(running: Running) -> None:
+    options = {"temperature": 1.0, "seed": 3, "max_tokens": 9}
+    expected = running.chat(**options).json()["choices"]
+    for name in CHAT_NULLS:
+        response = running.chat(**{**options, name: None})
+        assert response.status_code == 200, (name, response.text)
+        if name not in ("seed", "max_tokens"):
+            assert response.json()["choices"] == expected
+    body = {"prompt": "Say", "seed": 3}
+    expected = running.client.post("/v1/completions", json=body).json()["choices"]
+    for name in TEXT_NULLS:
+        found = running.client.post("/v1/completions", json={**body, name: None})
+        assert found.json()["choices"] == expected, name
+    stream = running.chat(stream=True, stream_options={"include_usage": None})
+    assert '"total_tokens"' not in stream.text
+
+
+@pytest.mark.parametrize(
+    ("path", "neutral", "other"),
+    [
+        ("chat/completions", {"presence_penalty": 0}, {"presence_penalty": 0.1}),
+        ("chat/completions", {"frequency_penalty": 0.0}, {"frequency_penalty": -1}),
+        (
+            "chat/completions",
+            {"response_format": {"type": "text"}},
+            {"response_format": {"type": "json_object"}},
+        ),
+        ("completions", {"echo": False}, {"echo": True}),
+        ("completions", {"best_of": 1}, {"best_of": 2}),
+        ("completions", {"seed": -1}, {"seed": 2**63}),
+        ("completions", {"seed": 2**40}, {"seed": -(2**63) - 1}),
+        ("completions", {"seed": 2**63 - 1, "n": 2}, {"seed": 0.5}),
+    ],
+)
+def test_what_changes_nothing_is_taken_and_what_we_do_not_do_is_refused(
+    running: Running, path: str, neutral: dict[str, Any], other: dict[str, Any]
+) -> None:
+    for body, status in ((neutral, 200), (other, 400)):
+        content = {"prompt": "Say"} if path == "completions" else {"messages": MESSAGES}
+        response = running.client.post(f"/v1/{path}", json={**content, "max_tokens": 2, **body})
+        assert response.status_code == status, response.text
+        if status == 400:
+            assert response.json()["error"]["param"] == next(iter(body))
+
+
+def test_turns_reach_the_template_whole(running: Running, policy: Policy) -> None:
+    def prompt(*messages: dict[str, Any]) -> str:
+        taken = [schema.Message.model_validate(message) for message in messages]
+        return str(policy.tokenizer.decode(running.desk.chat_prompt(taken)))
+
+    asked = {"role": "user", "content": "Hi", "name": "bob"}
+    made = prompt({"role": "developer", "content": "Be kind"}, asked)
+    assert made == prompt({"role": "system", "content": "Be kind"}, {**asked, "name": None})
+    empty = {"role": "assistant", "content": ""}
+    assert prompt(asked, {**empty, "content": None}) == prompt(asked, empty)
+    for message in ({**asked, "content": None}, {"role": "assistant"}):
+        assert running.chat(messages=[message]).status_code == 400
+    template = "{% for m in messages %}{{ m.role }} {{ m.name }};{% endfor %}developer"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy.tokenizer, "chat_template", template)
+        assert prompt({**asked, "role": "developer"}) == "developer bob;developer"
 
 
 @pytest.mark.parametrize(

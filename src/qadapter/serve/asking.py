@@ -176,8 +176,9 @@ class Desk:
         Raises:
             Refused: the chat template does not take it, or it is too long by its characters.
         """
-        plain = [{"role": m.role, "content": _text(m.content)} for m in messages]
         tokenizer = self.engine.policy.tokenizer
+        known = "developer" in str(tokenizer.chat_template)
+        plain = [_turn(m, developer="developer" if known else "system") for m in messages]
         try:
             # A template may leave much of it out.
             if self._bound.exceeds("".join(m["content"] for m in plain), self.context):
@@ -349,8 +350,14 @@ class Desk:
         return asked or min(self.context - prompt, self.limits.max_tokens)
 
 
-def _text(content: str | list[schema.TextPart]) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
+def _turn(message: schema.Message, *, developer: str) -> dict[str, str]:
+    """Return a message as a chat template takes it."""
+    content = message.content or ""
+    if not isinstance(content, str):
+        content = "".join(part.text for part in content)
+    role = developer if message.role == "developer" else message.role
+    named = {} if message.name is None else {"name": message.name}
+    return {"role": role, "content": content, **named}
 
 
 def closing() -> Refused:
