@@ -171,6 +171,22 @@ def test_the_queue_is_bounded_all_or_none_and_closing_finishes_what_was_taken(
     assert sum(queue.get_nowait().finish is not None for _ in range(queue.qsize())) == 2
 
 
+def test_who_leaves_the_queue_frees_a_place_at_once(policy: Policy) -> None:
+    engine = Engine(policy, max_batch=1, max_queue=2)
+    hold = threading.Event()
+    engine.submit([request([5], emit=lambda _: hold.wait(60), max_tokens=2)])
+    until(lambda: engine.waiting == 0)
+    for _ in range(3):
+        tickets = engine.submit([request([6])] * 2)
+        assert engine.waiting == 2
+        for ticket in tickets:
+            ticket.cancel()
+        assert engine.waiting == 0
+    assert len(engine._waiting) == 2
+    hold.set()
+    engine.close()
+
+
 def test_a_failed_step_is_told_and_the_next_request_answered(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,7 +123,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Requests that wait for a place."""
-        return len(self._waiting)
+        return sum(not ticket.cancelled for ticket in [*self._waiting])
 
     @property
     def running(self) -> int:
@@ -149,6 +149,7 @@ class Engine:
             free = max(0, self.max_batch - self.running) + self.max_queue - self.waiting
             if len(tickets) > free:
                 raise EngineBusy
+            self._drop_cancelled()
             self._waiting.extend(tickets)
             self._changed.notify()
         return tickets
@@ -256,9 +257,12 @@ class Engine:
         for adapter in gone:
             self.policy.model.remove(adapter)
 
+    def _drop_cancelled(self) -> None:
+        self._waiting = deque(ticket for ticket in self._waiting if not ticket.cancelled)
+
     def _take(self) -> None:
         """Let the requests join that have waited longest, as many as there are places for."""
-        self._waiting = deque(ticket for ticket in self._waiting if not ticket.cancelled)
+        self._drop_cancelled()
         longest = 0
         while self._waiting and self.running < self.max_batch:
             longest = max(longest, len(self._waiting[0].request.prompt))
