@@ -39,6 +39,10 @@ class EngineBusy(Exception):
     """The queue has no room for these requests."""
 
 
+class EngineFull(Exception):
+    """As many adapters are loaded as may be."""
+
+
 class EngineClosed(Exception):
     """The engine takes no more requests."""
 
@@ -102,11 +106,13 @@ class Engine:
         policy: its model is the engine's alone, as a model is one thread's at a time.
         max_batch: rows that are decoded at a time.
         max_queue: rows that may wait for a place.
+        max_adapters: that are in memory, those included that left but are still asked for.
     """
 
     policy: Policy
     max_batch: int = 16
     max_queue: int = 64
+    max_adapters: int = 16
     _waiting: deque[Ticket] = field(default_factory=deque)
     _groups: dict[tuple[Adapter, ...], _Group] = field(default_factory=dict)
     _joining: list[Ticket] = field(default_factory=list)
@@ -155,7 +161,9 @@ class Engine:
         return tickets
 
     def load(self, name: str, directory: str | Path) -> Future[Adapter]:
-        """Add an adapter to the policy between two tokens; the future has it, or a UserError.
+        """Add an adapter to the policy between two tokens.
+
+        The future has it, or a UserError, or EngineFull.
 
         Raises:
             EngineClosed: `close` was called.
@@ -164,7 +172,7 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise EngineClosed
-            self._orders.append((partial(self.policy.add, directory, name), future))
+            self._orders.append((partial(self._add, directory, name), future))
             self._changed.notify()
         return future
 
@@ -216,6 +224,7 @@ class Engine:
                     return
                 self._take()
                 orders, self._orders = self._orders, deque()
+            self._let_go()
             for work, future in orders:
                 self._carry_out(work, future)
             try:
@@ -226,7 +235,6 @@ class Engine:
                     if not ticket.answer.finished:
                         self._emit(ticket, Piece(finish="error", generated=ticket.answer.generated))
                 self._groups, self._joining = {}, []
-            self._let_go()
 
     @property
     def _busy(self) -> bool:
@@ -236,6 +244,11 @@ class Engine:
         for group in self._groups.values():
             yield from group.tickets
         yield from self._joining
+
+    def _add(self, directory: str | Path, name: str) -> Adapter:
+        if len(self.policy.model.adapters) >= self.max_adapters:
+            raise EngineFull
+        return self.policy.add(directory, name)
 
     @staticmethod
     def _carry_out(work: Callable[[], Any], future: Future[Any]) -> None:
