@@ -227,14 +227,7 @@ class Engine:
             self._let_go()
             for work, future in orders:
                 self._carry_out(work, future)
-            try:
-                self._turn()
-            except Exception:  # memory, or a fault of ours: these requests fail, the next may not
-                _log.exception("a step failed")
-                for ticket in self._asked():
-                    if not ticket.answer.finished:
-                        self._emit(ticket, Piece(finish="error", generated=ticket.answer.generated))
-                self._groups, self._joining = {}, []
+            self._turn()
 
     @property
     def _busy(self) -> bool:
@@ -286,18 +279,39 @@ class Engine:
     def _turn(self) -> None:
         """Give each running request a token, then let the new ones join with their first."""
         for adapters, group in [*self._groups.items()]:
-            self._keep(adapters, self._step(group))
+            self._keep(adapters, self._guarded(group.tickets, partial(self._step, group)))
         for adapters in dict.fromkeys(ticket.adapters for ticket in self._joining):
             joining = [ticket for ticket in self._joining if ticket.adapters == adapters]
-            prompts = [ticket.request.prompt for ticket in joining]
-            batch = Batch(self.policy.model, prompts, adapters)
-            started = self._step(_Group(joining, batch))
+            started = self._guarded(joining, partial(self._start, joining, adapters))
             there = self._groups.get(adapters)
             if there is not None and started is not None:
-                there.batch.join(started.batch)
-                started = _Group([*there.tickets, *started.tickets], there.batch)
+                both = [*there.tickets, *started.tickets]
+                started = there = self._guarded(both, partial(self._join, there, started))
             self._joining = [ticket for ticket in self._joining if ticket.adapters != adapters]
             self._keep(adapters, started or there)
+
+    def _guarded(
+        self, tickets: Sequence[Ticket], work: Callable[[], _Group | None]
+    ) -> _Group | None:
+        """Return what comes of work for these requests; if it fails they do, and no others."""
+        try:
+            return work()
+        except Exception:  # memory, or a fault of ours
+            _log.exception("a step failed")
+            for ticket in tickets:
+                if not ticket.answer.finished:
+                    self._emit(ticket, Piece(finish="error", generated=ticket.answer.generated))
+            return None
+
+    def _start(self, tickets: list[Ticket], adapters: tuple[Adapter, ...]) -> _Group | None:
+        """Read prompts, and give each its first token."""
+        prompts = [ticket.request.prompt for ticket in tickets]
+        return self._step(_Group(tickets, Batch(self.policy.model, prompts, adapters)))
+
+    @staticmethod
+    def _join(there: _Group, started: _Group) -> _Group:
+        there.batch.join(started.batch)
+        return _Group([*there.tickets, *started.tickets], there.batch)
 
     def _keep(self, adapters: tuple[Adapter, ...], group: _Group | None) -> None:
         if group is None:
