@@ -13,7 +13,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx2
 import pytest
@@ -23,6 +24,8 @@ from serving import LIMITS, MESSAGES, Running, until
 from qadapter.cli import main
 from qadapter.policy import Policy
 from qadapter.serve import on_vllm, schema
+from qadapter.serve.answer import Piece
+from qadapter.serve.asking import Asked
 from qadapter.serve.gate import JsonLines
 
 
@@ -78,6 +81,7 @@ def test_a_stream_is_the_answer_in_chunks_and_counts_when_asked(running: Running
     assert last["choices"] == []
     assert last["usage"] == whole["usage"]
     assert len({c["id"] for c in found}) == 1
+    assert running.chat(stream=True).headers["cache-control"] == "no-cache"
     for token in streamed:
         assert token["logprob"] <= 0
         assert len(token["top_logprobs"]) == 2
@@ -340,6 +344,52 @@ def test_models_health_and_metrics(running: Running) -> None:
     for name in ("tokens_total", "waiting", "running", "first_token_seconds", "token_seconds"):
         assert f"qadapter_{name}" in text
     assert 'path="/health"' in text
+    assert 'path="/v1/models/{model}"' in text
+    assert running.client.get("/v1/modelsX").status_code == 404
+    assert 'path="other"' in running.client.get("/metrics").text
+
+
+def counted(running: Running, name: str) -> float:
+    """Return a metric's value."""
+    text = running.client.get("/metrics").text
+    return sum(
+        float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"qadapter_{name}")
+    )
+
+
+def test_prompts_that_left_the_queue_unread_are_not_counted(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = Running(policy, max_batch=1)
+    go = slow(running, monkeypatch)
+    body = json.dumps({"messages": MESSAGES, "max_tokens": 2}).encode()
+    with post(running, body):
+        until(lambda: running.engine.running == 1)
+        with post(running, body):
+            until(lambda: running.engine.waiting == 1)
+        until(lambda: running.engine.waiting == 0)
+    until(lambda: counted(running, 'requests_total{outcome="cancelled"') == 2)
+    go.set()
+    size = running.chat(n=2, max_tokens=1).json()["usage"]["prompt_tokens"]
+    assert counted(running, 'tokens_total{kind="prompt"}') == 2 * size
+    running.stop()
+
+
+def test_the_seconds_of_a_token_are_those_after_the_first_piece() -> None:
+    async def ask() -> list[float]:
+        queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        tickets = cast(Any, [SimpleNamespace(cancel=lambda: None)] * 2)
+        asked = Asked(tickets, queue, 1, cast(Any, None))
+        queue.put_nowait((0, Piece("abcd", generated=9)))
+        queue.put_nowait((1, Piece("abcd", finish="stop", generated=9)))
+        loop = asyncio.get_running_loop()
+        loop.call_later(0.2, queue.put_nowait, (0, Piece("e", finish="stop", generated=11)))
+        async for _ in asked.pieces(lambda: asyncio.sleep(60)):
+            pass
+        return asked.token_seconds
+
+    (seconds,) = asyncio.run(ask())  # of two tokens; of the other answer there is one piece
+    assert seconds >= 0.09
 
 
 def test_a_key_is_asked_for_everywhere_but_for_health(policy: Policy) -> None:
@@ -388,6 +438,7 @@ def test_a_full_queue_is_429_and_a_closing_server_finishes_and_is_503(
     running.server.handle_exit(15, None)
     closed = running.chat()
     assert closed.status_code == running.client.get("/health").status_code == 503
+    assert running.client.get("/metrics").status_code == 200
     assert int(closed.headers["retry-after"]) >= 1
     go.set()
     for thread in [*threads, running.thread]:

@@ -151,7 +151,7 @@ def create_app(desk: Desk, *, api_key: str | None = None, shelf: Shelf | None = 
     @app.get(
         "/metrics",
         response_class=PlainTextResponse,
-        responses=_responses(401, 503),
+        responses=_responses(401),
     )
     async def prometheus() -> Response:
         """Return Prometheus metrics."""
@@ -173,7 +173,9 @@ def create_app(desk: Desk, *, api_key: str | None = None, shelf: Shelf | None = 
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
             events = stream(reply, asked, http, usage=usage)
-            return StreamingResponse(events, media_type="text/event-stream")
+            # What stands between may keep no part of it back.
+            headers = {"Cache-Control": "no-cache"}
+            return StreamingResponse(events, headers=headers, media_type="text/event-stream")
         found: list[list[Piece]] = [[] for _ in asked.tickets]
         async with aclosing(pieces(asked, http)) as made:
             async for index, piece in made:

@@ -91,7 +91,13 @@ class Asked:
     first: float | None = None
     """Seconds from asking to the first piece."""
     token_seconds: list[float] = field(default_factory=list)
-    """Of each answer that is complete: the mean after its first piece."""
+    """Of each answer that is complete: the mean of the tokens after its first piece."""
+
+    @property
+    def read_tokens(self) -> int:
+        """Tokens of the prompts that left the queue, each once."""
+        read = [ticket.request.prompt for ticket in self.tickets if ticket.read]
+        return sum({id(prompt): len(prompt) for prompt in read}.values())
 
     @property
     def usage(self) -> schema.Usage:
@@ -119,7 +125,7 @@ class Asked:
             self.queue.put_nowait((0, Piece(finish="cancelled")))
 
         watcher = asyncio.ensure_future(watch())
-        starts: dict[int, float] = {}
+        starts: dict[int, tuple[float, int]] = {}
         complete = 0
         try:
             while complete < len(self.tickets):
@@ -130,11 +136,11 @@ class Asked:
                     raise Refused("the answer failed", code="engine_failed", status=500)
                 now = time.monotonic()
                 self.first = self.first or now - self.began
-                start = starts.setdefault(index, now)
+                start, had = starts.setdefault(index, (now, piece.generated))
                 if piece.finish is not None:
                     complete += 1
-                    if piece.generated > 1:
-                        self.token_seconds.append((now - start) / (piece.generated - 1))
+                    if piece.generated > had:
+                        self.token_seconds.append((now - start) / (piece.generated - had))
                 yield index, piece
         finally:
             watcher.cancel()

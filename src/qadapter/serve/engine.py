@@ -84,6 +84,8 @@ class Ticket:
     strengths: tuple[float, ...]
     """s of each of these adapters."""
     cancelled: bool = False
+    read: bool = False
+    """Whether its prompt left the queue."""
 
     def cancel(self) -> None:
         """Let it leave the queue at once or the batch with the next token; it emits no more."""
@@ -306,6 +308,8 @@ class Engine:
     def _start(self, tickets: list[Ticket], adapters: tuple[Adapter, ...]) -> _Group | None:
         """Read prompts, and give each its first token."""
         prompts = [ticket.request.prompt for ticket in tickets]
+        for ticket in tickets:
+            ticket.read = True
         return self._step(_Group(tickets, Batch(self.policy.model, prompts, adapters)))
 
     @staticmethod

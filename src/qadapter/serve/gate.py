@@ -26,7 +26,10 @@ _HEADERS = {
     503: {"Retry-After": "1"},
 }
 _OPEN = frozenset({"/health"})
-"""Paths that need no key and answer while the server shuts down."""
+"""Paths that need no key."""
+
+_TO_THE_END = frozenset({"/health", "/metrics"})
+"""Paths that answer while the server shuts down."""
 
 BODY_SECONDS = 60.0
 """For which a client may send one body."""
@@ -64,7 +67,7 @@ class Metrics:
     def count(self, asked: Asked) -> dict[str, Any]:
         """Count a request that was answered, or given up; return what the log tells of it."""
         usage, strengths = asked.usage, asked.chosen.strengths
-        self.tokens.labels("prompt").inc(usage.prompt_tokens)
+        self.tokens.labels("prompt").inc(asked.read_tokens)
         self.tokens.labels("completion").inc(usage.completion_tokens)
         told: dict[str, Any] = {
             "prompt_tokens": usage.prompt_tokens,
@@ -146,7 +149,7 @@ class Gate:
             await (refused or self.app)(scope, self._again(body, receive), answer)
         finally:
             seconds = time.monotonic() - began
-            path = scope["path"] if scope["path"] in self.paths else "other"
+            path = self._counted(scope["path"])
             outcome = told.pop("outcome", None) or _outcome(status)
             self.metrics.requests.labels(path, outcome).inc()
             self.metrics.request_seconds.labels(path).observe(seconds)
@@ -165,23 +168,31 @@ class Gate:
                 },
             )
 
+    def _counted(self, path: str) -> str:
+        """Return what a path is counted as: itself, or one that ends in a parameter, or other."""
+        if path in self.paths:
+            return path
+        heads = ((name, name.partition("{")[0]) for name in self.paths if "{" in name)
+        return next((name for name, head in heads if path.startswith(head)), "other")
+
     def _refusal(self, scope: Scope) -> ASGIApp | None:
         """Return the response to a request that is not let in, from what its head says."""
         headers = dict(scope["headers"])
-        if scope["path"] not in _OPEN:
-            given = headers.get(b"authorization", b"")
-            if self.api_key is not None and not hmac.compare_digest(
-                given, b"Bearer " + self.api_key.encode()
-            ):
-                return refusal(
-                    Refused(
-                        "the API key is missing or wrong; send it as Authorization: Bearer KEY",
-                        code="invalid_api_key",
-                        status=401,
-                    )
+        given = headers.get(b"authorization", b"")
+        if (
+            self.api_key is not None
+            and scope["path"] not in _OPEN
+            and not hmac.compare_digest(given, b"Bearer " + self.api_key.encode())
+        ):
+            return refusal(
+                Refused(
+                    "the API key is missing or wrong; send it as Authorization: Bearer KEY",
+                    code="invalid_api_key",
+                    status=401,
                 )
-            if self.closed():
-                return refusal(closing())
+            )
+        if self.closed() and scope["path"] not in _TO_THE_END:
+            return refusal(closing())
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.max_body:
             return refusal(self._too_large())
