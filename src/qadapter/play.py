@@ -41,6 +41,10 @@ footer { display: none !important; }
 """
 
 
+class AnswerFailed(Exception):
+    """The engine failed while it answered."""
+
+
 def check_installed() -> None:
     """Raise ImportError if Gradio is missing, before anything slow is done."""
     import gradio  # noqa: F401
@@ -75,6 +79,7 @@ def answers(
 
     Raises:
         EngineBusy: too many ask at once.
+        AnswerFailed: the engine's log tells why.
         UserError: the tokenizer has no chat template.
     """
     policy = engine.policy
@@ -98,6 +103,8 @@ def answers(
     try:
         while complete < len(tickets):
             index, piece = pieces.get()
+            if piece.finish == "error":
+                raise AnswerFailed
             texts[index] += piece.text
             tokens += piece.tokens if index == 1 else ()
             complete += piece.finish is not None
@@ -126,6 +133,8 @@ def page(engine: Engine, *, strength: Strength, max_tokens: int) -> Blocks:
             yield from answers(engine, message, strengths, max_tokens)
         except EngineBusy:
             raise gradio.Error("Too many are asking at once; try again.") from None
+        except AnswerFailed:
+            raise gradio.Error("The answer failed; the server's log tells why.") from None
 
     with gradio.Blocks(title=f"qadapter: {' + '.join(names)}", analytics_enabled=False) as blocks:
         gradio.Markdown(_ABOUT)

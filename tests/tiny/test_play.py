@@ -27,6 +27,11 @@ from qadapter.strength import Strength
 CHROMIUM = shutil.which("chromium")
 
 
+@pytest.fixture(scope="module")
+def policy(adapter: str) -> Policy:
+    return Policy.from_pretrained({"tiny": adapter})
+
+
 def test_colours_titles_and_escapes_of_an_answer() -> None:
     tokens = [
         Token(1, "<b>", 0, -0.1, -3.0),
@@ -140,6 +145,21 @@ def test_each_adapter_has_a_slider_and_their_residuals_add(adapter: str, second:
     assert re.sub("<[^>]*>", "", ours).strip() == play.escape(expected)
 
 
+def test_an_engine_that_fails_is_told_on_the_page(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradio = pytest.importorskip("gradio", reason="gradio is not installed (make install does)")
+    engine = Engine(policy)
+    try:
+        blocks = play.page(engine, strength=1.0, max_tokens=20)
+        answer = next(event.fn for event in blocks.fns.values() if event.api_name == "answer")
+        monkeypatch.setattr(policy.model, "policy_logits", lambda *_: 1 / 0)
+        with pytest.raises(gradio.Error, match="The answer failed"):
+            list(answer("Say 3", 1.0))
+    finally:
+        engine.close()
+
+
 def test_a_missing_gradio_is_told_before_anything_is_loaded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,11 +167,6 @@ def test_a_missing_gradio_is_told_before_anything_is_loaded(
     assert main(["play", "nowhere"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("gradio is not installed; run `pip install 'qadapter[play]'`.")
-
-
-@pytest.fixture(scope="module")
-def policy(adapter: str) -> Policy:
-    return Policy.from_pretrained({"tiny": adapter})
 
 
 @contextmanager

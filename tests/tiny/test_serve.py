@@ -13,15 +13,19 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx2
 import pytest
+from fastapi.exceptions import RequestValidationError
 from serving import LIMITS, MESSAGES, Running, until
 
 from qadapter.cli import main
 from qadapter.policy import Policy
-from qadapter.serve import on_vllm
+from qadapter.serve import on_vllm, schema
+from qadapter.serve.answer import Piece
+from qadapter.serve.asking import Asked
 from qadapter.serve.gate import JsonLines
 
 
@@ -77,6 +81,7 @@ def test_a_stream_is_the_answer_in_chunks_and_counts_when_asked(running: Running
     assert last["choices"] == []
     assert last["usage"] == whole["usage"]
     assert len({c["id"] for c in found}) == 1
+    assert running.chat(stream=True).headers["cache-control"] == "no-cache"
     for token in streamed:
         assert token["logprob"] <= 0
         assert len(token["top_logprobs"]) == 2
@@ -180,6 +185,151 @@ def test_bodies_that_are_no_json_too_large_or_of_broken_text(running: Running) -
     assert running.client.get(path).status_code == 405
 
 
+CHAT_NULLS = [
+    "model",
+    "n",
+    "seed",
+    "stop",
+    "stream",
+    "stream_options",
+    "temperature",
+    "top_p",
+    "user",
+    "strength",
+    "max_tokens",
+    "max_completion_tokens",
+    "logprobs",
+    "top_logprobs",
+    "presence_penalty",
+    "frequency_penalty",
+    "response_format",
+]
+TEXT_NULLS = [
+    "n",
+    "stream",
+    "temperature",
+    "top_p",
+    "logprobs",
+    "echo",
+    "best_of",
+    "presence_penalty",
+]
+
+
+def test_null_is_a_fields_default(running: Running) -> None:
+    options = {"temperature": 1.0, "seed": 3, "max_tokens": 9}
+    expected = running.chat(**options).json()["choices"]
+    for name in CHAT_NULLS:
+        response = running.chat(**{**options, name: None})
+        assert response.status_code == 200, (name, response.text)
+        if name not in ("seed", "max_tokens"):
+            assert response.json()["choices"] == expected
+    body = {"prompt": "Say", "seed": 3}
+    expected = running.client.post("/v1/completions", json=body).json()["choices"]
+    for name in TEXT_NULLS:
+        found = running.client.post("/v1/completions", json={**body, name: None})
+        assert found.json()["choices"] == expected, name
+    stream = running.chat(stream=True, stream_options={"include_usage": None})
+    assert '"total_tokens"' not in stream.text
+
+
+@pytest.mark.parametrize(
+    ("path", "neutral", "other"),
+    [
+        ("chat/completions", {"presence_penalty": 0}, {"presence_penalty": 0.1}),
+        ("chat/completions", {"frequency_penalty": 0.0}, {"frequency_penalty": -1}),
+        (
+            "chat/completions",
+            {"response_format": {"type": "text"}},
+            {"response_format": {"type": "json_object"}},
+        ),
+        ("completions", {"echo": False}, {"echo": True}),
+        ("completions", {"best_of": 1}, {"best_of": 2}),
+        ("completions", {"seed": -1}, {"seed": 2**63}),
+        ("completions", {"seed": 2**40}, {"seed": -(2**63) - 1}),
+        ("completions", {"seed": 2**63 - 1, "n": 2}, {"seed": 0.5}),
+    ],
+)
+def test_what_changes_nothing_is_taken_and_what_we_do_not_do_is_refused(
+    running: Running, path: str, neutral: dict[str, Any], other: dict[str, Any]
+) -> None:
+    for body, status in ((neutral, 200), (other, 400)):
+        content = {"prompt": "Say"} if path == "completions" else {"messages": MESSAGES}
+        response = running.client.post(f"/v1/{path}", json={**content, "max_tokens": 2, **body})
+        assert response.status_code == status, response.text
+        if status == 400:
+            assert response.json()["error"]["param"] == next(iter(body))
+
+
+def test_turns_reach_the_template_whole(running: Running, policy: Policy) -> None:
+    def prompt(*messages: dict[str, Any]) -> str:
+        taken = [schema.Message.model_validate(message) for message in messages]
+        return str(policy.tokenizer.decode(running.desk.chat_prompt(taken)))
+
+    asked = {"role": "user", "content": "Hi", "name": "bob"}
+    made = prompt({"role": "developer", "content": "Be kind"}, asked)
+    assert made == prompt({"role": "system", "content": "Be kind"}, {**asked, "name": None})
+    empty = {"role": "assistant", "content": ""}
+    assert prompt(asked, {**empty, "content": None}) == prompt(asked, empty)
+    for message in ({**asked, "content": None}, {"role": "assistant"}):
+        assert running.chat(messages=[message]).status_code == 400
+    template = "{% for m in messages %}{{ m.role }} {{ m.name }};{% endfor %}developer"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy.tokenizer, "chat_template", template)
+        assert prompt({**asked, "role": "developer"}) == "developer bob;developer"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", '{"messages": [%s0]}' % ("0," * 9000)),
+        ("chat/completions", '{"messages": [{"role": "user", "content": [%s0]}]}' % ("0," * 9000)),
+        ("chat/completions", '{"messages": [%s{}]}' % ('{"role":"user","content":""},' * 600)),
+        ("chat/completions", json.dumps({"messages": [], **dict.fromkeys(range(1500), 0)})),
+        ("completions", '{"prompt": "x", "stop": [%s0]}' % ("0," * 9000)),
+        ("completions", '{"prompt": [%s""]}' % ('"",' * 6000)),
+        ("completions", '{"prompt": [%s[]]}' % ("[]," * 6000)),
+        ("completions", '{"prompt": [%s""]}' % ("0," * 9000)),
+        ("completions", '{"prompt": "x", "strength": [%s0]}' % ("-1," * 6000)),
+        ("completions", json.dumps({"prompt": "x", "strength": dict.fromkeys(range(1500), -1)})),
+    ],
+)
+def test_one_body_makes_few_errors_and_not_one_for_each_of_its_parts(
+    running: Running, path: str, body: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def invalid(errors: Any, **options: Any) -> RequestValidationError:
+        made.append(len(errors))
+        return RequestValidationError(errors, **options)
+
+    monkeypatch.setattr("fastapi.routing.RequestValidationError", invalid)
+    assert len(body) < LIMITS.max_body
+    headers = {"content-type": "application/json"}
+    response = running.client.post(f"/v1/{path}", content=body, headers=headers)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"]
+    assert 1 <= made[0] <= 5
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_read(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr("qadapter.serve.asking.tokenize_prompt", read)
+    text = "x" * 12_000
+    responses = [
+        running.chat(messages=[{"role": "user", "content": [{"type": "text", "text": text}]}]),
+        running.client.post("/v1/completions", json={"prompt": text}),
+        running.client.post("/v1/completions", json={"prompt": [text]}),
+    ]
+    for response in responses:
+        assert response.status_code == 400
+        assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
 def test_models_health_and_metrics(running: Running) -> None:
     (model,) = running.client.get("/v1/models").json()["data"]
     assert model["id"] == "tiny"
@@ -194,6 +344,52 @@ def test_models_health_and_metrics(running: Running) -> None:
     for name in ("tokens_total", "waiting", "running", "first_token_seconds", "token_seconds"):
         assert f"qadapter_{name}" in text
     assert 'path="/health"' in text
+    assert 'path="/v1/models/{model}"' in text
+    assert running.client.get("/v1/modelsX").status_code == 404
+    assert 'path="other"' in running.client.get("/metrics").text
+
+
+def counted(running: Running, name: str) -> float:
+    """Return a metric's value."""
+    text = running.client.get("/metrics").text
+    return sum(
+        float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"qadapter_{name}")
+    )
+
+
+def test_prompts_that_left_the_queue_unread_are_not_counted(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = Running(policy, max_batch=1)
+    go = slow(running, monkeypatch)
+    body = json.dumps({"messages": MESSAGES, "max_tokens": 2}).encode()
+    with post(running, body):
+        until(lambda: running.engine.running == 1)
+        with post(running, body):
+            until(lambda: running.engine.waiting == 1)
+        until(lambda: running.engine.waiting == 0)
+    until(lambda: counted(running, 'requests_total{outcome="cancelled"') == 2)
+    go.set()
+    size = running.chat(n=2, max_tokens=1).json()["usage"]["prompt_tokens"]
+    assert counted(running, 'tokens_total{kind="prompt"}') == 2 * size
+    running.stop()
+
+
+def test_the_seconds_of_a_token_are_those_after_the_first_piece() -> None:
+    async def ask() -> list[float]:
+        queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        tickets = cast(Any, [SimpleNamespace(cancel=lambda: None)] * 2)
+        asked = Asked(tickets, queue, 1, cast(Any, None))
+        queue.put_nowait((0, Piece("abcd", generated=9)))
+        queue.put_nowait((1, Piece("abcd", finish="stop", generated=9)))
+        loop = asyncio.get_running_loop()
+        loop.call_later(0.2, queue.put_nowait, (0, Piece("e", finish="stop", generated=11)))
+        async for _ in asked.pieces(lambda: asyncio.sleep(60)):
+            pass
+        return asked.token_seconds
+
+    (seconds,) = asyncio.run(ask())  # of two tokens; of the other answer there is one piece
+    assert seconds >= 0.09
 
 
 def test_a_key_is_asked_for_everywhere_but_for_health(policy: Policy) -> None:
@@ -242,6 +438,7 @@ def test_a_full_queue_is_429_and_a_closing_server_finishes_and_is_503(
     running.server.handle_exit(15, None)
     closed = running.chat()
     assert closed.status_code == running.client.get("/health").status_code == 503
+    assert running.client.get("/metrics").status_code == 200
     assert int(closed.headers["retry-after"]) >= 1
     go.set()
     for thread in [*threads, running.thread]:
@@ -249,6 +446,53 @@ def test_a_full_queue_is_429_and_a_closing_server_finishes_and_is_503(
     assert [r.status_code for r in found] == [200, 200]
     assert running.engine.idle
     assert not running.thread.is_alive()
+
+
+def post(running: Running, content: bytes, length: int | None = None) -> socket.socket:
+    """Send a chat request, or only the first part of its body, and read no answer."""
+    plain = socket.socket()
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    plain.connect(("127.0.0.1", int(running.url.rpartition(":")[2])))
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    size = len(content) if length is None else length
+    plain.sendall(f"{head}Content-Length: {size}\r\n\r\n".encode() + content)
+    return plain
+
+
+@pytest.mark.parametrize("what", ["half a body", "a stream that nobody reads"])
+def test_a_client_that_does_not_finish_does_not_keep_the_server_from_its_end(
+    policy: Policy, what: str
+) -> None:
+    running = Running(policy)
+    config = running.server.config
+    config.timeout_graceful_shutdown = config.timeout_graceful_shutdown and 1
+    running.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    if what == "half a body":
+        client = post(running, b"{", length=100)
+    else:
+        body = {"messages": MESSAGES, "max_tokens": 60, "n": 4, "stream": True, "temperature": 1}
+        body |= {"logprobs": True, "top_logprobs": 20}
+        client = post(running, json.dumps(body).encode())
+        until(lambda: running.engine.running > 0)
+    with client:
+        until(lambda: bool(running.server.server_state.tasks))
+        running.server.handle_exit(15, None)
+        running.thread.join(20)
+        assert not running.thread.is_alive()
+    assert running.engine.idle
+
+
+def test_a_body_that_does_not_come_is_a_408(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qadapter.serve.gate.BODY_SECONDS", 0.2)
+    with post(running, b"{", length=100) as client:
+        client.settimeout(20)
+        answer = b""
+        while part := client.recv(4096):  # until the server closes
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b'"code":"request_timeout"' in answer
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -16,7 +16,7 @@ from serving import MESSAGES, Running, until
 
 from qadapter.cli import main
 from qadapter.policy import Policy
-from qadapter.serve.shelf import MOST, Shelf
+from qadapter.serve.shelf import Shelf
 
 
 @pytest.fixture(scope="module")
@@ -344,11 +344,53 @@ def test_the_first_adapters_stay_and_what_is_not_there_cannot_leave(
     assert unload(running, "new").status_code == 200
 
 
-def test_a_shelf_holds_so_many(one: Running) -> None:
-    one.desk.served |= {f"n{i}": one.desk.served["tiny"] for i in range(MOST - 1)}
-    response = load(one, "new", "deep")
-    assert response.status_code == 400
-    assert "unload one first" in response.json()["error"]["message"]
+def test_a_shelf_holds_so_many_and_counts_those_that_left_and_still_answer(
+    one: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one.engine.max_adapters = 2
+    model = one.engine.policy.model
+    inner, free, steps = model.policy_logits, threading.Event(), threading.Semaphore(0)
+
+    def wait(*args: Any) -> Any:
+        if not free.is_set():
+            steps.acquire(timeout=60)
+        return inner(*args)
+
+    assert load(one, "new", "deep").status_code == 200
+    monkeypatch.setattr(model, "policy_logits", wait)
+    asking = threading.Thread(target=lambda: one.chat(model="new", max_tokens=60))
+    asking.start()
+    until(lambda: one.engine.running == 1)
+    assert unload(one, "new").status_code == 200
+    found: list[httpx2.Response] = []
+    loading = threading.Thread(target=lambda: found.append(load(one, "other", "deep")))
+    loading.start()
+    until(lambda: bool(one.engine._orders))
+    steps.release(3)
+    loading.join(60)
+    assert found[0].status_code == 400
+    assert "unload one first" in found[0].json()["error"]["message"]
+    assert len(model.adapters) == 2
+    free.set()
+    steps.release(9)
+    asking.join(60)
+    until(lambda: one.engine.running == 0)
+    # One that nobody asks for any more makes room at once.
+    for name in ("other", "third"):
+        assert load(one, name, "deep").status_code == 200
+        assert unload(one, name).status_code == 200
+
+
+def test_a_refused_adapter_does_not_tell_where_the_bases_lie(
+    guarded: tuple[Running, Path],
+) -> None:
+    running, _ = guarded
+    base = Path(running.engine.policy.model.q_config.base_model)
+    assert base.is_absolute()
+    message = load(running, "new", "other base").json()["error"]["message"]
+    assert "was trained on another base" in message
+    assert base.name in message
+    assert str(base.parent) not in message
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from serving import until
 
 from qadapter.policy import Policy
 from qadapter.serve.answer import Answer, Piece, Token
+from qadapter.serve.batch import Batch
 from qadapter.serve.engine import Engine, EngineBusy, EngineClosed, Request
 
 
@@ -171,6 +172,22 @@ def test_the_queue_is_bounded_all_or_none_and_closing_finishes_what_was_taken(
     assert sum(queue.get_nowait().finish is not None for _ in range(queue.qsize())) == 2
 
 
+def test_who_leaves_the_queue_frees_a_place_at_once(policy: Policy) -> None:
+    engine = Engine(policy, max_batch=1, max_queue=2)
+    hold = threading.Event()
+    engine.submit([request([5], emit=lambda _: hold.wait(60), max_tokens=2)])
+    until(lambda: engine.waiting == 0)
+    for _ in range(3):
+        tickets = engine.submit([request([6])] * 2)
+        assert engine.waiting == 2
+        for ticket in tickets:
+            ticket.cancel()
+        assert engine.waiting == 0
+    assert len(engine._waiting) == 2
+    hold.set()
+    engine.close()
+
+
 def test_a_failed_step_is_told_and_the_next_request_answered(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +199,62 @@ def test_a_failed_step_is_told_and_the_next_request_answered(
     engine.close()
     assert [p.finish for p in failed] == ["error"]
     assert good[-1].finish in ("stop", "length")
+
+
+@pytest.mark.parametrize("when", ["it starts", "it steps", "it joins"])
+def test_what_fails_takes_no_other_requests_with_it(
+    adapter: str, second: str, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    policy = Policy.from_pretrained({"tiny": adapter, "deep": second})
+    tiny, deep = policy.model.adapters
+    good = request([5, 6, 7], adapters=(tiny,), max_tokens=30)
+    bad = request([9, 9], adapters=(deep,) if when == "it steps" else (tiny,), max_tokens=30)
+    if when == "it joins":
+        good, bad = replace(good, adapters=(deep,)), replace(bad, adapters=(tiny,))
+    inner, join = Batch.logits, Batch.join
+    engine = Engine(policy, max_batch=4)
+    (alone,) = answer(engine, [good])
+    begun: Queue[Piece] = Queue()
+    out: Queue[Piece] = Queue()
+    gate = threading.Event()
+
+    def logits(batch: Batch, strengths: Any, *, base: Any) -> Any:
+        gate.wait(60)
+        reads = batch._next.shape[1] > 1
+        if [9, 9] in batch._next.tolist() and when == "it starts":
+            raise MemoryError
+        if batch._adapters == (deep,) and not reads and when == "it steps":
+            raise MemoryError
+        return inner(batch, strengths, base=base)
+
+    def joined(batch: Batch, other: Batch) -> None:
+        if when == "it joins":
+            raise MemoryError
+        join(batch, other)
+
+    monkeypatch.setattr(Batch, "logits", logits)
+    monkeypatch.setattr(Batch, "join", joined)
+    engine.submit([replace(good, emit=out.put)])
+    until(lambda: engine.running == 1)  # held before its first token
+    engine.submit([replace(bad, emit=begun.put)])
+    if when == "it joins":
+        monkeypatch.setattr("qadapter.serve.engine._PREFILL", 1)  # the next is read after it
+        engine.submit([replace(bad, emit=begun.put)])
+    gate.set()
+    pieces = [out.get(timeout=60)]
+    while pieces[-1].finish is None:
+        pieces.append(out.get(timeout=60))
+    assert ids(pieces) == ids(alone)
+    wanted = 2 if when == "it joins" else 1
+    ends = 0
+    while ends < wanted:
+        piece = begun.get(timeout=60)
+        ends += piece.finish is not None
+        assert piece.finish in (None, "error")
+    monkeypatch.undo()
+    (after,) = answer(engine, [good])
+    assert ids(after) == ids(alone)
+    engine.close()
 
 
 TOKENIZER = tiny_tokenizer()

@@ -75,9 +75,9 @@ def _one_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
-def _chat_ids(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool
-) -> list[int]:
+def _templated(
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, **options: bool
+) -> list[int] | str:
     if not tokenizer.chat_template:
         raise ModelError(
             "the tokenizer has no chat template; use one that has, or give plain text pairs."
@@ -85,14 +85,31 @@ def _chat_ids(
     from jinja2 import TemplateError
 
     try:
-        ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+        return cast(
+            "list[int] | str",
+            tokenizer.apply_chat_template(messages, return_dict=False, **options),
         )
     except (TemplateError, TypeError) as error:  # its own refusal, or text added to what is none
         raise DataError(
             f"the chat template refuses these messages ({error}); give turns that it takes."
         ) from error
+
+
+def _chat_ids(
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool
+) -> list[int]:
+    ids = _templated(messages, tokenizer, add_generation_prompt=add_generation_prompt)
     return _one_bos(cast(list[int], ids), tokenizer)
+
+
+def render_prompt(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text whose tokens `tokenize_prompt` returns of a conversation.
+
+    Raises:
+        DataError, ModelError: as there.
+    """
+    text = _templated(messages, tokenizer, add_generation_prompt=True, tokenize=False)
+    return cast(str, text)
 
 
 def tokenize_prompt(prompt: Text, tokenizer: PreTrainedTokenizerBase) -> list[int]:

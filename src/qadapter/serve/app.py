@@ -29,11 +29,13 @@ _ERRORS = {
     400: "The request cannot be answered as it stands.",
     401: "The API key is missing or wrong.",
     404: "There is no such model.",
+    408: "The body came too slowly.",
     413: "The body is too large.",
     429: "The queue is full.",
     500: "The server failed.",
     503: "The server is shutting down.",
 }
+_LOADING = (400, 401, 404, 408, 413, 500, 503)
 _REF = "#/components/schemas/{model}"
 _RETRY = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
 
@@ -127,13 +129,13 @@ def create_app(desk: Desk, *, api_key: str | None = None, shelf: Shelf | None = 
 
     if shelf is not None:
 
-        @app.post("/v1/load_lora_adapter", responses=_responses(400, 401, 404, 413, 500, 503))
+        @app.post("/v1/load_lora_adapter", responses=_responses(*_LOADING))
         async def load(body: schema.LoadRequest) -> schema.Model:
             """Serve one more adapter; requests are answered meanwhile."""
             served = await shelf.load(desk, body.lora_name, body.lora_path)
             return described(body.lora_name, served.created)
 
-        @app.post("/v1/unload_lora_adapter", responses=_responses(400, 401, 404, 413, 500, 503))
+        @app.post("/v1/unload_lora_adapter", responses=_responses(*_LOADING))
         async def unload(body: schema.UnloadRequest) -> schema.Unloaded:
             """Serve an adapter no longer; answers that were begun with it are finished."""
             shelf.unload(desk, body.lora_name)
@@ -149,7 +151,7 @@ def create_app(desk: Desk, *, api_key: str | None = None, shelf: Shelf | None = 
     @app.get(
         "/metrics",
         response_class=PlainTextResponse,
-        responses=_responses(401, 503),
+        responses=_responses(401),
     )
     async def prometheus() -> Response:
         """Return Prometheus metrics."""
@@ -171,7 +173,9 @@ def create_app(desk: Desk, *, api_key: str | None = None, shelf: Shelf | None = 
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
             events = stream(reply, asked, http, usage=usage)
-            return StreamingResponse(events, media_type="text/event-stream")
+            # What stands between may keep no part of it back.
+            headers = {"Cache-Control": "no-cache"}
+            return StreamingResponse(events, headers=headers, media_type="text/event-stream")
         found: list[list[Piece]] = [[] for _ in asked.tickets]
         async with aclosing(pieces(asked, http)) as made:
             async for index, piece in made:

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple, cast
 
 from jinja2 import TemplateError
 
-from qadapter.data import tokenize_prompt
+from qadapter.data import render_prompt, tokenize_prompt
 from qadapter.errors import UserError
 from qadapter.model import Adapter
 from qadapter.serve import schema
 from qadapter.serve.answer import Piece
+from qadapter.serve.bound import TextBound
 from qadapter.serve.engine import Engine, EngineBusy, EngineClosed, Request, Ticket
 from qadapter.strength import each
 
@@ -90,7 +91,13 @@ class Asked:
     first: float | None = None
     """Seconds from asking to the first piece."""
     token_seconds: list[float] = field(default_factory=list)
-    """Of each answer that is complete: the mean after its first piece."""
+    """Of each answer that is complete: the mean of the tokens after its first piece."""
+
+    @property
+    def read_tokens(self) -> int:
+        """Tokens of the prompts that left the queue, each once."""
+        read = [ticket.request.prompt for ticket in self.tickets if ticket.read]
+        return sum({id(prompt): len(prompt) for prompt in read}.values())
 
     @property
     def usage(self) -> schema.Usage:
@@ -118,7 +125,7 @@ class Asked:
             self.queue.put_nowait((0, Piece(finish="cancelled")))
 
         watcher = asyncio.ensure_future(watch())
-        starts: dict[int, float] = {}
+        starts: dict[int, tuple[float, int]] = {}
         complete = 0
         try:
             while complete < len(self.tickets):
@@ -129,11 +136,11 @@ class Asked:
                     raise Refused("the answer failed", code="engine_failed", status=500)
                 now = time.monotonic()
                 self.first = self.first or now - self.began
-                start = starts.setdefault(index, now)
+                start, had = starts.setdefault(index, (now, piece.generated))
                 if piece.finish is not None:
                     complete += 1
-                    if piece.generated > 1:
-                        self.token_seconds.append((now - start) / (piece.generated - 1))
+                    if piece.generated > had:
+                        self.token_seconds.append((now - start) / (piece.generated - had))
                 yield index, piece
         finally:
             watcher.cancel()
@@ -153,6 +160,7 @@ class Desk:
     ) -> None:
         self.engine, self.limits = engine, limits
         self.context = min(engine.policy.context, limits.max_context)
+        self._bound = TextBound(engine.policy.tokenizer)
         now, adapters = int(time.time()), engine.policy.model.adapters
         strengths = each(strength, engine.policy.names)
         self.served = {
@@ -172,11 +180,16 @@ class Desk:
         """Return a conversation's tokens.
 
         Raises:
-            Refused: the chat template does not take it.
+            Refused: the chat template does not take it, or it is too long by its characters.
         """
-        plain = [{"role": m.role, "content": _text(m.content)} for m in messages]
+        tokenizer = self.engine.policy.tokenizer
+        known = "developer" in str(tokenizer.chat_template)
+        plain = [_turn(m, developer="developer" if known else "system") for m in messages]
         try:
-            return tokenize_prompt(plain, self.engine.policy.tokenizer)
+            # A template may leave much of it out.
+            if self._bound.exceeds("".join(m["content"] for m in plain), self.context):
+                self._check_fits(render_prompt(plain, tokenizer))
+            return tokenize_prompt(plain, tokenizer)
         except (UserError, TemplateError) as problem:  # a template has its own idea of turns
             raise Refused(str(problem), param="messages") from problem
 
@@ -186,12 +199,12 @@ class Desk:
         """Return the tokens of each text that is to go on.
 
         Raises:
-            Refused: a text has none, or a token is not in the vocabulary.
+            Refused: a text has none or is too long by its characters, or a token is not in the
+                vocabulary.
         """
         one = isinstance(prompt, str) or isinstance(prompt[0], int)
-        tokenizer = self.engine.policy.tokenizer
         rows = [
-            tokenize_prompt(row, tokenizer) if isinstance(row, str) else cast("list[int]", row)
+            self._read(row) if isinstance(row, str) else cast("list[int]", row)
             for row in ([prompt] if one else prompt)
         ]
         size = self.engine.policy.model.get_input_embeddings().weight.shape[0]
@@ -201,6 +214,19 @@ class Desk:
             if max(row) >= size:
                 raise Refused(f"the vocabulary has {size} tokens", param="prompt")
         return rows
+
+    def _read(self, text: str) -> list[int]:
+        self._check_fits(text)
+        return tokenize_prompt(text, self.engine.policy.tokenizer)
+
+    def _check_fits(self, text: str) -> None:
+        """Refuse a text before reading it takes seconds."""
+        if self._bound.exceeds(text, self.context):
+            raise Refused(
+                f"{len(text)} characters of the prompt do not fit the context of {self.context} "
+                "tokens",
+                code="context_length_exceeded",
+            )
 
     def ask(
         self,
@@ -330,8 +356,14 @@ class Desk:
         return asked or min(self.context - prompt, self.limits.max_tokens)
 
 
-def _text(content: str | list[schema.TextPart]) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
+def _turn(message: schema.Message, *, developer: str) -> dict[str, str]:
+    """Return a message as a chat template takes it."""
+    content = message.content or ""
+    if not isinstance(content, str):
+        content = "".join(part.text for part in content)
+    role = developer if message.role == "developer" else message.role
+    named = {} if message.name is None else {"name": message.name}
+    return {"role": role, "content": content, **named}
 
 
 def closing() -> Refused:

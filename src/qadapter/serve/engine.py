@@ -39,6 +39,10 @@ class EngineBusy(Exception):
     """The queue has no room for these requests."""
 
 
+class EngineFull(Exception):
+    """As many adapters are loaded as may be."""
+
+
 class EngineClosed(Exception):
     """The engine takes no more requests."""
 
@@ -80,6 +84,8 @@ class Ticket:
     strengths: tuple[float, ...]
     """s of each of these adapters."""
     cancelled: bool = False
+    read: bool = False
+    """Whether its prompt left the queue."""
 
     def cancel(self) -> None:
         """Let it leave the queue at once or the batch with the next token; it emits no more."""
@@ -102,11 +108,13 @@ class Engine:
         policy: its model is the engine's alone, as a model is one thread's at a time.
         max_batch: rows that are decoded at a time.
         max_queue: rows that may wait for a place.
+        max_adapters: that are in memory, those included that left but are still asked for.
     """
 
     policy: Policy
     max_batch: int = 16
     max_queue: int = 64
+    max_adapters: int = 16
     _waiting: deque[Ticket] = field(default_factory=deque)
     _groups: dict[tuple[Adapter, ...], _Group] = field(default_factory=dict)
     _joining: list[Ticket] = field(default_factory=list)
@@ -123,7 +131,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Requests that wait for a place."""
-        return len(self._waiting)
+        return sum(not ticket.cancelled for ticket in [*self._waiting])
 
     @property
     def running(self) -> int:
@@ -149,12 +157,15 @@ class Engine:
             free = max(0, self.max_batch - self.running) + self.max_queue - self.waiting
             if len(tickets) > free:
                 raise EngineBusy
+            self._drop_cancelled()
             self._waiting.extend(tickets)
             self._changed.notify()
         return tickets
 
     def load(self, name: str, directory: str | Path) -> Future[Adapter]:
-        """Add an adapter to the policy between two tokens; the future has it, or a UserError.
+        """Add an adapter to the policy between two tokens.
+
+        The future has it, or a UserError, or EngineFull.
 
         Raises:
             EngineClosed: `close` was called.
@@ -163,7 +174,7 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise EngineClosed
-            self._orders.append((partial(self.policy.add, directory, name), future))
+            self._orders.append((partial(self._add, directory, name), future))
             self._changed.notify()
         return future
 
@@ -215,17 +226,10 @@ class Engine:
                     return
                 self._take()
                 orders, self._orders = self._orders, deque()
+            self._let_go()
             for work, future in orders:
                 self._carry_out(work, future)
-            try:
-                self._turn()
-            except Exception:  # memory, or a fault of ours: these requests fail, the next may not
-                _log.exception("a step failed")
-                for ticket in self._asked():
-                    if not ticket.answer.finished:
-                        self._emit(ticket, Piece(finish="error", generated=ticket.answer.generated))
-                self._groups, self._joining = {}, []
-            self._let_go()
+            self._turn()
 
     @property
     def _busy(self) -> bool:
@@ -235,6 +239,11 @@ class Engine:
         for group in self._groups.values():
             yield from group.tickets
         yield from self._joining
+
+    def _add(self, directory: str | Path, name: str) -> Adapter:
+        if len(self.policy.model.adapters) >= self.max_adapters:
+            raise EngineFull
+        return self.policy.add(directory, name)
 
     @staticmethod
     def _carry_out(work: Callable[[], Any], future: Future[Any]) -> None:
@@ -256,9 +265,12 @@ class Engine:
         for adapter in gone:
             self.policy.model.remove(adapter)
 
+    def _drop_cancelled(self) -> None:
+        self._waiting = deque(ticket for ticket in self._waiting if not ticket.cancelled)
+
     def _take(self) -> None:
         """Let the requests join that have waited longest, as many as there are places for."""
-        self._waiting = deque(ticket for ticket in self._waiting if not ticket.cancelled)
+        self._drop_cancelled()
         longest = 0
         while self._waiting and self.running < self.max_batch:
             longest = max(longest, len(self._waiting[0].request.prompt))
@@ -269,18 +281,41 @@ class Engine:
     def _turn(self) -> None:
         """Give each running request a token, then let the new ones join with their first."""
         for adapters, group in [*self._groups.items()]:
-            self._keep(adapters, self._step(group))
+            self._keep(adapters, self._guarded(group.tickets, partial(self._step, group)))
         for adapters in dict.fromkeys(ticket.adapters for ticket in self._joining):
             joining = [ticket for ticket in self._joining if ticket.adapters == adapters]
-            prompts = [ticket.request.prompt for ticket in joining]
-            batch = Batch(self.policy.model, prompts, adapters)
-            started = self._step(_Group(joining, batch))
+            started = self._guarded(joining, partial(self._start, joining, adapters))
             there = self._groups.get(adapters)
             if there is not None and started is not None:
-                there.batch.join(started.batch)
-                started = _Group([*there.tickets, *started.tickets], there.batch)
+                both = [*there.tickets, *started.tickets]
+                started = there = self._guarded(both, partial(self._join, there, started))
             self._joining = [ticket for ticket in self._joining if ticket.adapters != adapters]
             self._keep(adapters, started or there)
+
+    def _guarded(
+        self, tickets: Sequence[Ticket], work: Callable[[], _Group | None]
+    ) -> _Group | None:
+        """Return what comes of work for these requests; if it fails they do, and no others."""
+        try:
+            return work()
+        except Exception:  # memory, or a fault of ours
+            _log.exception("a step failed")
+            for ticket in tickets:
+                if not ticket.answer.finished:
+                    self._emit(ticket, Piece(finish="error", generated=ticket.answer.generated))
+            return None
+
+    def _start(self, tickets: list[Ticket], adapters: tuple[Adapter, ...]) -> _Group | None:
+        """Read prompts, and give each its first token."""
+        prompts = [ticket.request.prompt for ticket in tickets]
+        for ticket in tickets:
+            ticket.read = True
+        return self._step(_Group(tickets, Batch(self.policy.model, prompts, adapters)))
+
+    @staticmethod
+    def _join(there: _Group, started: _Group) -> _Group:
+        there.batch.join(started.batch)
+        return _Group([*there.tickets, *started.tickets], there.batch)
 
     def _keep(self, adapters: tuple[Adapter, ...], group: _Group | None) -> None:
         if group is None:

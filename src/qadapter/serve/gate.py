@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
@@ -20,11 +21,18 @@ from qadapter.serve.engine import Engine
 
 _HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
+    408: {"Connection": "close"},
     429: {"Retry-After": "1"},
     503: {"Retry-After": "1"},
 }
 _OPEN = frozenset({"/health"})
-"""Paths that need no key and answer while the server shuts down."""
+"""Paths that need no key."""
+
+_TO_THE_END = frozenset({"/health", "/metrics"})
+"""Paths that answer while the server shuts down."""
+
+BODY_SECONDS = 60.0
+"""For which a client may send one body."""
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
@@ -59,7 +67,7 @@ class Metrics:
     def count(self, asked: Asked) -> dict[str, Any]:
         """Count a request that was answered, or given up; return what the log tells of it."""
         usage, strengths = asked.usage, asked.chosen.strengths
-        self.tokens.labels("prompt").inc(usage.prompt_tokens)
+        self.tokens.labels("prompt").inc(asked.read_tokens)
         self.tokens.labels("completion").inc(usage.completion_tokens)
         told: dict[str, Any] = {
             "prompt_tokens": usage.prompt_tokens,
@@ -84,7 +92,7 @@ def refusal(refused: Refused) -> JSONResponse:
 def _outcome(status: int) -> str:
     if status < 400:
         return "ok"
-    return {401: "unauthorized", 413: "too_large", 429: "busy", 503: "closed"}.get(
+    return {401: "unauthorized", 408: "too_slow", 413: "too_large", 429: "busy", 503: "closed"}.get(
         status, "invalid" if status < 500 else "failed"
     )
 
@@ -132,13 +140,16 @@ class Gate:
 
         try:
             refused = self._refusal(scope)
-            body = None if refused else await self._body(receive)
-            if refused is None and body is None:
-                refused = self._too_large()
-            await (refused or self.app)(scope, self._again(body or b"", receive), answer)
+            body = b""
+            if refused is None:
+                try:
+                    body = await self._body(receive)
+                except Refused as problem:
+                    refused = refusal(problem)
+            await (refused or self.app)(scope, self._again(body, receive), answer)
         finally:
             seconds = time.monotonic() - began
-            path = scope["path"] if scope["path"] in self.paths else "other"
+            path = self._counted(scope["path"])
             outcome = told.pop("outcome", None) or _outcome(status)
             self.metrics.requests.labels(path, outcome).inc()
             self.metrics.request_seconds.labels(path).observe(seconds)
@@ -157,49 +168,67 @@ class Gate:
                 },
             )
 
+    def _counted(self, path: str) -> str:
+        """Return what a path is counted as: itself, or one that ends in a parameter, or other."""
+        if path in self.paths:
+            return path
+        heads = ((name, name.partition("{")[0]) for name in self.paths if "{" in name)
+        return next((name for name, head in heads if path.startswith(head)), "other")
+
     def _refusal(self, scope: Scope) -> ASGIApp | None:
         """Return the response to a request that is not let in, from what its head says."""
         headers = dict(scope["headers"])
-        if scope["path"] not in _OPEN:
-            given = headers.get(b"authorization", b"")
-            if self.api_key is not None and not hmac.compare_digest(
-                given, b"Bearer " + self.api_key.encode()
-            ):
-                return refusal(
-                    Refused(
-                        "the API key is missing or wrong; send it as Authorization: Bearer KEY",
-                        code="invalid_api_key",
-                        status=401,
-                    )
+        given = headers.get(b"authorization", b"")
+        if (
+            self.api_key is not None
+            and scope["path"] not in _OPEN
+            and not hmac.compare_digest(given, b"Bearer " + self.api_key.encode())
+        ):
+            return refusal(
+                Refused(
+                    "the API key is missing or wrong; send it as Authorization: Bearer KEY",
+                    code="invalid_api_key",
+                    status=401,
                 )
-            if self.closed():
-                return refusal(closing())
+            )
+        if self.closed() and scope["path"] not in _TO_THE_END:
+            return refusal(closing())
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.max_body:
-            return self._too_large()
+            return refusal(self._too_large())
         return None
 
-    def _too_large(self) -> ASGIApp:
-        return refusal(
-            Refused(
-                f"the body has more than {self.max_body} bytes; shorten it",
-                code="request_too_large",
-                status=413,
-            )
+    def _too_large(self) -> Refused:
+        return Refused(
+            f"the body has more than {self.max_body} bytes; shorten it",
+            code="request_too_large",
+            status=413,
         )
 
-    async def _body(self, receive: Receive) -> bytes | None:
-        """Return the whole body; None if it is too large."""
+    async def _body(self, receive: Receive) -> bytes:
+        """Return the whole body.
+
+        Raises:
+            Refused: it is too large, or takes too long.
+        """
         body = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":  # gone before it was sent
-                return bytes(body)
-            body += message.get("body", b"")
-            if len(body) > self.max_body:
-                return None
-            if not message.get("more_body", False):
-                return bytes(body)
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                while True:
+                    message = await receive()
+                    if message["type"] != "http.request":  # gone before it was sent
+                        return bytes(body)
+                    body += message.get("body", b"")
+                    if len(body) > self.max_body:
+                        raise self._too_large()
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError:
+            raise Refused(
+                f"the body did not come within {BODY_SECONDS:.0f} seconds; send it again",
+                code="request_timeout",
+                status=408,
+            ) from None
 
     @staticmethod
     def _again(body: bytes, receive: Receive) -> Receive:

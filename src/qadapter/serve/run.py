@@ -18,6 +18,9 @@ from qadapter.serve.gate import JsonLines
 from qadapter.serve.shelf import Shelf
 from qadapter.strength import Strength
 
+PATIENCE = 10
+"""Seconds that a client has to send or read what it began, once the engine has finished."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -94,7 +97,7 @@ def run(
     _log.info("closed")
 
 
-def server(app: FastAPI, engine: Engine, *, patience: int | None = None) -> uvicorn.Server:
+def server(app: FastAPI, engine: Engine, *, patience: int = PATIENCE) -> uvicorn.Server:
     """Return the server of an application, not yet running.
 
     Args:

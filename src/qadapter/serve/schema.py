@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    model_validator,
+)
+from pydantic_core import PydanticUseDefault, core_schema
 
 from qadapter.strength import NAME
 
 
 def _encodable(text: str) -> str:
     """Return the text; JSON can spell halves of characters, which no tokenizer takes."""
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError("Half a surrogate pair is no character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("Half a surrogate pair is no character") from None
     return text
 
 
@@ -21,13 +32,38 @@ Strength = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Tokens = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Stop = Annotated[Text, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=2**20)]
 Prompt = (
     Text
-    | Annotated[list[Text], Field(min_length=1, max_length=64)]
+    | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=64)]
     | TokenIds
-    | Annotated[list[TokenIds], Field(min_length=1, max_length=64)]
+    | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=64)]
 )
+"""Every list ends at its first error, of which one is told: a body may hold a million."""
+
+
+class _OrNull:
+    """Lets a field be null, which is its default."""
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.no_info_before_validator_function(self._given, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"anyOf": [handler(schema), {"type": "null"}]}
+
+    @staticmethod
+    def _given(value: Any) -> Any:
+        if value is None:
+            raise PydanticUseDefault
+        return value
+
+
+Switch = Annotated[bool, _OrNull()]
+Zero = Annotated[float, Field(ge=0, le=0)]
 
 
 class _Asked(BaseModel):
@@ -35,11 +71,20 @@ class _Asked(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, data: Any) -> Any:
+        """Keep the first field that is not known, which is told, and no more of them."""
+        if not isinstance(data, dict):
+            return data
+        unknown = [name for name in data if name not in cls.model_fields]
+        return {k: v for k, v in data.items() if k in cls.model_fields or k == unknown[0]}
+
 
 class StreamOptions(_Asked):
     """What a stream holds besides the answer."""
 
-    include_usage: bool = Field(False, description="End with a chunk that counts the tokens.")
+    include_usage: Switch = Field(False, description="End with a chunk that counts the tokens.")
 
 
 class _Generation(_Asked):
@@ -50,22 +95,35 @@ class _Generation(_Asked):
         "add; default the first of the list.",
     )
     max_tokens: Tokens | None = Field(None, description="Tokens that an answer may have.")
-    n: int = Field(1, ge=1, le=16, description="Answers to each prompt.")
-    seed: int | None = Field(
-        None, ge=0, le=2**32 - 1, description="Same seed, same draws; answer i takes seed + i."
+    n: Annotated[int, Field(ge=1, le=16), _OrNull()] = Field(
+        1, description="Answers to each prompt."
     )
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = Field(
+    seed: int | None = Field(
+        None,
+        ge=-(2**63),
+        le=2**63 - 1,
+        description="Same seed, same draws; answer i takes seed + i.",
+    )
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=16)] | None = Field(
         None, description="An answer ends before the first of these."
     )
-    stream: bool = Field(False, description="Send the answer as server-sent events, as it is made.")
+    stream: Switch = Field(
+        False, description="Send the answer as server-sent events, as it is made."
+    )
     stream_options: StreamOptions | None = None
-    temperature: float = Field(1.0, ge=0, le=2, description="Below 1e-5 is greedy.")
-    top_p: float = Field(1.0, ge=0, le=1, description="Draw from the likeliest of this mass.")
+    temperature: Annotated[float, Field(ge=0, le=2), _OrNull()] = Field(
+        1.0, description="Below 1e-5 is greedy."
+    )
+    top_p: Annotated[float, Field(ge=0, le=1), _OrNull()] = Field(
+        1.0, description="Draw from the likeliest of this mass."
+    )
+    presence_penalty: Zero | None = Field(None, description="There is none; only 0 is taken.")
+    frequency_penalty: Zero | None = Field(None, description="There is none; only 0 is taken.")
     user: Text | None = Field(None, max_length=1024, description="Accepted and not used.")
     strength: (
         Strength
-        | Annotated[list[Strength], Field(min_length=1, max_length=16)]
-        | Annotated[dict[Text, Strength], Field(min_length=1, max_length=16)]
+        | Annotated[list[Strength], Field(fail_fast=True, min_length=1, max_length=16)]
+        | Annotated[dict[Text, Strength], Field(fail_fast=True, min_length=1, max_length=16)]
         | None
     ) = Field(
         None,
@@ -85,21 +143,41 @@ class TextPart(_Asked):
 class Message(_Asked):
     """One turn of a conversation."""
 
-    role: Literal["system", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    role: Literal["system", "developer", "user", "assistant"] = Field(
+        description="To templates that know no developer it is the system."
+    )
+    content: (
+        Text
+        | Annotated[list[TextPart], Field(fail_fast=True, min_length=1, max_length=4096)]
+        | None
+    ) = Field(description="null, which only an assistant's may be, is empty.")
+    name: Text | None = Field(None, max_length=1024, description="Handed to the chat template.")
+
+    @model_validator(mode="after")
+    def _said(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise ValueError("only an assistant's content may be null")
+        return self
+
+
+class TextFormat(_Asked):
+    """The only format of answers that there is."""
+
+    type: Literal["text"]
 
 
 class ChatRequest(_Generation):
     """A conversation that is to go on."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)]
     max_completion_tokens: Tokens | None = Field(
         None, description="The newer name of max_tokens; default as much as the server allows."
     )
-    logprobs: bool = Field(False, description="Tell each token's log-prob under the policy.")
+    logprobs: Switch = Field(False, description="Tell each token's log-prob under the policy.")
     top_logprobs: int | None = Field(
         None, ge=0, le=20, description="And the likeliest tokens; needs logprobs."
     )
+    response_format: TextFormat | None = None
 
 
 class CompletionRequest(_Generation):
@@ -109,6 +187,10 @@ class CompletionRequest(_Generation):
     max_tokens: Tokens | None = Field(16, description="Tokens that an answer may have.")
     logprobs: int | None = Field(
         None, ge=0, le=20, description="Tell each token's log-prob, and so many of the likeliest."
+    )
+    echo: Literal[False] | None = Field(None, description="Prompts are not repeated.")
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = Field(
+        None, description="All answers that are made are told; only 1 is taken."
     )
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from pathlib import Path
 
 from qadapter.errors import ConfigError, UserError
 from qadapter.serve.asking import Desk, Refused, Served, closing
-from qadapter.serve.engine import EngineClosed
-
-MOST = 16
-"""Adapters that are served at once."""
+from qadapter.serve.engine import EngineClosed, EngineFull
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors", "qadapter_config.json")
 """What is read of an adapter's directory."""
@@ -61,17 +59,21 @@ class Shelf:
         """
         if name in desk.served or name in self._coming:
             raise Refused(f"another adapter is named {name!r}", param="lora_name")
-        if len(desk.served) + len(self._coming) >= MOST:
-            raise Refused(f"{MOST} adapters are served; unload one first", param="lora_name")
         place = self.find(path)
         self._coming.add(name)
         try:
             adapter = await asyncio.wrap_future(desk.engine.load(name, place))
         except EngineClosed:
             raise closing() from None
+        except EngineFull:
+            raise Refused(
+                f"{desk.engine.max_adapters} adapters are loaded; unload one first, or wait until "
+                "the answers of those that left are complete",
+                param="lora_name",
+            ) from None
         except UserError as problem:
-            # Where the directory lies is nobody's business.
-            told = str(problem).replace(str(place), path)
+            # Where it lies, or its base, is nobody's business.
+            told = _without_places(str(problem).replace(str(place), path))
             raise Refused(told, param="lora_path", code="adapter_unusable") from problem
         finally:
             self._coming.discard(name)
@@ -94,3 +96,8 @@ class Shelf:
         if name in desk.first:
             raise Refused(f"the server was started with {name!r}, which stays", param="lora_name")
         desk.engine.unload(desk.served.pop(name).adapter)
+
+
+def _without_places(told: str) -> str:
+    """Return a message with only the last parts of absolute paths, quoted ones with spaces."""
+    return re.sub(r"(?<=')/[^']*/|(?<![\w.'/])/\S*/", "", told)
