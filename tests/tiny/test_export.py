@@ -14,12 +14,13 @@ import torch
 from fakes import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import FAMILIES, VOCAB, tiny_adapter
+from models import FAMILIES, VOCAB, disturbed, tiny_adapter
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from qadapter import export
+from qadapter import export, hub
 from qadapter.cli import main
+from qadapter.config import QConfig
 from qadapter.errors import ConfigError, ModelError, UserError
 from qadapter.functional import mixing_weights
 from qadapter.model import QAdapterModel
@@ -222,6 +223,36 @@ def test_strength_and_dtype_are_kept(adapter: str, tmp_path: Path) -> None:
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert found.dtype == torch.bfloat16
     assert found.config.strength == 0.4
+
+
+def test_a_bases_settings_of_decoding_are_in_no_policy_and_no_export(
+    base: str, tmp_path: Path
+) -> None:
+    """With a penalty in the base's file, `generate`, the server and vLLM said three things."""
+    loaded = hub.load_base(base, dtype=torch.float32)
+    ends = loaded.generation_config.eos_token_id
+    loaded.generation_config.update(
+        repetition_penalty=1.8, do_sample=True, temperature=0.3, top_k=3, top_p=0.5
+    )
+    q_config = QConfig(alpha_0=0.5, alpha_tilde=0.5, base_model=base)
+    model = disturbed(QAdapterModel.create(loaded, q_config, lora_r=4))
+    policy, ids = Policy(model, tiny_tokenizer()), torch.arange(4, 24)[None]
+    export.export_policy(policy, tmp_path / "policy")
+    export.export_merged(policy, tmp_path / "merged")
+    expected = ids
+    with torch.no_grad():
+        for _ in range(20):
+            best = model(input_ids=expected).logits[:, -1:].argmax(-1)
+            expected = torch.cat([expected, best], dim=1)
+    exports = [AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("policy", "merged")]
+    for found in (model, *exports):
+        made = found.generate(ids, max_new_tokens=20, eos_token_id=None)
+        assert torch.equal(made, expected)
+    for name in ("policy", "merged"):
+        kept = json.loads((tmp_path / name / "generation_config.json").read_text())
+        kept = {k: v for k, v in kept.items() if v is not None and "transformers" not in k}
+        assert set(kept) <= {"bos_token_id", "eos_token_id", "pad_token_id", "_from_model_config"}
+        assert kept["eos_token_id"] == [ends]
 
 
 def test_large_weights_are_sharded(adapter: str, tmp_path: Path) -> None:
