@@ -14,7 +14,7 @@ import torch
 from fakes import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import FAMILIES, VOCAB, disturbed, tiny_adapter
+from models import FAMILIES, VOCAB, disturbed, tiny_adapter, tiny_base
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -324,12 +324,46 @@ def test_an_output_that_is_there_is_refused(
     assert (tmp_path / "mine").read_text() == "x"
 
 
+HALF = torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+def test_in_half_precision_what_is_right_stays_by_the_tight_bound(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The noise of two bfloat16 passes was taken for an error, and errors for noise."""
+    monkeypatch.setattr(export, "PROMPTS", ("Question:What,is17+25?", "largest(numbers):"))
+    tiny_base(family).to(HALF).save_pretrained(tmp_path / "base")
+    base = hub.load_base(str(tmp_path / "base"), dtype=HALF)
+    q_config = QConfig(alpha_0=0.5, alpha_tilde=0.5, base_model=str(tmp_path / "base"))
+    model = disturbed(QAdapterModel.create(base, q_config, lora_r=4, trunk=0.5), 1.0)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    policy = Policy(model, tiny_tokenizer())
+    for name in ("policy", "merged", "peft"):
+        done = export.FORMATS[name](policy, tmp_path / name)
+        assert done.allowed < 2e-3, name
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == before[name].dtype
+        assert torch.equal(parameter, before[name])
+
+
+def test_in_half_precision_another_strength_does_not_stay(
+    adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = export._policy_config
+    policy = Policy.from_pretrained(adapter, dtype=HALF)
+    monkeypatch.setattr(export, "_policy_config", lambda model, s: inner(model, 0.998 * s))
+    with pytest.raises(UserError, match="differ from the policy's by"):
+        export.export_policy(policy, tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["policy", "merged", "peft"])
 def test_an_export_that_is_another_policy_does_not_stay(
-    name: str, adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The check is of the files: here a tensor of the adapter is changed on its way to them."""
-    policy = Policy.from_pretrained(adapter)
+    policy = Policy.from_pretrained(adapter, dtype=dtype)
     write = {"policy": "_save", "merged": "_save", "peft": "save_plain"}[name]
     inner = getattr(export, write)
 
