@@ -182,6 +182,43 @@ def test_a_strength_that_is_none_is_refused(strength: Any) -> None:
         model(input_ids=tokens())
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("strength", s) for s in ("0.7", None, True, [True], {"a": 1}, [[1]], [], 10**400)],
+        ("parameterization", "residul"),
+        *[("branch_layers", depths) for depths in ([1], [3], [2, 1], [], [True], [2.0], None, 2)],
+        *[("alpha_tilde", number) for number in (0, -1, "1", float("inf"))],
+        *[("alpha_0", number) for number in (-1, None, float("nan"))],
+        ("base_layers", 5),
+        ("text_config", {"num_hidden_layers": 4}),
+        ("strengh", 0.0),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_an_override_that_is_no_policy_is_refused(field: str, value: Any) -> None:
+    """Each was another policy without a word, or failed somewhere in a matrix product."""
+    config = export._policy_config(tiny_adapter(), 1.0)
+    with pytest.raises(ValueError, match=rf"^({field}|branch_layers): [^\n]*$"):  # noqa: PT012
+        config.update({field: value})  # what vLLM's --hf-overrides does
+        with torch.device("meta"):
+            QAdapterForCausalLM(config)
+
+
+def test_overrides_that_are_a_policy_are_taken_and_older_exports_load(
+    adapter: str, tmp_path: Path
+) -> None:
+    export.export_policy(Policy.from_pretrained(adapter), tmp_path / "out")
+    file = tmp_path / "out" / "config.json"
+    fields = json.loads(file.read_text())
+    assert fields.pop("base_layers") == 4
+    file.write_text(json.dumps(fields))
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", strength=[0.5], alpha_0=0.6)
+    assert (found.config.base_layers, found.config.strengths) == (4, [0.5])
+    with pytest.raises(ValueError, match="branch_layers"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", branch_layers=[2])
+
+
 # ── files ───────────────────────────────────────────────────────────────────────────────────────
 
 

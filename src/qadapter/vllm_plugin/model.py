@@ -97,7 +97,8 @@ class QAdapterForCausalLM(nn.Module, SupportsQuant):
     """A policy π_s; `--hf-overrides '{"strength": 0.7}'` sets s.
 
     Raises:
-        ValueError: the base is of a family that is not in `_DECODERS`.
+        ValueError: the base is of a family that is not in `_DECODERS`, or what was overridden is
+            no policy (see `QAdapterPolicyConfig.check`).
     """
 
     hf_to_vllm_mapper = LlamaModel.hf_to_vllm_mapper
@@ -109,6 +110,7 @@ class QAdapterForCausalLM(nn.Module, SupportsQuant):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
+        config.check()
         text = config.text_config
         if text.model_type not in _DECODERS:
             raise ValueError(
