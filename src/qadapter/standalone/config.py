@@ -97,8 +97,8 @@ class QAdapterPolicyConfig(PreTrainedConfig):
             )
         if max(self.branch_layers) > most:
             raise ValueError(
-                f"branch_layers: {self.branch_layers!r} are more than the {most} of the base; leave "
-                "them as exported"
+                f"branch_layers: {self.branch_layers!r} are more than the {most} of the base; "
+                "leave them as exported"
             )
         if self.parameterization not in ("residual", "raw"):
             raise ValueError(
