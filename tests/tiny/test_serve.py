@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import json
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -412,3 +413,89 @@ def test_an_export_keeps_its_own_strength_on_vllm_unless_told(
     assert asked[1][asked[1].index("--hf-overrides") + 1] == '{"strength": [1.0, 0.5]}'
     assert asked[1][-2:] == ["--seed", "3"]
     assert main([*serve[:-1], "--vllm-args='"]) == 2
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+STUBBORN = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, lambda *_: print("asked", flush=True))
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+print(os.getpid(), worker.pid, flush=True)
+while True:
+    time.sleep(1)
+"""
+DYING = STUBBORN.replace("while True", "sys.exit(3)\nwhile True")
+
+
+@pytest.mark.parametrize(
+    ("server", "signals", "code"),
+    [
+        (STUBBORN, [signal.SIGHUP, signal.SIGTERM], 0),
+        (STUBBORN, [signal.SIGTERM, signal.SIGTERM], 0),
+        (DYING, [], 1),
+    ],
+    ids=["hang-up", "twice", "by itself"],
+)
+def test_no_process_of_vllms_outlives_the_command(
+    server: str, signals: list[signal.Signals], code: int
+) -> None:
+    program = f"""
+import sys
+from qadapter.serve import on_vllm
+on_vllm.run([sys.executable, "-c", {server!r}], api_key=None)
+"""
+    words = [sys.executable, "-c", program]
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    started = [int(pid) for pid in process.stdout.readline().split()]
+    try:
+        for i, number in enumerate(signals):
+            process.send_signal(number)
+            if i == 0:
+                assert process.stdout.readline() == "asked\n"
+        assert process.wait(60) == code
+        until(lambda: not any(map(alive, started)))
+    finally:
+        for pid in started:
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        process.kill()
+        process.stdout.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_an_export_for_vllm_goes_with_a_command_that_is_ended(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    program = """
+import sys, time
+from qadapter.cli import main, serving
+from qadapter.serve import on_vllm
+on_vllm.check_installed = lambda: None
+serving.load_policy = lambda _: (print("loading", flush=True), time.sleep(300))
+sys.exit(main(["serve", "nowhere", "--engine", "vllm"]))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "loading\n"
+        assert [path.name.split(".")[0] for path in tmp_path.iterdir()] == ["qadapter-vllm"]
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+        assert not list(tmp_path.iterdir())
+    finally:
+        process.kill()
+        process.stdout.close()

@@ -82,14 +82,15 @@ def _serve_on_vllm(args: argparse.Namespace, key: str | None) -> None:
     if args.port == 0:
         raise ConfigError("--port: vLLM takes no 0 for any free one; name a port.")
     on_vllm.check_installed()
-    with tempfile.TemporaryDirectory(prefix="qadapter-vllm.") as made:
+    made = tempfile.TemporaryDirectory(prefix="qadapter-vllm.")
+    with on_vllm.handled(on_vllm.leave), made as place:
         adapters = named(args.adapter)
         export = Path(next(iter(adapters.values())))
         if len(adapters) > 1 or not on_vllm.is_export(export):
             from qadapter.export import export_policy
 
             args.strength = 1.0 if args.strength is None else args.strength
-            export = export_policy(load_policy(args), Path(made) / "export").directory
+            export = export_policy(load_policy(args), Path(place) / "export").directory
         words = on_vllm.command(
             export,
             name="+".join(adapters),
