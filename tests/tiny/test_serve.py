@@ -398,21 +398,78 @@ def test_the_command_serves_until_a_signal_and_tells_of_a_taken_port(
     assert '"event": "closed"' in log.read_text()
 
 
-def test_an_export_keeps_its_own_strength_on_vllm_unless_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[list[str]] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What would have been started in the place of vLLM."""
+    found: list[list[str]] = []
     monkeypatch.setattr(on_vllm, "check_installed", lambda: None)
-    monkeypatch.setattr(on_vllm, "run", lambda words, api_key: asked.append(words))
-    (tmp_path / "config.json").write_text('{"model_type": "qadapter"}')
-    serve = ["serve", str(tmp_path), "--engine", "vllm", "--vllm-args=--seed '3'"]
+    monkeypatch.setattr(on_vllm, "run", lambda words, api_key: found.append(words))
+    return found
+
+
+def an_export(place: Path, **fields: Any) -> list[str]:
+    """Write the config of an export; return the command that serves it on vLLM."""
+    text = {"model_type": "llama", "num_hidden_layers": 6}
+    fields = {"text_config": text, "branch_layers": [1, 1], "dtype": "bfloat16", **fields}
+    place.joinpath("config.json").write_text(json.dumps({"model_type": "qadapter", **fields}))
+    return ["serve", str(place), "--engine", "vllm", "--vllm-args=--seed '3'"]
+
+
+def test_an_export_keeps_its_own_strength_and_dtype_on_vllm_unless_told(
+    asked: list[list[str]], tmp_path: Path
+) -> None:
+    serve = an_export(tmp_path)
     assert main(serve) == 0
-    assert main([*serve, "--strength", "1.0,0.5"]) == 0
+    assert main([*serve, "--strength", "1.0,0.5", "--dtype", "float32"]) == 0
     assert asked[0][asked[0].index("--model") + 1] == str(tmp_path)
     assert "--hf-overrides" not in asked[0]
     assert asked[1][asked[1].index("--hf-overrides") + 1] == '{"strength": [1.0, 0.5]}'
     assert asked[1][-2:] == ["--seed", "3"]
+    assert [words[words.index("--dtype") + 1] for words in asked] == ["bfloat16", "float32"]
     assert main([*serve[:-1], "--vllm-args='"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "fields", "told"),
+    [
+        (["--base", "x"], {}, "--base: {} is an export with its base; leave it out."),
+        (["--no-check-base"], {}, "--no-check-base: {} is an export"),
+        (["--trust-remote-code"], {}, "--trust-remote-code: {} is an export"),
+        (["--device", "cpu"], {}, "--device: vLLM picks its own; leave it out"),
+        (["--strength", "1,1,1"], {}, "{}: strength: (1.0, 1.0, 1.0) must be a finite number"),
+        ([], {"branch_layers": [9]}, "{}: branch_layers: [9] with"),
+        (
+            [],
+            {"text_config": {"model_type": "gpt2", "n_layer": 6}},
+            "--engine vllm: the plugin knows llama, mistral, qwen2, qwen3 and not gpt2;",
+        ),
+    ],
+)
+def test_what_vllm_would_ignore_of_an_export_or_trip_over_is_told(
+    words: list[str],
+    fields: dict[str, Any],
+    told: str,
+    asked: list[list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*an_export(tmp_path, **fields), *words]) == 2
+    assert not asked
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told.format(tmp_path) in line
+
+
+def test_a_family_that_vllm_cannot_serve_is_told_before_an_export_is_made(
+    asked: list[list[str]],
+    adapter: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(on_vllm, "FAMILIES", ("qwen3",))
+    monkeypatch.setattr("qadapter.export.export_policy", lambda *_: 1 / 0)
+    assert main(["serve", adapter, "--engine", "vllm"]) == 2
+    assert not asked
+    assert "the plugin knows qwen3 and not llama; leave --engine out." in capsys.readouterr().err
 
 
 def alive(pid: int) -> bool:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from qadapter.errors import ConfigError, UserError
+from qadapter.strength import Strength
+from qadapter.vllm_plugin import FAMILIES
 
 # What `vllm serve` runs; the program of that name is not in every build of vLLM.
 _SERVER = "vllm.entrypoints.openai.api_server"
@@ -40,6 +42,42 @@ def is_export(directory: str | Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and config.get("model_type") == "qadapter"
+
+
+def check_family(model_type: str) -> None:
+    """Raise before vLLM does, and before an export is made for nothing.
+
+    Raises:
+        ConfigError: the plugin does not know bases of this kind.
+    """
+    if model_type not in FAMILIES:
+        raise ConfigError(
+            f"--engine vllm: the plugin knows {', '.join(FAMILIES)} and not {model_type}; leave "
+            "--engine out."
+        )
+
+
+def dtype_of(export: str | Path, strength: Strength | None) -> str:
+    """Return the dtype of an export's weights, as vLLM spells it.
+
+    vLLM's own choice for weights in float32 is a half precision.
+
+    Raises:
+        ConfigError: the export is of a family that the plugin does not know, is damaged, or has
+            another number of adapters than the strength.
+    """
+    from qadapter.standalone.config import QAdapterPolicyConfig
+
+    try:
+        config = QAdapterPolicyConfig.from_pretrained(export)
+        if strength is not None:
+            config.update({"strength": strength})
+            config.check()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        said = str(error).partition("\n")[0]
+        raise ConfigError(f"{export}: {said}; export the policy anew, or mend that.") from error
+    check_family(config.text_config.model_type)
+    return "auto" if config.dtype is None else str(config.dtype).removeprefix("torch.")
 
 
 def command(

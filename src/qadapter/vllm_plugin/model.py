@@ -24,6 +24,7 @@ from vllm.model_executor.models.qwen3 import Qwen3Model
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
 from qadapter.functional import mix, mixing_weights
+from qadapter.vllm_plugin import FAMILIES
 
 _DIMS = {"input_ids": 0, "positions": -1, "inputs_embeds": 0}
 
@@ -90,7 +91,7 @@ class _Qwen3(_Forked, Qwen3Model):
     pass
 
 
-_DECODERS = {"llama": _Llama, "mistral": _Mistral, "qwen2": _Qwen2, "qwen3": _Qwen3}
+_DECODERS = dict(zip(FAMILIES, (_Llama, _Mistral, _Qwen2, _Qwen3), strict=True))
 
 
 class QAdapterForCausalLM(nn.Module, SupportsQuant):
