@@ -57,6 +57,29 @@ def tiny_tokenizer(template: str | None = CHATML, *, bos: bool = False) -> Any:
     )
 
 
+WORDS = ["▁Hello", "▁world", "▁Say", "▁", "▁▁", "▁I", "lo", "s", "é", "!", "▁a", "\n"]
+
+
+def text_tokenizer() -> Any:
+    """Return a tokenizer as Llama 2, Mistral 7B and Phi-3 have, with `▁` for a space.
+
+    What has no token of its own is bytes; a text's first space is stripped in decoding.
+    """
+    tokens = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    space = decoders.Replace("▁", " ")
+    parts = [space, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
 def write_base(directory: Path, sizes: dict[str, Any] = SIZES) -> None:
     """Write a random Llama with the tokenizer."""
     torch.manual_seed(0)

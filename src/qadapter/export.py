@@ -29,7 +29,7 @@ from qadapter.files import check_new, check_writable, whole_directory
 from qadapter.functional import mixing_weights
 from qadapter.model import QAdapterModel
 from qadapter.model.adapter import load_plain, save_plain
-from qadapter.model.merge import base_state, merged_state
+from qadapter.model.merge import base_state, merged_state, widened
 from qadapter.model.stacked import cache_shifts, rounding
 from qadapter.policy import Policy
 from qadapter.standalone.config import QAdapterPolicyConfig
@@ -117,7 +117,7 @@ def export_peft(policy: Policy, output: str | Path, *, strength: Strength = 1.0)
     def write(directory: Path) -> None:
         save_plain(policy.model.peft_model, directory)
 
-    return _checked(policy, output, strength, write, reload)
+    return _checked(policy, output, strength, write, reload, merged=False)
 
 
 def export_gguf(policy: Policy, output: str | Path, *, strength: Strength = 1.0) -> Export:
@@ -259,9 +259,14 @@ def _checked(
     write: Callable[[Path], None],
     reload: Callable[[Path, torch.dtype], PreTrainedModel],
     *,
+    merged: bool = True,
     instead: str = "another format",
 ) -> Export:
-    """Write, load what was written, and let it stay if it is the policy."""
+    """Write, load what was written, and let it stay if it is the policy.
+
+    Args:
+        merged: whether what is written are sums of weights, rounded to the policy's dtype.
+    """
     if held := hub.quantization_of(policy.model.base):
         raise ModelError(
             f"{output}: the policy's base is held in {held}, which no export has; load the adapter "
@@ -271,8 +276,9 @@ def _checked(
     check_writable(output)
     with whole_directory(output) as partial:
         write(partial)
-        exported = reload(partial, policy.model.dtype).to(policy.model.device).eval()
-        difference, allowed = _compare(policy, exported, strength)
+        difference, allowed = _compare(
+            policy, strength, lambda d: reload(partial, d), merged=merged
+        )
         if not difference <= allowed:
             raise UserError(
                 f"{output}: the exported log-probs differ from the policy's by {difference:.3g} "
@@ -281,26 +287,38 @@ def _checked(
     return Export(Path(output), difference, allowed)
 
 
-def _compare(policy: Policy, exported: Any, strength: Strength) -> tuple[float, float]:
+@torch.no_grad()
+def _compare(
+    policy: Policy,
+    strength: Strength,
+    reload: Callable[[torch.dtype], PreTrainedModel],
+    *,
+    merged: bool,
+) -> tuple[float, float]:
     """Return the largest difference of log-probs on `PROMPTS`, and what rounding explains, nats.
 
-    The export reads each prompt in two parts, so that its cache is checked too.
+    Both compute in float32 or wider whatever the dtype of their weights: half precision's own noise
+    would hide an adapter. The export reads each prompt in two parts, so that its cache is checked
+    too.
     """
-    difference = scale = 0.0
-    for text in PROMPTS:
-        ids = policy.tokenizer(text, return_tensors="pt")["input_ids"].to(policy.model.device)
-        with torch.no_grad():
-            logits = policy.model(input_ids=ids, strength=strength).logits.double()
-            cache = DynamicCache(config=exported.config)
-            parts = [
-                exported(input_ids=part, past_key_values=cache, use_cache=True).logits
-                for part in ids.split(-(-ids.shape[1] // 2), dim=1)
-            ]
+    model, read = policy.model, policy.tokenizer
+    rows = [read(text, return_tensors="pt")["input_ids"].to(model.device) for text in PROMPTS]
+    with widened(model, as_merged=merged) as wide:
+        ours = [model(input_ids=ids, strength=strength).logits.double() for ids in rows]
+    # In its own dtype first, for what a model makes of that beside its weights.
+    exported: Any = reload(model.dtype).eval().to(model.device, wide)
+    difference = 0.0
+    for ids, logits in zip(rows, ours, strict=True):
+        cache = DynamicCache(config=exported.config)
+        parts = [
+            exported(input_ids=part, past_key_values=cache, use_cache=True).logits
+            for part in ids.split(-(-ids.shape[1] // 2), dim=1)
+        ]
         theirs = torch.cat(parts, dim=1).double()[..., : logits.shape[-1]]
         found = (theirs.log_softmax(-1) - logits.log_softmax(-1)).abs().max()
         difference = max(difference, float(found.nan_to_num(nan=torch.inf)))
-        scale = max(scale, float(logits.abs().max()))
-    return difference, rounding(policy.model.dtype) * max(scale, 1.0)
+    scale = max(float(logits.abs().max()) for logits in ours)
+    return difference, rounding(wide) * max(scale, 1.0)
 
 
 def _find_converter() -> Path:

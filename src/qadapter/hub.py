@@ -245,6 +245,12 @@ def load_generation_config(name: str, *, trust_remote_code: bool = False) -> Gen
     return cast("GenerationConfig", GenerationConfig.from_model_config(config))
 
 
+def token_ids(settings: GenerationConfig) -> GenerationConfig:
+    """Return generation settings that keep these ones' special tokens and nothing else."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return type(settings)(**{name: getattr(settings, name) for name in names})
+
+
 def end_of_turn_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
 ) -> frozenset[int]:

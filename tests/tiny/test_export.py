@@ -14,12 +14,13 @@ import torch
 from fakes import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import FAMILIES, VOCAB, tiny_adapter
+from models import FAMILIES, VOCAB, disturbed, tiny_adapter, tiny_base
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from qadapter import export
+from qadapter import export, hub
 from qadapter.cli import main
+from qadapter.config import QConfig
 from qadapter.errors import ConfigError, ModelError, UserError
 from qadapter.functional import mixing_weights
 from qadapter.model import QAdapterModel
@@ -181,6 +182,43 @@ def test_a_strength_that_is_none_is_refused(strength: Any) -> None:
         model(input_ids=tokens())
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("strength", s) for s in ("0.7", None, True, [True], {"a": 1}, [[1]], [], 10**400)],
+        ("parameterization", "residul"),
+        *[("branch_layers", depths) for depths in ([1], [3], [2, 1], [], [True], [2.0], None, 2)],
+        *[("alpha_tilde", number) for number in (0, -1, "1", float("inf"))],
+        *[("alpha_0", number) for number in (-1, None, float("nan"))],
+        ("base_layers", 5),
+        ("text_config", {"num_hidden_layers": 4}),
+        ("strengh", 0.0),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_an_override_that_is_no_policy_is_refused(field: str, value: Any) -> None:
+    """Each was another policy without a word, or failed somewhere in a matrix product."""
+    config = export._policy_config(tiny_adapter(), 1.0)
+    with pytest.raises(ValueError, match=rf"^({field}|branch_layers): [^\n]*$"):  # noqa: PT012
+        config.update({field: value})  # what vLLM's --hf-overrides does
+        with torch.device("meta"):
+            QAdapterForCausalLM(config)
+
+
+def test_overrides_that_are_a_policy_are_taken_and_older_exports_load(
+    adapter: str, tmp_path: Path
+) -> None:
+    export.export_policy(Policy.from_pretrained(adapter), tmp_path / "out")
+    file = tmp_path / "out" / "config.json"
+    fields = json.loads(file.read_text())
+    assert fields.pop("base_layers") == 4
+    file.write_text(json.dumps(fields))
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", strength=[0.5], alpha_0=0.6)
+    assert (found.config.base_layers, found.config.strengths) == (4, [0.5])
+    with pytest.raises(ValueError, match="branch_layers"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", branch_layers=[2])
+
+
 # ── files ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -222,6 +260,36 @@ def test_strength_and_dtype_are_kept(adapter: str, tmp_path: Path) -> None:
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert found.dtype == torch.bfloat16
     assert found.config.strength == 0.4
+
+
+def test_a_bases_settings_of_decoding_are_in_no_policy_and_no_export(
+    base: str, tmp_path: Path
+) -> None:
+    """With a penalty in the base's file, `generate`, the server and vLLM said three things."""
+    loaded = hub.load_base(base, dtype=torch.float32)
+    ends = loaded.generation_config.eos_token_id
+    loaded.generation_config.update(
+        repetition_penalty=1.8, do_sample=True, temperature=0.3, top_k=3, top_p=0.5
+    )
+    q_config = QConfig(alpha_0=0.5, alpha_tilde=0.5, base_model=base)
+    model = disturbed(QAdapterModel.create(loaded, q_config, lora_r=4))
+    policy, ids = Policy(model, tiny_tokenizer()), torch.arange(4, 24)[None]
+    export.export_policy(policy, tmp_path / "policy")
+    export.export_merged(policy, tmp_path / "merged")
+    expected = ids
+    with torch.no_grad():
+        for _ in range(20):
+            best = model(input_ids=expected).logits[:, -1:].argmax(-1)
+            expected = torch.cat([expected, best], dim=1)
+    exports = [AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("policy", "merged")]
+    for found in (model, *exports):
+        made = found.generate(ids, max_new_tokens=20, eos_token_id=None)
+        assert torch.equal(made, expected)
+    for name in ("policy", "merged"):
+        kept = json.loads((tmp_path / name / "generation_config.json").read_text())
+        kept = {k: v for k, v in kept.items() if v is not None and "transformers" not in k}
+        assert set(kept) <= {"bos_token_id", "eos_token_id", "pad_token_id", "_from_model_config"}
+        assert kept["eos_token_id"] == [ends]
 
 
 def test_large_weights_are_sharded(adapter: str, tmp_path: Path) -> None:
@@ -293,12 +361,46 @@ def test_an_output_that_is_there_is_refused(
     assert (tmp_path / "mine").read_text() == "x"
 
 
+HALF = torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+def test_in_half_precision_what_is_right_stays_by_the_tight_bound(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The noise of two bfloat16 passes was taken for an error, and errors for noise."""
+    monkeypatch.setattr(export, "PROMPTS", ("Question:What,is17+25?", "largest(numbers):"))
+    tiny_base(family).to(HALF).save_pretrained(tmp_path / "base")
+    base = hub.load_base(str(tmp_path / "base"), dtype=HALF)
+    q_config = QConfig(alpha_0=0.5, alpha_tilde=0.5, base_model=str(tmp_path / "base"))
+    model = disturbed(QAdapterModel.create(base, q_config, lora_r=4, trunk=0.5), 1.0)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    policy = Policy(model, tiny_tokenizer())
+    for name in ("policy", "merged", "peft"):
+        done = export.FORMATS[name](policy, tmp_path / name)
+        assert done.allowed < 2e-3, name
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == before[name].dtype
+        assert torch.equal(parameter, before[name])
+
+
+def test_in_half_precision_another_strength_does_not_stay(
+    adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = export._policy_config
+    policy = Policy.from_pretrained(adapter, dtype=HALF)
+    monkeypatch.setattr(export, "_policy_config", lambda model, s: inner(model, 0.998 * s))
+    with pytest.raises(UserError, match="differ from the policy's by"):
+        export.export_policy(policy, tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["policy", "merged", "peft"])
 def test_an_export_that_is_another_policy_does_not_stay(
-    name: str, adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The check is of the files: here a tensor of the adapter is changed on its way to them."""
-    policy = Policy.from_pretrained(adapter)
+    policy = Policy.from_pretrained(adapter, dtype=dtype)
     write = {"policy": "_save", "merged": "_save", "peft": "save_plain"}[name]
     inner = getattr(export, write)
 

@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import json
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -86,7 +87,9 @@ def test_a_stream_is_the_answer_in_chunks_and_counts_when_asked(running: Running
         assert token["logprob"] <= 0
         assert len(token["top_logprobs"]) == 2
         assert token["top_logprobs"][0]["logprob"] >= token["logprob"]
-        assert bytes(token["bytes"]).decode() == token["token"]
+    assert any(token["token"].startswith("bytes:\\x") for token in streamed)
+    told = b"".join(bytes(token["bytes"]) for token in streamed)
+    assert told.decode(errors="replace") == choice["message"]["content"]
     assert running.chat(stream=True).text.count('"usage":null') == len(
         events(running.chat(stream=True))
     )
@@ -131,7 +134,8 @@ def test_completions_take_texts_and_tokens_and_tell_log_probs(
     assert (
         len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == len(logprobs["text_offset"])
     )
-    assert all(1 <= len(top) <= 2 for top in logprobs["top_logprobs"])
+    assert all(len(top) == 2 for top in logprobs["top_logprobs"])
+    assert [max(top, key=top.get) for top in logprobs["top_logprobs"]] == logprobs["tokens"]
     chunks = events(
         running.client.post(
             "/v1/completions", json={"prompt": "Say", "temperature": 0, "stream": True}
@@ -638,18 +642,161 @@ def test_the_command_serves_until_a_signal_and_tells_of_a_taken_port(
     assert '"event": "closed"' in log.read_text()
 
 
-def test_an_export_keeps_its_own_strength_on_vllm_unless_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[list[str]] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What would have been started in the place of vLLM."""
+    found: list[list[str]] = []
     monkeypatch.setattr(on_vllm, "check_installed", lambda: None)
-    monkeypatch.setattr(on_vllm, "run", lambda words, api_key: asked.append(words))
-    (tmp_path / "config.json").write_text('{"model_type": "qadapter"}')
-    serve = ["serve", str(tmp_path), "--engine", "vllm", "--vllm-args=--seed '3'"]
+    monkeypatch.setattr(on_vllm, "run", lambda words, api_key: found.append(words))
+    return found
+
+
+def an_export(place: Path, **fields: Any) -> list[str]:
+    """Write the config of an export; return the command that serves it on vLLM."""
+    text = {"model_type": "llama", "num_hidden_layers": 6}
+    fields = {"text_config": text, "branch_layers": [1, 1], "dtype": "bfloat16", **fields}
+    place.joinpath("config.json").write_text(json.dumps({"model_type": "qadapter", **fields}))
+    return ["serve", str(place), "--engine", "vllm", "--vllm-args=--seed '3'"]
+
+
+def test_an_export_keeps_its_own_strength_and_dtype_on_vllm_unless_told(
+    asked: list[list[str]], tmp_path: Path
+) -> None:
+    serve = an_export(tmp_path)
     assert main(serve) == 0
-    assert main([*serve, "--strength", "1.0,0.5"]) == 0
+    assert main([*serve, "--strength", "1.0,0.5", "--dtype", "float32"]) == 0
     assert asked[0][asked[0].index("--model") + 1] == str(tmp_path)
     assert "--hf-overrides" not in asked[0]
     assert asked[1][asked[1].index("--hf-overrides") + 1] == '{"strength": [1.0, 0.5]}'
     assert asked[1][-2:] == ["--seed", "3"]
+    assert [words[words.index("--dtype") + 1] for words in asked] == ["bfloat16", "float32"]
     assert main([*serve[:-1], "--vllm-args='"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "fields", "told"),
+    [
+        (["--base", "x"], {}, "--base: {} is an export with its base; leave it out."),
+        (["--no-check-base"], {}, "--no-check-base: {} is an export"),
+        (["--trust-remote-code"], {}, "--trust-remote-code: {} is an export"),
+        (["--device", "cpu"], {}, "--device: vLLM picks its own; leave it out"),
+        (["--strength", "1,1,1"], {}, "{}: strength: (1.0, 1.0, 1.0) must be a finite number"),
+        ([], {"branch_layers": [9]}, "{}: branch_layers: [9] with"),
+        (
+            [],
+            {"text_config": {"model_type": "gpt2", "n_layer": 6}},
+            "--engine vllm: the plugin knows llama, mistral, qwen2, qwen3 and not gpt2;",
+        ),
+    ],
+)
+def test_what_vllm_would_ignore_of_an_export_or_trip_over_is_told(
+    words: list[str],
+    fields: dict[str, Any],
+    told: str,
+    asked: list[list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*an_export(tmp_path, **fields), *words]) == 2
+    assert not asked
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told.format(tmp_path) in line
+
+
+def test_a_family_that_vllm_cannot_serve_is_told_before_an_export_is_made(
+    asked: list[list[str]],
+    adapter: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(on_vllm, "FAMILIES", ("qwen3",))
+    monkeypatch.setattr("qadapter.export.export_policy", lambda *_: 1 / 0)
+    assert main(["serve", adapter, "--engine", "vllm"]) == 2
+    assert not asked
+    assert "the plugin knows qwen3 and not llama; leave --engine out." in capsys.readouterr().err
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+STUBBORN = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, lambda *_: print("asked", flush=True))
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+print(os.getpid(), worker.pid, flush=True)
+while True:
+    time.sleep(1)
+"""
+DYING = STUBBORN.replace("while True", "sys.exit(3)\nwhile True")
+
+
+@pytest.mark.parametrize(
+    ("server", "signals", "code"),
+    [
+        (STUBBORN, [signal.SIGHUP, signal.SIGTERM], 0),
+        (STUBBORN, [signal.SIGTERM, signal.SIGTERM], 0),
+        (DYING, [], 1),
+    ],
+    ids=["hang-up", "twice", "by itself"],
+)
+def test_no_process_of_vllms_outlives_the_command(
+    server: str, signals: list[signal.Signals], code: int
+) -> None:
+    program = f"""
+import sys
+from qadapter.serve import on_vllm
+on_vllm.run([sys.executable, "-c", {server!r}], api_key=None)
+"""
+    words = [sys.executable, "-c", program]
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    started = [int(pid) for pid in process.stdout.readline().split()]
+    try:
+        for i, number in enumerate(signals):
+            process.send_signal(number)
+            if i == 0:
+                assert process.stdout.readline() == "asked\n"
+        assert process.wait(60) == code
+        until(lambda: not any(map(alive, started)))
+    finally:
+        for pid in started:
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        process.kill()
+        process.stdout.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_an_export_for_vllm_goes_with_a_command_that_is_ended(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    program = """
+import sys, time
+from qadapter.cli import main, serving
+from qadapter.serve import on_vllm
+on_vllm.check_installed = lambda: None
+serving.load_policy = lambda _: (print("loading", flush=True), time.sleep(300))
+sys.exit(main(["serve", "nowhere", "--engine", "vllm"]))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "loading\n"
+        assert [path.name.split(".")[0] for path in tmp_path.iterdir()] == ["qadapter-vllm"]
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+        assert not list(tmp_path.iterdir())
+    finally:
+        process.kill()
+        process.stdout.close()

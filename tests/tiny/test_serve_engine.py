@@ -11,16 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import tiny_tokenizer
+from fakes import WORDS, text_tokenizer, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from models import tiny_adapter
 from serving import until
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from qadapter.policy import Policy
 from qadapter.serve.answer import Answer, Piece, Token
 from qadapter.serve.batch import Batch
 from qadapter.serve.engine import Engine, EngineBusy, EngineClosed, Request
+from qadapter.serve.vocabulary import Vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +116,7 @@ def test_sampled_answers_and_log_probs_do_not_depend_on_the_batch(
             for a, b in zip(one.tokens, other.tokens, strict=True):
                 assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
                 assert a.base_logprob == pytest.approx(b.base_logprob, abs=1e-4)
-                assert [t for t, _ in a.top] == [t for t, _ in b.top]
+                assert [t.bytes for t in a.top] == [t.bytes for t in b.top]
 
 
 def test_log_probs_are_the_policys_and_the_bases(engine: Engine, policy: Policy) -> None:
@@ -129,7 +132,8 @@ def test_log_probs_are_the_policys_and_the_bases(engine: Engine, policy: Policy)
     for i, token in enumerate(tokens):
         assert token.logprob == pytest.approx(float(ours[i, token.id]), abs=1e-4)
         assert token.base_logprob == pytest.approx(float(base[i, token.id]), abs=1e-4)
-        assert [v for _, v in token.top] == pytest.approx(ours[i].topk(2).values.tolist(), abs=1e-4)
+        likely = [t.logprob for t in token.top]
+        assert likely == pytest.approx(ours[i].topk(2).values.tolist(), abs=1e-4)
 
 
 def test_a_cancelled_request_leaves_and_the_others_stay_right(engine: Engine) -> None:
@@ -258,6 +262,8 @@ def test_what_fails_takes_no_other_requests_with_it(
 
 
 TOKENIZER = tiny_tokenizer()
+VOCABULARY = Vocabulary(TOKENIZER)
+TEXTS = text_tokenizer()
 
 
 @given(
@@ -267,10 +273,10 @@ TOKENIZER = tiny_tokenizer()
 )
 def test_pieces_are_the_text_up_to_the_first_stop(text: str, stop: list[str], cut: int) -> None:
     made = [*TOKENIZER(text)["input_ids"], 1]
-    answer = Answer(TOKENIZER, stop, frozenset({1}), cut)
+    answer = Answer(VOCABULARY, stop, frozenset({1}), cut)
     pieces: list[Piece] = []
     for token in made:
-        piece = answer.add(Token(token, TOKENIZER.decode([token])))
+        piece = answer.add(Token(token, VOCABULARY.text(token)))
         pieces += [piece] if piece else []
         if answer.finished:
             break
@@ -284,3 +290,60 @@ def test_pieces_are_the_text_up_to_the_first_stop(text: str, stop: list[str], cu
     assert [t.id for t in tokens] == [t for t in made if t != 1][: len(tokens)]
     if not found:
         assert len(tokens) == answer.generated - (made[answer.generated - 1] == 1)
+
+
+def streamed(tokenizer: Any, prompt: Sequence[int], made: Sequence[int]) -> list[Piece]:
+    answer = Answer(Vocabulary(tokenizer), (), frozenset({1}), len(made) + 1, prompt)
+    return [piece for token in [*made, 1] if (piece := answer.add(Token(token, "")))]
+
+
+OF_TEXTS = [TEXTS.convert_tokens_to_ids(word) for word in ["<s>", "<unk>", *WORDS]]
+OF_BYTES = [TEXTS.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in "€é🙂".encode()]
+
+
+@given(
+    prompt=st.lists(st.sampled_from(OF_TEXTS), max_size=4),
+    made=st.lists(st.sampled_from(OF_TEXTS + OF_BYTES), max_size=12),
+)
+def test_pieces_of_tokens_that_are_text_are_the_whole_decoding_after_the_prompt(
+    prompt: list[int], made: list[int]
+) -> None:
+    """A first space was lost, and so was one after a special token or an unfinished byte."""
+    before, whole = (
+        TEXTS.decode(row, skip_special_tokens=True) for row in (prompt, [*prompt, *made])
+    )
+    assert before + "".join(p.text for p in streamed(TEXTS, prompt, made)) == whole
+
+
+@given(
+    prompt=st.text(alphabet="ab é🙂", max_size=5),
+    made=st.lists(st.integers(4, 259), max_size=12),
+)
+def test_pieces_of_any_bytes_are_the_whole_decoding(prompt: str, made: list[int]) -> None:
+    ids = TOKENIZER(prompt)["input_ids"]
+    text = "".join(p.text for p in streamed(TOKENIZER, ids, made))
+    assert prompt + text == TOKENIZER.decode([*ids, *made])
+
+
+def test_an_answer_that_ends_a_character_of_its_prompt_has_that_character() -> None:
+    first, *rest = TOKENIZER("é!")["input_ids"]
+    assert "".join(p.text for p in streamed(TOKENIZER, [first], rest)) == "é!"
+
+
+def test_a_token_is_its_bytes_in_every_vocabulary() -> None:
+    ids = TOKENIZER("a é🙂\n")["input_ids"]
+    assert [VOCABULARY.raw(i) for i in ids] == [bytes([b]) for b in "a é🙂\n".encode()]
+    assert [VOCABULARY.text(i) for i in ids[:4]] == ["a", " ", "bytes:\\xc3", "bytes:\\xa9"]
+    assert VOCABULARY.text(1) == "<|im_end|>"
+    assert VOCABULARY.text(9999) == ""  # heads are often longer than vocabularies
+    of_texts = Vocabulary(TEXTS)
+    names = ["▁Hello", "▁", "é", "<0x0A>", "<0xE2>", "</s>"]
+    found = [of_texts.text(TEXTS.convert_tokens_to_ids(name)) for name in names]
+    assert found == [" Hello", " ", "é", "\n", "bytes:\\xe2", "</s>"]
+
+
+def test_what_another_decoder_makes_of_one_token_is_its_text() -> None:
+    backend = Tokenizer(models.WordPiece({"[UNK]": 0, "say": 1, "##ing": 2}, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece()
+    found = Vocabulary(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]"))
+    assert [found.text(i) for i in (1, 2)] == ["say", "##ing"]

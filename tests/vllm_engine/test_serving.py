@@ -30,6 +30,7 @@ from qadapter.data import tokenize_prompt
 from qadapter.export import export_policy
 from qadapter.model import QAdapterModel
 from qadapter.policy import Policy
+from qadapter.serve.vocabulary import Vocabulary
 
 pytestmark = NEEDS_VLLM
 
@@ -113,14 +114,13 @@ def test_the_real_model_says_what_it_says_embedded(tmp_path: Path) -> None:
         # The mask is said: transformers would take the ends of turns in the prompt for padding.
         said = model.generate(ids, attention_mask=torch.ones_like(ids), strength=0.7, **options)
         assert list(answer.outputs[0].token_ids) == said[0, len(row) :].tolist()
-    served = Running(policy, max_batch=8)
+    served, vocabulary = Running(policy, max_batch=8), Vocabulary(policy.tokenizer)
     try:
         for prompt, answer in list(zip(asked, found, strict=True))[:20]:
             reply = served.chat(messages=prompt, strength=0.7, max_tokens=16, logprobs=True)
             tokens = reply.json()["choices"][0]["logprobs"]["content"]
-            assert [bytes(t["bytes"]) for t in tokens] == [
-                policy.tokenizer.decode([t]).encode() for t in answer.outputs[0].token_ids
-            ]
+            made = answer.outputs[0].token_ids
+            assert [bytes(t["bytes"]) for t in tokens] == [vocabulary.raw(t) for t in made]
     finally:
         served.stop()
 

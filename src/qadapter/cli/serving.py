@@ -37,8 +37,8 @@ def add_serve(commands: Commands) -> None:
     serve.add_argument("--max-context", type=count, help="of prompt and answer, default 4096")
     serve.add_argument("--max-body", type=count, help="bytes of a request, default 1 MiB")
     serve.add_argument("--vllm-args", metavar="FLAGS", help="further flags of vLLM's, quoted")
-    # An export has a strength of its own.
-    serve.set_defaults(run=_serve, strength=None)
+    # An export has a strength and a dtype of its own.
+    serve.set_defaults(run=_serve, strength=None, dtype=None)
 
 
 def _serve(args: argparse.Namespace) -> None:
@@ -49,6 +49,7 @@ def _serve(args: argparse.Namespace) -> None:
         _serve_on_vllm(args, key)
         return
     args.strength = 1.0 if args.strength is None else args.strength
+    args.dtype = args.dtype or "float32"
     if args.vllm_args is not None:
         raise ConfigError("--vllm-args: goes with --engine vllm; leave it out or add that.")
     with _extra("serve"):
@@ -81,15 +82,21 @@ def _serve_on_vllm(args: argparse.Namespace, key: str | None) -> None:
             raise ConfigError(f"{flag}: vLLM {what}; leave it out, or --engine vllm.")
     if args.port == 0:
         raise ConfigError("--port: vLLM takes no 0 for any free one; name a port.")
+    if args.device is not None:
+        raise ConfigError("--device: vLLM picks its own; leave it out, or --engine vllm.")
     on_vllm.check_installed()
-    with tempfile.TemporaryDirectory(prefix="qadapter-vllm.") as made:
+    made = tempfile.TemporaryDirectory(prefix="qadapter-vllm.")
+    with on_vllm.handled(on_vllm.leave), made as place:
         adapters = named(args.adapter)
         export = Path(next(iter(adapters.values())))
-        if len(adapters) > 1 or not on_vllm.is_export(export):
-            from qadapter.export import export_policy
-
-            args.strength = 1.0 if args.strength is None else args.strength
-            export = export_policy(load_policy(args), Path(made) / "export").directory
+        if len(adapters) == 1 and on_vllm.is_export(export):
+            for flag in ("--base", "--no-check-base", "--trust-remote-code"):
+                if getattr(args, flag[2:].replace("-", "_")):
+                    raise ConfigError(f"{flag}: {export} is an export with its base; leave it out.")
+            kept = on_vllm.dtype_of(export, args.strength)
+            args.dtype = args.dtype or kept
+        else:
+            export = _exported(args, Path(place) / "export")
         words = on_vllm.command(
             export,
             name="+".join(adapters),
@@ -103,6 +110,18 @@ def _serve_on_vllm(args: argparse.Namespace, key: str | None) -> None:
         )
         print(shlex.join(without("--api-key", words)), flush=True)
         on_vllm.run(words, api_key=key)
+
+
+def _exported(args: argparse.Namespace, place: Path) -> Path:
+    """Write an export of the adapters that a command names, if vLLM can serve it."""
+    from qadapter.export import export_policy
+    from qadapter.serve import on_vllm
+
+    args.strength = 1.0 if args.strength is None else args.strength
+    args.dtype = args.dtype or "float32"
+    policy = load_policy(args)
+    on_vllm.check_family(policy.model.config.model_type)
+    return export_policy(policy, place).directory
 
 
 def add_play(commands: Commands) -> None:

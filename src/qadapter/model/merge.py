@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from qadapter.errors import ModelError
 from qadapter.model.qadapter import QAdapterModel
+from qadapter.model.stacked import hooked
 from qadapter.model.streams import Adapter
 
 
@@ -51,3 +56,43 @@ def _merged(name: str, layer: BaseTunerLayer, adapter: str, *, alone: bool) -> T
     # A half-precision weight is widened by the adapter's float32.
     merged: Tensor = (weight.to(delta.dtype) + delta).to(weight.dtype)
     return merged
+
+
+@contextmanager
+def widened(model: QAdapterModel, *, as_merged: bool) -> Iterator[torch.dtype]:
+    """Let a Q-adapter compute in float32 or wider inside the block, and yield that dtype.
+
+    Its own weights are there again afterwards. With `as_merged`, each adapted map is off by what
+    `merged_state` rounds of it: the adapter still computes, and only the rounding is added, so
+    whoever compares merged weights with this finds what else is wrong with them.
+    """
+    wide = torch.promote_types(model.dtype, torch.float32)
+    kept = [(t, t.data) for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    tuned = [m for m in model.base.modules() if isinstance(m, BaseTunerLayer)]
+    hooks = [
+        m.register_forward_hook(partial(_rounded, cast(Tensor, m.get_base_layer().weight).dtype))
+        for m in tuned
+        if as_merged
+    ]
+    try:
+        for tensor, data in kept:
+            tensor.data = data.to(wide)
+        with hooked(hooks):
+            yield wide
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
+
+
+def _rounded(dtype: torch.dtype, layer: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Add to a layer's output what rounding `W + s·B·A` to a dtype changes in it."""
+    if layer.disable_adapters:
+        return output
+    base = layer.get_base_layer()
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            exact = base.weight + layer.get_delta_weight(name)
+            change = exact.to(dtype).to(exact.dtype) - exact
+            # A Conv1D holds its map the other way round.
+            output = output + args[0] @ (change.T if isinstance(base, nn.Linear) else change)
+    return output

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
@@ -116,7 +115,9 @@ class QAdapterModel(Composed, Branches, Heads, PreTrainedModel, GenerationMixin)
         self.peft_model = peft_model
         self.q_config = q_config
         self.adapters = (adapter,)
-        self.generation_config = copy.deepcopy(base.generation_config)
+        # Without a base's penalties and temperatures: with them `generate` would not be the policy,
+        # and servers, which read them or not, would each say something else.
+        self.generation_config = hub.token_ids(base.generation_config)
         # What engines that split a model take as one piece.
         self._no_split_modules = [type(layers[0]).__name__]
         self._n_layers = n_layers

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal, cast
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
+from qadapter.serve.vocabulary import Vocabulary
 
 Finish = Literal["stop", "length", "error", "cancelled"]
+
+
+_CONTEXT = 8
+"""Tokens of the prompt beside which the first ones of an answer are decoded."""
+
+
+class Likely(NamedTuple):
+    """A token that might have come."""
+
+    text: str
+    bytes: bytes
+    logprob: float
 
 
 @dataclass(frozen=True)
@@ -17,15 +29,17 @@ class Token:
 
     id: int
     text: str
-    """What it is alone; `\ufffd` where it is only a part of a character."""
+    """What it is alone, as `Vocabulary.text` writes it."""
     offset: int = 0
     """Characters of the answer before it."""
     logprob: float | None = None
     """log π_s, where it was asked for."""
     base_logprob: float | None = None
     """log π1, where it was asked for."""
-    top: tuple[tuple[str, float], ...] = ()
-    """The likeliest tokens and their log-probs."""
+    top: tuple[Likely, ...] = ()
+    """The likeliest tokens."""
+    bytes: bytes = b""
+    """What it adds to the answer."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +65,21 @@ class Answer:
         stop: strings before which the answer ends.
         end_ids: tokens that end it.
         max_tokens: how many it may have.
+        prompt: tokens before it; whether a first space is one depends on them.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    vocabulary: Vocabulary
     stop: Sequence[str]
     end_ids: frozenset[int]
     max_tokens: int
+    prompt: Sequence[int] = ()
     generated: int = 0
     finished: bool = False
     _ids: list[int] = field(default_factory=list)
     _from: int = 0
     """Where decoding starts, so that a token has the one before it beside it."""
     _done: int = 0
-    """How many tokens are in `_text` or were handed on."""
+    """How many tokens are the prompt's, in `_text` or were handed on."""
     _text: str = ""
     """Decoded and held back."""
     _told: int = 0
@@ -71,14 +87,22 @@ class Answer:
     _tokens: list[Token] = field(default_factory=list)
     """Held back with their text."""
 
-    def _decode(self, ids: list[int]) -> str:
-        return cast(str, self.tokenizer.decode(ids, skip_special_tokens=True))
+    def __post_init__(self) -> None:
+        seen = [i for i in self.prompt if i not in self.vocabulary.special]
+        self._ids = seen[-_CONTEXT:]
+        self._done = len(self._ids)
 
     def _read(self, *, last: bool) -> None:
         """Decode what has become whole."""
-        before = self._decode(self._ids[self._from : self._done])
-        text = self._decode(self._ids[self._from :])
-        if last or not text.endswith("\ufffd"):
+        if len(self._ids) == self._done:
+            return
+        before = self.vocabulary.decode(self._ids[self._from : self._done])
+        text = self.vocabulary.decode(self._ids[self._from :])
+        # A byte may yet make those before it a character, or none.
+        open_ = text.endswith("\ufffd") or self.vocabulary.is_byte(self._ids[-1])
+        if last or not open_:
+            if not text.startswith(before):  # the prompt ends within a character, whole only now
+                before = before.rstrip("\ufffd")
             self._text += text[len(before) :]
             self._from, self._done = self._done, len(self._ids)
 
@@ -89,10 +113,9 @@ class Answer:
         full = self.generated >= self.max_tokens
         if not ended:
             offset = self._told + len(self._text)
-            self._tokens.append(
-                Token(token.id, token.text, offset, token.logprob, token.base_logprob, token.top)
-            )
-            self._ids.append(token.id)
+            self._tokens.append(replace(token, offset=offset))
+            # Without the special ones, which decode to nothing and would hide what is before them.
+            self._ids += [] if token.id in self.vocabulary.special else [token.id]
         self._read(last=ended or full)
         cuts = [i for s in self.stop if (i := self._text.find(s)) >= 0]
         if cuts:

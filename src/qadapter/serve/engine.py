@@ -22,8 +22,9 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 
 from qadapter.model import Adapter
 from qadapter.policy import Policy
-from qadapter.serve.answer import Answer, Piece, Token
+from qadapter.serve.answer import Answer, Likely, Piece, Token
 from qadapter.serve.batch import Batch
+from qadapter.serve.vocabulary import Vocabulary
 from qadapter.strength import each
 
 GREEDY_BELOW = 1e-5
@@ -125,6 +126,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         self._first = self.policy.model.adapters
+        self._vocabulary = Vocabulary(self.policy.tokenizer)
         self._thread = Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -199,7 +201,11 @@ class Engine:
 
     def _ticket(self, request: Request) -> Ticket:
         answer = Answer(
-            self.policy.tokenizer, request.stop, self.policy.end_ids, request.max_tokens
+            self._vocabulary,
+            request.stop,
+            self.policy.end_ids,
+            request.max_tokens,
+            request.prompt,
         )
         generator = torch.Generator(self.policy.model.device)
         if request.seed is None:
@@ -358,19 +364,18 @@ class Engine:
 
     def _told(self, request: Request, token: int, logits: Tensor, base: Tensor | None) -> Token:
         """Return a token with what the request wants to know of it."""
-        text = self._text(token)
+        text, known = self._vocabulary.text, self._vocabulary.raw
         if not (request.logprobs or request.compare):
-            return Token(token, text)
+            return Token(token, text(token))
         logps = logits.log_softmax(-1)
         values, ids = logps.topk(min(request.top_logprobs, len(logps)))
         top = tuple(
-            (self._text(i), value) for i, value in zip(ids.tolist(), values.tolist(), strict=True)
+            Likely(text(i), known(i), value)
+            for i, value in zip(ids.tolist(), values.tolist(), strict=True)
         )
         base_logprob = None if base is None else float(base.log_softmax(-1)[token])
-        return Token(token, text, 0, float(logps[token]), base_logprob, top)
-
-    def _text(self, token: int) -> str:
-        return str(self.policy.tokenizer.decode([token]))
+        logprob = float(logps[token])
+        return Token(token, text(token), 0, logprob, base_logprob, top, known(token))
 
     @staticmethod
     def _emit(ticket: Ticket, piece: Piece) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qadapter.serve import schema
-from qadapter.serve.answer import Piece, Token
+from qadapter.serve.answer import Likely, Piece, Token
 
 
 def _finish(piece: Piece) -> schema.Finish | None:
@@ -21,8 +21,12 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
     return Piece(text, tokens, pieces[-1].finish, pieces[-1].generated)
 
 
-def _bytes(text: str) -> list[int]:
-    return list(text.encode())
+def _by_text(top: Sequence[Likely]) -> dict[str, float]:
+    """Return log-probs by text, the highest first; of tokens that read alike, the likeliest's."""
+    found: dict[str, float] = {}
+    for one in top:
+        found.setdefault(one.text, one.logprob)
+    return found
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,10 @@ class ChatReply:
                 schema.ChatLogprob(
                     token=token.text,
                     logprob=token.logprob or 0.0,
-                    bytes=_bytes(token.text),
+                    bytes=list(token.bytes),
                     top_logprobs=[
-                        schema.TopLogprob(token=text, logprob=value, bytes=_bytes(text))
-                        for text, value in token.top
+                        schema.TopLogprob(token=t.text, logprob=t.logprob, bytes=list(t.bytes))
+                        for t in token.top
                     ],
                 )
                 for token in tokens
@@ -107,7 +111,7 @@ class TextReply:
             logprobs = schema.CompletionLogprobs(
                 tokens=[token.text for token in piece.tokens],
                 token_logprobs=[token.logprob or 0.0 for token in piece.tokens],
-                top_logprobs=[dict(token.top) for token in piece.tokens],
+                top_logprobs=[_by_text(token.top) for token in piece.tokens],
                 text_offset=[token.offset for token in piece.tokens],
             )
         return schema.CompletionChoice(

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
 MODEL_TYPE = "qadapter"
+
+
+def _finite(value: Any) -> bool:
+    """Return whether it is a number, and one that a float can be."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 class QAdapterPolicyConfig(PreTrainedConfig):
@@ -26,6 +36,8 @@ class QAdapterPolicyConfig(PreTrainedConfig):
     """The base's config, with the branches' layers counted in `num_hidden_layers`."""
     branch_layers: Any = None
     """`[K, …]`: how many of the last layers each adapter changes."""
+    base_layers: Any = None
+    """L, the number of the base's own layers; of exports that do not say it, what is left over."""
     strength: Any = 1.0
     """s, one number or one an adapter (METHOD §5); may be set on a loaded model."""
     alpha_0: float = 1.0
@@ -46,11 +58,58 @@ class QAdapterPolicyConfig(PreTrainedConfig):
             self.text_config = CONFIG_MAPPING[fields.pop("model_type")](**fields)
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         super().__post_init__(**kwargs)
+        if self.base_layers is None and self._counted:
+            self.base_layers = self.text_config.num_hidden_layers - sum(self.branch_layers)
+        self.check()
+
+    def update(self, config_dict: dict[str, Any]) -> None:
+        """Set fields, as vLLM's `--hf-overrides` does; `check` says whether they may be so.
+
+        Raises:
+            ValueError: there is no such field, so that nothing would come of it.
+        """
+        # An engine notes by itself how weights are held.
+        known = {*vars(self), "quantization_config"}
+        if unknown := [name for name in config_dict if name not in known]:
+            raise ValueError(
+                f"{unknown[0]}: a policy has no such setting; it has strength, alpha_0, alpha_tilde"
+            )
+        super().update(config_dict)
 
     @property
-    def base_layers(self) -> int:
-        """L, the number of the base's own layers."""
-        return int(self.text_config.num_hidden_layers - sum(self.branch_layers))
+    def _counted(self) -> bool:
+        depths = self.branch_layers
+        return isinstance(depths, list | tuple) and bool(depths) and all(map(_count, depths))
+
+    def check(self) -> None:
+        """See that the fields fit together; loading a model sets some after the config is made.
+
+        Raises:
+            ValueError: they do not, and would be no policy or another one.
+        """
+        if not isinstance(self.text_config, PreTrainedConfig):
+            raise ValueError("text_config: is the base's and cannot be set; export the policy anew")
+        total, most = self.text_config.num_hidden_layers, self.base_layers
+        if not self._counted or not _count(most) or most + sum(self.branch_layers) != total:
+            raise ValueError(
+                f"branch_layers: {self.branch_layers!r} with {most!r} layers of the base are not "
+                f"the {total} that there are; leave them as exported"
+            )
+        if max(self.branch_layers) > most:
+            raise ValueError(
+                f"branch_layers: {self.branch_layers!r} are more than the {most} of the base; "
+                "leave them as exported"
+            )
+        if self.parameterization not in ("residual", "raw"):
+            raise ValueError(
+                f"parameterization: {self.parameterization!r} is neither 'residual' nor 'raw'; "
+                "leave it as exported"
+            )
+        if not _finite(self.alpha_tilde) or self.alpha_tilde <= 0:
+            raise ValueError(f"alpha_tilde: {self.alpha_tilde!r} must be a finite number above 0")
+        if not _finite(self.alpha_0) or self.alpha_0 < 0:
+            raise ValueError(f"alpha_0: {self.alpha_0!r} must be a finite number from 0")
+        _ = self.strengths
 
     @property
     def strengths(self) -> list[float]:
@@ -59,12 +118,13 @@ class QAdapterPolicyConfig(PreTrainedConfig):
         Raises:
             ValueError: it is not, or one is negative or not finite.
         """
-        one = isinstance(self.strength, int | float)
-        found = [self.strength] * len(self.branch_layers) if one else list(self.strength)
-        if len(found) != len(self.branch_layers) or not all(0 <= s < math.inf for s in found):
+        adapters = len(self.branch_layers)
+        several = isinstance(self.strength, list | tuple)
+        found = list(self.strength) if several else [self.strength] * adapters
+        if len(found) != adapters or not all(_finite(s) and s >= 0 for s in found):
             raise ValueError(
-                f"strength: {self.strength} must be a finite number from 0, or one for each of "
-                f"{len(self.branch_layers)} adapters (METHOD §5)"
+                f"strength: {self.strength!r} must be a finite number from 0, or a list with one "
+                f"for each of {adapters} adapters (METHOD §5)"
             )
         return found
 

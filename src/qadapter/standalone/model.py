@@ -65,6 +65,7 @@ class QAdapterForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
 
     def __init__(self, config: QAdapterPolicyConfig) -> None:
+        config.check()
         super().__init__(config)
         text = config.text_config
         self.model = AutoModel.from_config(text)

@@ -6,6 +6,9 @@ processes; `model` is imported where the model is built.
 
 from __future__ import annotations
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types of the bases that `model` can build."""
+
 
 def register() -> None:
     """Tell vLLM's registry of models where `QAdapterForCausalLM` is."""

@@ -24,6 +24,7 @@ from vllm.model_executor.models.qwen3 import Qwen3Model
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
 from qadapter.functional import mix, mixing_weights
+from qadapter.vllm_plugin import FAMILIES
 
 _DIMS = {"input_ids": 0, "positions": -1, "inputs_embeds": 0}
 
@@ -90,14 +91,15 @@ class _Qwen3(_Forked, Qwen3Model):
     pass
 
 
-_DECODERS = {"llama": _Llama, "mistral": _Mistral, "qwen2": _Qwen2, "qwen3": _Qwen3}
+_DECODERS = dict(zip(FAMILIES, (_Llama, _Mistral, _Qwen2, _Qwen3), strict=True))
 
 
 class QAdapterForCausalLM(nn.Module, SupportsQuant):
     """A policy π_s; `--hf-overrides '{"strength": 0.7}'` sets s.
 
     Raises:
-        ValueError: the base is of a family that is not in `_DECODERS`.
+        ValueError: the base is of a family that is not in `_DECODERS`, or what was overridden is
+            no policy (see `QAdapterPolicyConfig.check`).
     """
 
     hf_to_vllm_mapper = LlamaModel.hf_to_vllm_mapper
@@ -109,6 +111,7 @@ class QAdapterForCausalLM(nn.Module, SupportsQuant):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
+        config.check()
         text = config.text_config
         if text.model_type not in _DECODERS:
             raise ValueError(
