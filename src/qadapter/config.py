@@ -101,6 +101,11 @@ class QConfig:
             fields = json.loads(path.read_text(encoding="utf-8"))
             return cls(**fields)
         except FileNotFoundError as error:
+            if _is_export(directory):
+                raise ArtefactError(
+                    f"{directory}: is an export and no Q-adapter; serve it with --engine vllm, "
+                    "load it with transformers, or name the adapter it was made of."
+                ) from error
             raise ArtefactError(
                 f"{path}: missing; {directory} is not a Q-adapter, name a directory that "
                 "`qadapter train` wrote."
@@ -109,6 +114,15 @@ class QConfig:
             raise ArtefactError(
                 f"{path}: cannot be used ({error}); train or copy again."
             ) from error
+
+
+def _is_export(directory: str | Path) -> bool:
+    """Return whether a directory is what `qadapter export --format policy` writes."""
+    try:
+        config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "qadapter"
 
 
 def bf16_supported() -> bool:

@@ -85,7 +85,7 @@ def answers(
     policy = engine.policy
     prompt = tokenize_prompt([{"role": "user", "content": message}], policy.tokenizer)
     pieces: Queue[tuple[int, Piece]] = Queue()
-    room = min(max_tokens, policy.context - len(prompt))
+    room = min(max_tokens, engine.context - len(prompt))
     if room < 1:
         too_long = '<div class="answer">The message does not fit the model\'s context.</div>'
         yield too_long, too_long

@@ -93,7 +93,7 @@ def test_a_users_text_that_the_model_repeats_is_text(text: str) -> None:
     class Parrot:
         """An engine that answers every message with itself."""
 
-        policy = SimpleNamespace(tokenizer=tiny_tokenizer(), context=500)
+        policy, context = SimpleNamespace(tokenizer=tiny_tokenizer()), 500
 
         def submit(self, requests: list[Request]) -> list[SimpleNamespace]:
             for request in requests:

@@ -620,6 +620,20 @@ def test_what_cannot_be_served_is_told_in_one_sentence(
     assert told in line
 
 
+def test_an_export_is_told_how_it_is_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for config, told in (
+        ('{"model_type": "qadapter"}', "serve it with --engine vllm"),
+        ('{"model_type": "llama"}', "is not a Q-adapter"),
+        ("{", "is not a Q-adapter"),
+    ):
+        (tmp_path / "config.json").write_text(config)
+        assert main(["serve", str(tmp_path), "--port", "0"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert told in line
+
+
 def test_the_command_serves_until_a_signal_and_tells_of_a_taken_port(
     adapter: str, tmp_path: Path
 ) -> None:

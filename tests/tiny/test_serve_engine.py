@@ -14,13 +14,14 @@ import torch
 from fakes import WORDS, text_tokenizer, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from models import tiny_adapter
+from models import FAMILIES, tiny_adapter
 from serving import until
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from qadapter.policy import Policy
 from qadapter.serve.answer import Answer, Piece, Token
+from qadapter.serve.asking import Desk, Limits
 from qadapter.serve.batch import Batch
 from qadapter.serve.engine import Engine, EngineBusy, EngineClosed, Request
 from qadapter.serve.vocabulary import Vocabulary
@@ -98,6 +99,30 @@ def test_greedy_answers_are_those_of_generate_alone(family: str) -> None:
         assert ids(pieces) == (out[:-1] if ended else out)
         assert pieces[-1].finish == ("stop" if ended else "length")
         assert pieces[-1].generated == len(out)
+
+
+def test_no_row_gets_where_long_rope_turns_all_rows_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    sizes = {"max_position_embeddings": 128, "original_max_position_embeddings": 32}
+    rope |= {"rope_theta": 10000.0, **sizes}
+    monkeypatch.setitem(FAMILIES, "phi3", {"rope_parameters": rope, **sizes})
+    policy = Policy(tiny_adapter("phi3"), tiny_tokenizer())
+    policy.end_ids = frozenset({2})
+    engine = Engine(policy, max_batch=4)
+    desk = Desk(engine, strength=1.0, limits=Limits())
+    try:
+        assert (policy.context, desk.context) == (128, 32)
+        # Beyond it, one row changes what the others answer; up to it, none does.
+        asked = [request(list(range(5, 8)), max_tokens=20), request([*range(20, 32)] * 3)]
+        alone = [ids(answer(engine, [r])[0]) for r in asked]
+        assert [ids(pieces) for pieces in answer(engine, asked)] != alone
+        asked[1] = replace(asked[1], prompt=asked[1].prompt[:20])
+        alone = [ids(answer(engine, [r])[0]) for r in asked]
+        assert [ids(pieces) for pieces in answer(engine, asked)] == alone
+    finally:
+        engine.close()
 
 
 def test_sampled_answers_and_log_probs_do_not_depend_on_the_batch(

@@ -159,7 +159,7 @@ class Desk:
         self, engine: Engine, *, strength: float | Sequence[float], limits: Limits
     ) -> None:
         self.engine, self.limits = engine, limits
-        self.context = min(engine.policy.context, limits.max_context)
+        self.context = min(engine.context, limits.max_context)
         self._bound = TextBound(engine.policy.tokenizer)
         now, adapters = int(time.time()), engine.policy.model.adapters
         strengths = each(strength, engine.policy.names)

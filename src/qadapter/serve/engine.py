@@ -7,6 +7,7 @@ Adapters come and go between tokens, too.
 from __future__ import annotations
 
 import logging
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -18,7 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedConfig,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from qadapter.model import Adapter
 from qadapter.policy import Policy
@@ -53,7 +59,7 @@ class Request:
     """What one answer is to be."""
 
     prompt: Sequence[int]
-    """Its tokens; with `max_tokens` they fit the policy's context."""
+    """Its tokens; with `max_tokens` they fit the engine's context."""
     emit: Callable[[Piece], object]
     """Called with each piece, from the engine's thread; must return at once."""
     max_tokens: int
@@ -101,6 +107,24 @@ class _Group:
     batch: Batch
 
 
+def _short(config: PreTrainedConfig) -> int:
+    """Return the tokens up to which no row changes how the others' positions are turned.
+
+    Long rope (Phi-3) turns all rows of a batch otherwise as soon as one is longer than the context
+    that the model was first trained with.
+    """
+    found = getattr(config, "rope_parameters", None) or {}
+    kinds = [found] if "rope_type" in found else [*found.values()]  # one, or one a kind of layer
+    return min(
+        (
+            kind["original_max_position_embeddings"]
+            for kind in kinds
+            if kind["rope_type"] == "longrope"
+        ),
+        default=sys.maxsize,
+    )
+
+
 @dataclass
 class Engine:
     """Answers requests, many at a time; what an answer is does not depend on the others.
@@ -127,6 +151,8 @@ class Engine:
     def __post_init__(self) -> None:
         self._first = self.policy.model.adapters
         self._vocabulary = Vocabulary(self.policy.tokenizer)
+        self.context = min(self.policy.context, _short(self.policy.model.config))
+        """Tokens that prompt and answer may have together."""
         self._thread = Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
