@@ -243,6 +243,7 @@ def test_what_fails_takes_no_other_requests_with_it(
     inner, join = Batch.logits, Batch.join
     engine = Engine(policy, max_batch=4)
     (alone,) = answer(engine, [good])
+    until(lambda: engine.running == 0)  # else the two below might begin together
     begun: Queue[Piece] = Queue()
     out: Queue[Piece] = Queue()
     gate = threading.Event()
