@@ -17,8 +17,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from qadapter.errors import ArtefactError, UserError
-from qadapter.files import damage as damage
-from qadapter.files import seal, why_not_written
+from qadapter.files import damage, seal, why_not_written
 
 
 def step_of(checkpoint: Path) -> int:

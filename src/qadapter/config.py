@@ -101,7 +101,7 @@ class QConfig:
             fields = json.loads(path.read_text(encoding="utf-8"))
             return cls(**fields)
         except FileNotFoundError as error:
-            if _is_export(directory):
+            if is_export(directory):
                 raise ArtefactError(
                     f"{directory}: is an export and no Q-adapter; serve it with --engine vllm, "
                     "load it with transformers, or name the adapter it was made of."
@@ -116,7 +116,7 @@ class QConfig:
             ) from error
 
 
-def _is_export(directory: str | Path) -> bool:
+def is_export(directory: str | Path) -> bool:
     """Return whether a directory is what `qadapter export --format policy` writes."""
     try:
         config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from qadapter import alarms, engines, files, hub, ranks
 from qadapter.budget import Budget, DropMeter, KLMeter, Meter, hold_out
 from qadapter.cache import Kept, Layout, TrunkCache, share_kept
-from qadapter.checkpoints import damage, newest_sound
+from qadapter.checkpoints import newest_sound
 from qadapter.config import QAdapterConfig
 from qadapter.data import (
     Sources,
@@ -676,7 +676,7 @@ def _checkpoint(config: QAdapterConfig) -> tuple[str | None, list[str]]:
         return str(last), passed
     if not (Path(asked) / "trainer_state.json").is_file():
         raise ConfigError(f"resume_from_checkpoint: {asked} is no checkpoint; name a checkpoint-N.")
-    if wrong := damage(Path(asked)):
+    if wrong := files.damage(Path(asked)):
         raise ArtefactError(f"resume_from_checkpoint: {asked}: {wrong}; name an older one.")
     return str(asked), []
 

@@ -73,6 +73,7 @@ def _serve(args: argparse.Namespace) -> None:
 
 
 def _serve_on_vllm(args: argparse.Namespace, key: str | None) -> None:
+    from qadapter.config import is_export
     from qadapter.serve import on_vllm
 
     for name in ("max_tokens", "max_body", "max_queue", "adapter_dir"):
@@ -89,7 +90,7 @@ def _serve_on_vllm(args: argparse.Namespace, key: str | None) -> None:
     with on_vllm.handled(on_vllm.leave), made as place:
         adapters = named(args.adapter)
         export = Path(next(iter(adapters.values())))
-        if len(adapters) == 1 and on_vllm.is_export(export):
+        if len(adapters) == 1 and is_export(export):
             for flag in ("--base", "--no-check-base", "--trust-remote-code"):
                 if getattr(args, flag[2:].replace("-", "_")):
                     raise ConfigError(f"{flag}: {export} is an export with its base; leave it out.")

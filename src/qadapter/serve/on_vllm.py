@@ -35,15 +35,6 @@ def check_installed() -> None:
         )
 
 
-def is_export(directory: str | Path) -> bool:
-    """Return whether a directory is what `qadapter export --format policy` writes."""
-    try:
-        config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") == "qadapter"
-
-
 def check_family(model_type: str) -> None:
     """Raise before vLLM does, and before an export is made for nothing.
 
