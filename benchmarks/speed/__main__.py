@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from measured import origin, read_rows
 
 DATA = Path(os.environ.get("QADAPTER_DATA", "../shared/data"))
-SECTIONS = ("training", "gemm", "decoding", "profile", "growth", "quality")
+SECTIONS = ("training", "estimate", "gemm", "decoding", "profile", "growth", "quality")
 
 
 TRL_SWEEP = {
@@ -139,6 +139,15 @@ def training_cases(sizes: Sizes, trl: dict[str, Any]) -> list[Case]:
     ]
 
 
+def estimate_cases(sizes: Sizes) -> list[Case]:
+    """Return the dry runs, to be set beside what was then measured."""
+    shared = {"pairs": sizes.pairs, "seed": sizes.seed}
+    return [
+        Case("estimate", f"ours_k{layers}", "foretold", {**shared, "layers": layers})
+        for layers in (8, 30)
+    ]
+
+
 def decoding_cases(sizes: Sizes) -> list[Case]:
     """Return the decoding case."""
     shared = {
@@ -150,6 +159,20 @@ def decoding_cases(sizes: Sizes) -> list[Case]:
     }
     kinds = ["base", "policy_k8", "policy_k30", "two_models"]
     return [Case("decoding", "decoding", "decode", {"kinds": kinds, **shared})]
+
+
+def profile_cases(sizes: Sizes) -> list[Case]:
+    """Return where the time goes of a first and of a cached step, and of decoding one by one."""
+    seed = {"seed": sizes.seed}
+    step = {"pairs": min(8, sizes.pairs), **seed}
+    token = {"batch": 1, "prompt": sizes.prompt, "new": sizes.new, **seed}
+    cases = [
+        ("ours_k8", "profiled", {**step, "cached": False}),
+        ("ours_k8_cached", "profiled", {**step, "cached": True}),
+        ("decoding_base", "profiled_decoding", {**token, "kind": "base"}),
+        ("decoding_policy_k8", "profiled_decoding", {**token, "kind": "policy_k8"}),
+    ]
+    return [Case("profile", name, f, options, once=True) for name, f, options in cases]
 
 
 def growth_cases(sizes: Sizes) -> list[Case]:
@@ -194,7 +217,9 @@ def run_case(function: str, options: dict[str, Any]) -> dict[str, Any]:
         "trl": training.trl,
         "quality_ours": training.quality_ours,
         "quality_trl": training.quality_trl,
+        "foretold": training.foretold,
         "decode": decoding.decode,
+        "profiled_decoding": decoding.profiled,
         "gemm": costs.gemm,
         "profiled": costs.profiled,
         "step": costs.step,
@@ -273,12 +298,12 @@ def run_all(runs: Runs, sizes: Sizes, skip: set[str]) -> dict[str, Any]:
     """Run everything wanted; return DPOTrainer's best configuration."""
     trl = {} if {"training", "quality"} <= skip else best_configuration(runs, sizes)
     gemm = {"sizes": list(sizes.gemm), "repeats": sizes.gemm_repeats}
-    profile = {"pairs": min(8, sizes.pairs), "seed": sizes.seed}
     cases = [
         *training_cases(sizes, trl),
+        *estimate_cases(sizes),
         Case("gemm", "gemm", "gemm", gemm),
         *decoding_cases(sizes),
-        Case("profile", "ours_k8", "profiled", profile, once=True),
+        *profile_cases(sizes),
         *growth_cases(sizes),
         *quality_cases(sizes, trl),
     ]

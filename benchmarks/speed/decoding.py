@@ -9,8 +9,10 @@ from statistics import median
 from typing import Any
 
 import torch
+from costs import shares
 from measuring import own_dtype
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from training import LAYERS, LINEAR
 from transformers import DynamicCache
 
@@ -93,6 +95,37 @@ def two_models(name: str) -> Generate:
     return run
 
 
+def made(kind: str) -> Generate:
+    """Return one of `base`, `policy_k8`, `policy_k30` and `two_models`."""
+    name = QAdapterConfig(output_dir=tempfile.gettempdir()).model
+    makers: dict[str, Callable[[], Generate]] = {
+        "base": lambda: base(name),
+        "policy_k8": lambda: policy(name, 8),
+        "policy_k30": lambda: policy(name, LAYERS),
+        "two_models": lambda: two_models(name),
+    }
+    return makers[kind]()
+
+
+def prompts(batch: int, length: int, seed: int) -> Tensor:
+    """Return prompts `[batch, length]` of random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1000, 40_000, (batch, length), generator=generator)
+
+
+def profiled(*, kind: str, batch: int, prompt: int, new: int, seed: int) -> dict[str, Any]:
+    """Return where the time of the first token and of later ones goes."""
+    torch.manual_seed(seed)
+    run, ids = made(kind), prompts(batch, prompt, seed)
+    run(ids, 3)
+    out = {}
+    for part, tokens in (("first", 1), ("whole", new)):
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            run(ids, tokens)
+        out[part] = shares(profiler)
+    return out
+
+
 def decode(
     *, kinds: list[str], batches: list[int], prompt: int, new: int, rounds: int, seed: int
 ) -> dict[str, Any]:
@@ -102,18 +135,10 @@ def decode(
     processes the machine's own pace changes by more than what is to be seen.
     """
     torch.manual_seed(seed)
-    name = QAdapterConfig(output_dir=tempfile.gettempdir()).model
-    makers: dict[str, Callable[[], Generate]] = {
-        "base": lambda: base(name),
-        "policy_k8": lambda: policy(name, 8),
-        "policy_k30": lambda: policy(name, LAYERS),
-        "two_models": lambda: two_models(name),
-    }
-    runs = {kind: makers[kind]() for kind in kinds}
+    runs = {kind: made(kind) for kind in kinds}
     out: dict[str, Any] = {kind: {} for kind in kinds}
     for batch in batches:
-        generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(1000, 40_000, (batch, prompt), generator=generator)
+        ids = prompts(batch, prompt, seed)
         for run in runs.values():
             run(ids, 3)
         times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}

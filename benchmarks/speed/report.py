@@ -84,6 +84,24 @@ def _decoding(rows: list[Row]) -> dict[str, Any]:
     return out
 
 
+def _estimate(rows: list[Row]) -> dict[str, Any]:
+    """Return what dry runs said, as shares of what was then measured in the same repeat."""
+    out: dict[str, Any] = {}
+    figures: dict[str, Callable[[Row], Any]] = {
+        # A dry run says how long; the inverse of its pace is that.
+        "first_epoch": lambda r: 1 / r["epochs"][0]["tokens_per_second"],
+        "later_epochs": lambda r: 1 / r["epochs"][-1]["tokens_per_second"],
+        "peak_gib": lambda r: r["peak_gib"],
+    }
+    names = {row["name"] for row in rows if row["section"] == "estimate"}
+    rows = [row for row in rows if row["name"] in names]
+    for figure, get in figures.items():
+        told, measured = (_pick(rows, section, get) for section in ("estimate", "training"))
+        for name, values in told.items():
+            out.setdefault(name, {})[figure] = ratio(values, measured.get(name, {}))
+    return out
+
+
 def slope(x: list[float], y: list[float]) -> float | None:
     """Return the exponent of `y ~ x^slope`, None where it cannot be fitted."""
     if len(x) < 2 or min(y) <= 0:
@@ -126,6 +144,7 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
     """Return all that the JSON holds beside the raw runs."""
     summary = {
         "training": _training(rows),
+        "estimate": _estimate(rows),
         "gemm": _gemm(rows),
         "decoding": _decoding(rows),
         "growth": _growth(rows),
@@ -188,6 +207,11 @@ def bars(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any] | None, str,
         for batch, figures in (_at(summary, "decoding", name) or {}).items():
             label = f"ms a token to the base, {name}, batch {batch}"
             rows.append((label, figures["token_ms_to_base"], "≤", limit))
+    for name, told in summary["estimate"].items():
+        for figure, values in told.items():
+            off = values and spread({i: abs(v - 1) for i, v in enumerate(values["values"])})
+            label = f"a dry run's error, {name}, {figure.replace('_', ' ')}"
+            rows.append((label, off, "≤", 0.25))
     words = _at(summary, "growth", "words")
     if words and len(words["x"]) > 1:
         # Both are a few MiB, whose ratio is noise: their difference is told in whole logits'.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qadapter import functional, hub
 from qadapter.config import QAdapterConfig, QConfig
 from qadapter.data import Pair, TokenizedPair, read_pairs, read_texts, tokenize_pairs
-from qadapter.estimate import Clock, step_flops
+from qadapter.estimate import Clock, estimate, step_flops
 from qadapter.model import QAdapterModel, Streams
 from qadapter.objective import PairLoss
 from qadapter.packing import PairCollator
@@ -123,6 +123,34 @@ class TwoPassTrainer(QAdapterTrainer):
         return PairLoss(sums, returns, rewards, moves.response, states, moves.taken, None, columns)
 
 
+def our_config(
+    directory: str,
+    *,
+    layers: int,
+    pairs: int,
+    epochs: int,
+    seed: int,
+    two_pass: bool = False,
+    warmup: float = 0.0,
+) -> QAdapterConfig:
+    """Return the settings of a run on the first `pairs` pairs, adapters on the last `layers`."""
+    return QAdapterConfig(
+        data=str(TRAIN),
+        output_dir=directory,
+        layers_to_transform=list(range(LAYERS - layers, LAYERS)),
+        max_pairs=pairs,
+        per_device_train_batch_size=BATCH,
+        num_train_epochs=epochs,
+        warmup_steps=warmup,
+        train_sampling_strategy="sequential",
+        logging_strategy="no",
+        save_strategy="no",
+        disable_tqdm=True,
+        seed=seed,
+        cache_trunk=False if two_pass else None,
+    )
+
+
 def our_trainer(
     directory: str,
     pairs: Sequence[TokenizedPair],
@@ -135,20 +163,14 @@ def our_trainer(
     callbacks: Sequence[Any] = (),
 ) -> QAdapterTrainer:
     """Return a trainer of these pairs, in order, with adapters on the last `layers` layers."""
-    config = QAdapterConfig(
-        data=str(TRAIN),
-        output_dir=directory,
-        layers_to_transform=list(range(LAYERS - layers, LAYERS)),
-        max_pairs=BATCH,  # only read to be checked: the pairs are given below
-        per_device_train_batch_size=BATCH,
-        num_train_epochs=epochs,
-        warmup_steps=warmup,
-        train_sampling_strategy="sequential",
-        logging_strategy="no",
-        save_strategy="no",
-        disable_tqdm=True,
+    config = our_config(
+        directory,
+        layers=layers,
+        pairs=BATCH,  # only read to be checked: the pairs are given below
+        epochs=epochs,
         seed=seed,
-        cache_trunk=False if two_pass else None,
+        two_pass=two_pass,
+        warmup=warmup,
     )
     run = prepare(config)
     options: dict[str, Any] = {"train_dataset": list(pairs), "callbacks": list(callbacks)}
@@ -158,6 +180,25 @@ def our_trainer(
         trainer = run.trainer(config, **options)
     trainer.cache_root = Path(directory) / "trunk"
     return trainer
+
+
+def foretold(*, layers: int, pairs: int, seed: int) -> dict[str, Any]:
+    """Return what a dry run says of the pairs that `ours` trains on: pace, operations, memory."""
+    with tempfile.TemporaryDirectory() as directory:
+        config = our_config(directory, layers=layers, pairs=BATCH + pairs, epochs=2, seed=seed)
+        told = estimate(config)
+    epochs = [told.first, told.later or told.first]
+    return {
+        "epochs": [
+            {
+                "tokens_per_second": told.tokens / epoch.seconds,
+                "flops_per_second": epoch.flops / epoch.seconds,
+            }
+            for epoch in epochs
+        ],
+        "peak_gib": told.peak,
+        "kept": told.kept,
+    }
 
 
 def pace(seconds: Sequence[float], pairs: Sequence[TokenizedPair]) -> dict[str, Any]:

@@ -80,3 +80,19 @@ def test_a_share_of_the_peak_is_of_the_dtype_that_ran(monkeypatch: pytest.Monkey
     found = report.summarise([row("ours_k8", "bfloat16"), row("trl_best", "float32"), gemm])
     shares = {n: case["share_of_gemm_peak"] for n, case in found["training"].items()}
     assert shares == {"ours_k8": 0.1, "trl_best": 0.6}
+
+
+def test_what_a_dry_run_said_is_set_beside_what_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = loaded("speed_report", "speed/report.py", monkeypatch)
+
+    def row(section: str, tokens: float, peak: float) -> dict[str, Any]:
+        epoch = {"pairs_per_second": 1.0, "tokens_per_second": tokens, "flops_per_second": 60.0}
+        figures = {"epochs": [epoch], "dtype": "float32", "peak_gib": peak, "extra_gib": 1.0}
+        return {"section": section, "name": "ours_k8", "repeat": 0, "result": figures}
+
+    found = report.summarise([row("estimate", 100.0, 3.0), row("training", 50.0, 2.0)])
+    ratios = {k: v["median"] for k, v in found["estimate"]["ours_k8"].items()}
+    assert ratios == {"first_epoch": 0.5, "later_epochs": 0.5, "peak_gib": 1.5}
+    lines = [line for line in report.table(found).splitlines() if "dry run" in line]
+    assert len(lines) == 3
+    assert all("missed" in line for line in lines)
