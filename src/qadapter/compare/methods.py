@@ -54,6 +54,7 @@ class Method:
 
 
 _RATE = Range(5e-5, 8e-4)
+_WEIGHT = Range(1.0, 300.0)
 _EPOCHS = Choice((1, 2))
 _SFT_SPACE: Space = {"learning_rate": _RATE, "epochs": _EPOCHS}
 _SFT: Params = {"learning_rate": 2e-4, "epochs": 1}
@@ -63,14 +64,14 @@ _OURS_SPACE: Space = {
     "alpha": Range(0.03, 1.0),
     "learning_rate": _RATE,
     "epochs": _EPOCHS,
-    "anchor_weight": Range(0.3, 10.0),
+    "anchor_weight": _WEIGHT,
 }
-_OURS: Params = {"alpha": 0.5, "learning_rate": 2e-4, "epochs": 1, "anchor_weight": 3.0}
+_OURS: Params = {"alpha": 0.5, "learning_rate": 2e-4, "epochs": 1, "anchor_weight": 30.0}
 _OURS_FIXED: Params = {"beta": 0.1, "gamma": 1.0, "parameterization": "residual"}
 _BARE_SPACE: Space = {k: v for k, v in _OURS_SPACE.items() if k != "anchor_weight"}
 _BARE: Params = {k: v for k, v in _OURS.items() if k != "anchor_weight"}
 _BARE_FIXED: Params = {**_OURS_FIXED, "anchor_weight": 0.0}
-_ANCHOR: Space = {"anchor_weight": Range(0.3, 10.0)}
+_ANCHOR: Space = {"anchor_weight": _WEIGHT}
 
 
 def _ours(label: str, about: str, space: Space, defaults: Params, **fixed: Value) -> Method:
@@ -98,7 +99,7 @@ METHODS: dict[str, Method] = {
         "train_sft",
         {},
         {**_SFT_SPACE, **_ANCHOR},
-        {**_SFT, "anchor_weight": 3.0},
+        {**_SFT, "anchor_weight": 30.0},
     ),
     "replay": Method(
         "Replay",
@@ -134,7 +135,7 @@ METHODS: dict[str, Method] = {
         "train_dpo",
         {},
         {**_DPO_SPACE, **_ANCHOR},
-        {**_DPO, "anchor_weight": 3.0},
+        {**_DPO, "anchor_weight": 30.0},
     ),
     "rloo": Method(
         "RLOO",
