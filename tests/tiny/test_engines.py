@@ -6,9 +6,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from qadapter import engines, hub
+from qadapter import engines, hub, ranks
 from qadapter.cli import main
 from qadapter.config import QAdapterConfig
 from qadapter.errors import ConfigError
@@ -288,6 +290,48 @@ def test_a_refusal_is_one_sentence_from_all_processes(
     assert lines[0].startswith(f"qadapter: {bad}:1: ")
     assert done.stdout == ""
     assert not (tmp_path / "out").exists()
+
+
+def test_signals_to_the_launcher_are_no_traceback(
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import psutil
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    words = ["train", "--data", data, "--output", str(tmp_path / "out")]
+    words += ["--launch", str(ROOT / "configs" / "ddp.yaml")]
+
+    def interrupted(_: Any) -> None:
+        raise SignalException("got signal", sigval=signal.SIGINT)
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", interrupted)
+    assert main(words) == 130
+    assert capsys.readouterr().err == "qadapter: stopped\n"
+    monkeypatch.setenv(ranks.LAUNCHED, "1")
+    monkeypatch.setattr("qadapter.train.run_training", raising(KeyboardInterrupt()))
+    assert main(words) == 130
+    assert capsys.readouterr().err == ""
+    monkeypatch.delenv(ranks.LAUNCHED)
+
+    # A process that ends while SIGTERM is handed on is no reason not to hand it to the next.
+    heard: list[int] = []
+    gone = SimpleNamespace(send_signal=raising(psutil.NoSuchProcess(1)))
+    there = SimpleNamespace(send_signal=heard.append)
+    monkeypatch.setattr(psutil.Process, "children", lambda _: [gone, there])
+    terminated = "accelerate.commands.launch.launch_command"
+    monkeypatch.setattr(terminated, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(words) == 0
+    assert heard == [signal.SIGTERM]
+
+
+def raising(error: BaseException) -> Any:
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fails
 
 
 @pytest.mark.fleet

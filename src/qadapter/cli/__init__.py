@@ -94,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return 2
     except KeyboardInterrupt:
-        print("qadapter: stopped", file=sys.stderr)
+        if not ranks.launched():  # else the launcher says it, once
+            print("qadapter: stopped", file=sys.stderr)
         return 130
     return 0
