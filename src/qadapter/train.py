@@ -37,7 +37,7 @@ from qadapter.data import (
 from qadapter.engines import EngineTrainer
 from qadapter.errors import ArtefactError, ConfigError, DataError, TrainingError, UserError
 from qadapter.figures import Figures
-from qadapter.files import check_writable, write_text
+from qadapter.files import alone_in, check_writable, write_text
 from qadapter.model import BaseScalars, QAdapterModel
 from qadapter.objective import (
     PairLoss,
@@ -666,37 +666,33 @@ def run_training(config: QAdapterConfig) -> TrainResult:
         UserError: any of its kinds, before anything is written where that is possible.
     """
     with closing(prepare(config)) as run:
-        return _trained(run, config)
+        if ranks.number():
+            return _trained(run, config)
+        with alone_in(cast(str, config.output_dir)):
+            return _trained(run, config)
 
 
 def _trained(run: Prepared, config: QAdapterConfig) -> TrainResult:
     directory = Path(cast(str, config.output_dir))
-    new = not directory.exists()
-    try:
-        with _settings_told():
-            trainer = run.trainer(config, callbacks=_callbacks(config))
-            for sentence in run.passed:
-                _tell(sentence)
-            result = trainer.train(resume_from_checkpoint=run.checkpoint)
-            metrics = dict(result.metrics)
-            trainable = sum(p.numel() for p in run.model.adapter_parameters().values())
-            if trainer.stopped:
-                step = trainer.state.global_step
-                for table in run.tables:
-                    table.keep()
-                pairs = len(run.train_set)
-                return TrainResult(
-                    directory, pairs, run.dropped, metrics, trainable, stopped_at=step
-                )
-            if run.eval_set:
-                metrics.update(trainer.evaluate())
-                right = metrics["eval_rewards/accuracies"]
-                _tell(alarms.inverted(right, len(run.eval_set)))
-            if run.budget:
-                metrics.update(run.budget.figures())
-    finally:
-        if new:
-            _remove_if_empty(directory)
+    with _settings_told():
+        trainer = run.trainer(config, callbacks=_callbacks(config))
+        for sentence in run.passed:
+            _tell(sentence)
+        result = trainer.train(resume_from_checkpoint=run.checkpoint)
+        metrics = dict(result.metrics)
+        trainable = sum(p.numel() for p in run.model.adapter_parameters().values())
+        if trainer.stopped:
+            step = trainer.state.global_step
+            for table in run.tables:
+                table.keep()
+            pairs = len(run.train_set)
+            return TrainResult(directory, pairs, run.dropped, metrics, trainable, stopped_at=step)
+        if run.eval_set:
+            metrics.update(trainer.evaluate())
+            right = metrics["eval_rewards/accuracies"]
+            _tell(alarms.inverted(right, len(run.eval_set)))
+        if run.budget:
+            metrics.update(run.budget.figures())
     trainer.save_model(str(directory))
     told = run.budget.summary() if run.budget else None
     outcome = TrainResult(directory, len(run.train_set), run.dropped, metrics, trainable, told)
@@ -738,12 +734,6 @@ def _checkpoint(config: QAdapterConfig) -> tuple[str | None, list[str]]:
     if wrong := files.damage(Path(asked)):
         raise ArtefactError(f"resume_from_checkpoint: {asked}: {wrong}; name an older one.")
     return str(asked), []
-
-
-def _remove_if_empty(directory: Path) -> None:
-    """Take back the directory that transformers makes for a run that then wrote nothing."""
-    if directory.is_dir() and not any(directory.iterdir()):
-        directory.rmdir()
 
 
 def _callbacks(config: QAdapterConfig) -> list[Any]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qadapter import hub
+from qadapter import files, hub
 from qadapter.checkpoints import newest_sound
 from qadapter.cli import main
 from qadapter.config import QAdapterConfig
@@ -362,6 +362,22 @@ def test_a_run_does_not_begin_among_the_checkpoints_of_another(
     assert train(base, data, out, *words) == 0
     # The older of what is left is the new run's last one, and it stays.
     assert {p.name for p in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+
+
+def test_two_runs_do_not_write_to_one_directory(
+    base: str,
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(files, "_PAUSE", 0)
+    with files.alone_in(tmp_path / "out"):
+        assert train(base, data, tmp_path / "out", "--save_strategy no") == 2
+        assert f"{tmp_path / 'out'}: another run writes to it" in told(capsys)
+        assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
+    assert train(base, data, tmp_path / "out", "--save_strategy no") == 0
 
 
 def test_a_checkpoint_without_its_optimizer_is_refused(
