@@ -101,7 +101,7 @@ class SealingTrainer(Trainer):
             ) from error
         finally:
             self.args.save_total_limit = limit
-        if self.args.should_save and limit:
+        if self.args.should_save and limit is not None and limit > 0:
             self._delete_older(checkpoint, limit)
 
     def _delete_older(self, newest: Path, limit: int) -> None:

@@ -451,6 +451,14 @@ def test_a_best_checkpoint_that_was_damaged_since_is_not_gone_back_to(
     assert train(base, data, out, *words, last) == 0
 
 
+def test_where_no_number_limits_them_all_checkpoints_stay(
+    base: str, data: str, tmp_path: Path
+) -> None:
+    words = "--save_strategy steps --save_steps 1 --max_steps 3 --save_total_limit -1"
+    assert train(base, data, tmp_path / "out", words) == 0
+    assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 3
+
+
 def test_a_damaged_newer_checkpoint_does_not_push_out_the_sound_one(
     base: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
