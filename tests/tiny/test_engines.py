@@ -165,6 +165,23 @@ def test_a_cut_run_goes_on_to_the_same_adapter(runs: dict[str, Path], engine: st
 
 
 @pytest.mark.fleet
+def test_one_process_goes_on_from_two_where_their_checkpoint_is_whole(
+    runs: dict[str, Path],
+    base: str,
+    data: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["train", "--data", data, "--eval_data", data, "--model", base, *SHARED.split()]
+    words += [*FLEET["one"][2].split(), "--output", str(tmp_path / "out")]
+    again = [*words, "--resume_from_checkpoint"]
+    assert main([*again, str(runs["fsdp"] / "checkpoint-3")]) == 2
+    assert "is of a run with sharded True and not False" in capsys.readouterr().err
+    assert main([*again, str(runs["ddp"] / "checkpoint-3")]) == 0
+    close(runs["one"], tmp_path / "out", 1e-4)
+
+
+@pytest.mark.fleet
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_a_checkpoint_holds_the_adapter_alone(
     runs: dict[str, Path], engine: str, base: str

@@ -218,21 +218,24 @@ def _write(
             writer.write({n: getattr(tokens, n) for n in plain} | more)
             _fold(digest, tokens)
         writer.finalize()
-    told = {"sha256": sha256(rows), "pairs": digest.hexdigest()}
-    left = {why: of.told() for why, of in dropped.items()}
-    write_text(directory / _SEAL, json.dumps(told | {"dropped": left}))
+    told = [digest.hexdigest(), {why: of.told() for why, of in dropped.items()}]
+    write_text(directory / _SEAL, json.dumps([_checksum(rows, told), told]))
     return _Seal(digest.hexdigest(), dropped)
+
+
+def _checksum(rows: Path, told: object) -> str:
+    return hashlib.sha256((sha256(rows) + json.dumps(told)).encode()).hexdigest()
 
 
 def _kept(directory: Path) -> _Seal | None:
     """Return what is known of the rows that are here, or None where none are whole."""
     try:
-        told = json.loads((directory / _SEAL).read_text(encoding="utf-8"))
-        if told["sha256"] != sha256(directory / _ROWS):
+        checksum, told = json.loads((directory / _SEAL).read_text(encoding="utf-8"))
+        if checksum != _checksum(directory / _ROWS, told):
             return None
-        dropped = {why: Sources.of(places) for why, places in told["dropped"].items()}
-        return _Seal(str(told["pairs"]), dropped)
-    except (OSError, ValueError, KeyError, TypeError):
+        digest, dropped = told
+        return _Seal(digest, {why: Sources.of(places) for why, places in dropped.items()})
+    except (OSError, ValueError, TypeError):
         return None
 
 
