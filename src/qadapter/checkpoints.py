@@ -14,7 +14,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN
 
 from qadapter.errors import ArtefactError, ConfigError, UserError
@@ -170,6 +170,14 @@ class SealingTrainer(Trainer):
             )
         with _reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_callback_state(self) -> None:
+        # Early stopping counts on. transformers' own way would restore the order to stop, too.
+        kept: Any = self.state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
+        for callback in self.callback_handler.callbacks:
+            if kept and isinstance(callback, EarlyStoppingCallback):
+                count = kept["attributes"]["early_stopping_patience_counter"]
+                callback.early_stopping_patience_counter = count
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _reading(checkpoint):

@@ -65,6 +65,11 @@ def test_early_stopping_goes_back_to_the_best_checkpoint(
     )
     assert all(torch.equal(best[name], kept[name]) for name in best)
     assert any(not torch.equal(last[name], kept[name]) for name in kept)
+    # A run that is cut after one that was not better waits for one more, and not for two.
+    shutil.rmtree(checkpoints[-1])
+    words = (*options, swapped(data, tmp_path), "--resume_from_checkpoint true")
+    assert train(base, data, tmp_path / "out", *words) == 0
+    assert set((tmp_path / "out").glob("checkpoint-*")) == set(checkpoints)
 
 
 def test_a_run_tells_of_shared_prompts_swapped_labels_and_a_hot_start(
