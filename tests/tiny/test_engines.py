@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -342,6 +343,22 @@ def test_signals_to_the_launcher_are_no_traceback(
     monkeypatch.setattr(terminated, lambda _: os.kill(os.getpid(), signal.SIGTERM))
     assert main(words) == 0
     assert heard == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("port", ["1", None])
+def test_a_process_whose_store_is_gone_tells_what_it_knows(
+    port: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(ranks, "_PATIENCE", timedelta(milliseconds=50))
+    monkeypatch.setattr("qadapter.cli.training.train", raising(ConfigError("beta: is bad.")))
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == "qadapter: beta: is bad.\n"
+    # A connection that broke is the end of another process, which has told.
+    monkeypatch.setattr("qadapter.cli.training.train", raising(RuntimeError("closed by peer")))
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == ""
 
 
 def raising(error: BaseException) -> Any:
