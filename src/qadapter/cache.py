@@ -179,19 +179,28 @@ def _plan(
     return _Plan(directory, text, {name: i for i, name in enumerate(lengths)}, ends, sizes)
 
 
+def _age_and_size(directory: Path) -> tuple[float, int, Path] | None:
+    """Return when a cache was last used, its bytes, and itself; None if another run removed it."""
+    try:
+        size = sum(file.stat().st_size for file in directory.iterdir())
+        return directory.stat().st_mtime, size, directory
+    except OSError:
+        return None
+
+
 def _make(plan: _Plan, room: int) -> None:
     """Write an empty cache of full size; all others may take `room` bytes."""
     root = plan.directory.parent
     files.check_writable(root)
     root.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(plan.directory, ignore_errors=True)
-    others = sorted((d for d in root.iterdir() if d.is_dir()), key=lambda d: d.stat().st_mtime)
-    taken = {d: sum(f.stat().st_size for f in d.iterdir() if f.is_file()) for d in others}
-    for other in others:
-        if sum(taken.values()) <= room:
+    others = sorted(found for d in root.iterdir() if d.is_dir() and (found := _age_and_size(d)))
+    taken = sum(size for _, size, _ in others)
+    for _, size, other in others:
+        if taken <= room:
             break
         shutil.rmtree(other, ignore_errors=True)
-        del taken[other]
+        taken -= size
     free, needed = shutil.disk_usage(root).free, sum(plan.sizes.values())
     if needed > free:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import signal
@@ -13,11 +14,14 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN
 
-from qadapter.errors import ArtefactError, UserError
-from qadapter.files import damage, seal, why_not_written
+from qadapter.errors import ArtefactError, ConfigError, UserError
+from qadapter.files import damage, seal, why_not_written, write_text
+
+RUN = "run.json"
+"""Says of which run a checkpoint is."""
 
 
 def step_of(checkpoint: Path) -> int:
@@ -25,10 +29,15 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def checkpoints(run: Path) -> list[Path]:
+    """Return a run's checkpoints, the newest last, whole or not."""
+    named = re.compile(r"checkpoint-[0-9]+")
+    return sorted((p for p in run.glob("checkpoint-*") if named.fullmatch(p.name)), key=step_of)
+
+
 def newest_sound(run: Path) -> tuple[Path | None, list[str]]:
     """Return a run's newest checkpoint that is whole, and a sentence of each newer one."""
-    named = re.compile(r"checkpoint-\d+")
-    found = sorted((p for p in run.glob("checkpoint-*") if named.fullmatch(p.name)), key=step_of)
+    found = checkpoints(run)
     passed: list[str] = []
     for checkpoint in reversed(found):
         wrong = damage(checkpoint)
@@ -46,6 +55,10 @@ class SealingTrainer(Trainer):
 
     stopped = False
     """Whether SIGTERM ended the last run."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a run must share with a checkpoint to go on from it, as JSON holds it."""
+        return {}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as transformers does; SIGTERM saves a checkpoint after the step and ends it."""
@@ -74,6 +87,7 @@ class SealingTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                write_text(checkpoint / RUN, json.dumps(self.identity(), indent=1) + "\n")
                 seal(checkpoint)
         except Exception as error:
             told = error.__cause__ if isinstance(error, UserError) else error
@@ -87,15 +101,83 @@ class SealingTrainer(Trainer):
             ) from error
         finally:
             self.args.save_total_limit = limit
-        if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(
-                output_dir=str(run), save_total_limit=limit, best_model_checkpoint=best
+        if self.args.should_save and limit is not None and limit > 0:
+            self._delete_older(checkpoint, limit)
+
+    def _delete_older(self, newest: Path, limit: int) -> None:
+        """Leave so many checkpoints: the newest, the best, and of those before it the last.
+
+        Any with a later step are left: they are damaged, or of a run that went on from elsewhere.
+        """
+        best = self._best()
+        protected = {p.resolve() for p in (newest, best) if p is not None}
+        older = [
+            p
+            for p in checkpoints(newest.parent)
+            if step_of(p) < step_of(newest) and p.resolve() not in protected
+        ]
+        for checkpoint in older[: max(0, len(older) - max(0, limit - len(protected)))]:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def _best(self) -> Path | None:
+        best = self.state.best_model_checkpoint
+        return Path(best) if best else None
+
+    def _load_best_model(self) -> None:
+        best = self._best()
+        if best is None:
+            return
+        if wrong := damage(best):
+            raise ArtefactError(
+                f"{best}: {wrong}; it was the best one: go on from the last by "
+                "--resume_from_checkpoint true --load_best_model_at_end false."
+            )
+        self._load_from_checkpoint(str(best))
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        limit = self.args.save_total_limit
+        if self.stopped:  # transformers would leave the best one and delete that to go on from
+            self.args.save_total_limit = None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
+    def _check_same_run(self, checkpoint: Path) -> None:
+        """Refuse to go on from another run's checkpoint: half of one is no result of the other."""
+        try:
+            noted = json.loads((checkpoint / RUN).read_text(encoding="utf-8"))
+            then = {name: noted[name] for name in self.identity()}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArtefactError(
+                f"{checkpoint}: does not say of which run it is ({RUN}); start anew."
+            ) from error
+        other = [f"{n} {then[n]} and not {v}" for n, v in self.identity().items() if v != then[n]]
+        if other:
+            raise ConfigError(
+                f"resume_from_checkpoint: {checkpoint} is of a run with {', '.join(other)}; give "
+                "what it had, or leave it out and name another --output to start anew."
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        names = (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN)
+        if checkpoint and not (
+            self.is_deepspeed_enabled or any((Path(checkpoint) / n).is_file() for n in names)
+        ):  # transformers would begin with a new one
+            raise ArtefactError(
+                f"{checkpoint}: holds no state of the optimizer, as save_only_model leaves it; "
+                "nothing can go on from it."
+            )
         with _reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_callback_state(self) -> None:
+        # Early stopping counts on. transformers' own way would restore the order to stop, too.
+        kept: Any = self.state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
+        for callback in self.callback_handler.callbacks:
+            if kept and isinstance(callback, EarlyStoppingCallback):
+                count = kept["attributes"]["early_stopping_patience_counter"]
+                callback.early_stopping_patience_counter = count
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _reading(checkpoint):

@@ -141,6 +141,11 @@ def _same(one: str, other: str) -> bool:
 
 
 _SAMPLING = ("random", "sequential")
+_OTHERS = {
+    "label_smoothing_factor": "is of a loss over labels and would do nothing here",
+    "neftune_noise_alpha": "would put noise into the base, too, from which the policy is measured",
+}
+"""Fields of TrainingArguments that would be taken in silence, and why they are not."""
 _POSITIVE = (
     "gradient_accumulation_steps",
     "per_device_eval_batch_size",
@@ -298,6 +303,9 @@ class QAdapterConfig(TrainingArguments):
                 f"train_sampling_strategy: {self.train_sampling_strategy!r} is not one of "
                 f"{', '.join(_SAMPLING)}; leave it out, for packed pairs like lengths gain nothing."
             )
+        for name, why in _OTHERS.items():
+            if getattr(self, name):
+                raise ConfigError(f"{name}: {why}; leave it out.")
         self._check_trackers()
         self._check_budget()
         if self.early_stopping_patience is not None:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,44 @@ def check_new(directory: str | Path) -> None:
     path = Path(directory)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{directory}: is there already; name a new directory.")
+
+
+_TRIES, _PAUSE = 20, 0.5
+"""A killed run's workers hold its directory for some seconds more."""
+
+
+@contextmanager
+def alone_in(directory: str | Path) -> Iterator[None]:
+    """Make a directory and hold it against other runs of this machine; if it stays empty, it goes.
+
+    Raises:
+        UserError: it cannot be made, or another run holds it.
+    """
+    import fcntl
+
+    path = Path(directory)
+    new = not path.exists()
+    with _told(path):
+        path.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        for left in reversed(range(_TRIES)):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if not left:
+                    raise UserError(
+                        f"{directory}: another run writes to it; wait for it or name another one."
+                    ) from error
+                time.sleep(_PAUSE)
+            except OSError:  # this file system has no locks
+                break
+        yield
+    finally:
+        os.close(handle)
+        if new and path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
 def why_not_written(error: BaseException, directory: Path) -> str | None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ def launch(path: str, words: Sequence[str], *, processes: int | None = None) -> 
     """Run `qadapter WORD...` in the processes that an accelerate file names; return the exit code.
 
     It is 0, or 2 where a process told a user's error. SIGTERM goes on to the processes, which end
-    after the same step with a checkpoint.
+    after the same step with a checkpoint; Ctrl-C ends them at once.
 
     Args:
         path: YAML as `accelerate config` writes it, such as those in `configs/`.
@@ -31,9 +31,11 @@ def launch(path: str, words: Sequence[str], *, processes: int | None = None) -> 
     Raises:
         ConfigError: the file cannot be read, or accelerate does not take it.
         TrainingError: a process died of something else; its own output says of what.
+        KeyboardInterrupt: it was Ctrl-C.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from accelerate.utils import patch_environment
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if not Path(path).is_file():
@@ -48,6 +50,8 @@ def launch(path: str, words: Sequence[str], *, processes: int | None = None) -> 
     try:
         with _passing_on(), patch_environment(**{ranks.LAUNCHED: "1"}):
             launch_command(args)
+    except SignalException as error:
+        raise KeyboardInterrupt from error
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
     except subprocess.CalledProcessError as error:  # its text is the command, with a --hub_token
@@ -69,7 +73,8 @@ def _passing_on() -> Iterator[None]:
 
     def hand_on(*_: Any) -> None:
         for child in psutil.Process().children():
-            child.send_signal(signal.SIGTERM)
+            with suppress(psutil.NoSuchProcess):  # it ended meanwhile
+                child.send_signal(signal.SIGTERM)
 
     if threading.current_thread() is not threading.main_thread():
         yield

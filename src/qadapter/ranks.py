@@ -61,10 +61,13 @@ def all_agree(accelerator: Any, here: bool) -> bool:
     return bool(accelerator.gather(torch.tensor([here], device=accelerator.device)).all())
 
 
-def first_to_tell() -> bool:
+def first_to_tell(*, unasked: bool) -> bool:
     """Return whether no other process of this run has told an error: one bad file is one sentence.
 
     Noted in the launcher's store, which outlives the process that told.
+
+    Args:
+        unasked: what to return where that store is not to be had.
     """
     if not several():
         return True
@@ -72,9 +75,9 @@ def first_to_tell() -> bool:
 
     host, port = os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("MASTER_PORT")
     if port is None:
-        return number() == 0
+        return unasked
     try:
         store = TCPStore(host, int(port), is_master=False, timeout=_PATIENCE)
         return bool(store.add(_TOLD, 1) == 1)
     except (OSError, RuntimeError):  # it is gone with the process that held it
-        return number() == 0
+        return unasked

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +29,7 @@ from qadapter.data import (
     TokenizedPair,
     TokenTable,
     file_identity,
+    pairs_digest,
     read_pairs,
     read_texts,
     token_table,
@@ -34,7 +37,7 @@ from qadapter.data import (
 from qadapter.engines import EngineTrainer
 from qadapter.errors import ArtefactError, ConfigError, DataError, TrainingError, UserError
 from qadapter.figures import Figures
-from qadapter.files import check_writable, write_text
+from qadapter.files import alone_in, check_writable, write_text
 from qadapter.model import BaseScalars, QAdapterModel
 from qadapter.objective import (
     PairLoss,
@@ -48,6 +51,27 @@ from qadapter.policy import Policy
 
 _log = logging.getLogger(__name__)
 
+_TOLD_ONLY = ("base_model", "qadapter_version")
+"""Fields of QConfig that may differ where the policy does not."""
+_KEPT_ALIKE = (
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "anchor_weight",
+    "bf16",
+    "data_seed",
+    "fp16",
+    "learning_rate",
+    "lr_scheduler_type",
+    "max_grad_norm",
+    "optim",
+    "seed",
+    "tokens_per_batch",
+    "train_sampling_strategy",
+    "warmup_steps",
+    "weight_decay",
+)
+"""Settings that transformers would take from the checkpoint unsaid, or change in midway."""
 _TRIM_EVERY = 4
 """Micro-batches between two trims: often enough to bound the heap, too seldom to cost a percent."""
 
@@ -73,13 +97,23 @@ class _TrimHeap(TrainerCallback):  # type: ignore[misc,unused-ignore]
         self.on_substep_end()
 
 
-class _TrainsTheAdapter(TrainerCallback):  # type: ignore[misc,unused-ignore]
-    """Refuse an optimizer that lacks a part of the adapter; engines that shard have their own."""
+class _ChecksTheStart(TrainerCallback):  # type: ignore[misc,unused-ignore]
+    """Refuse a checkpoint past the run's end, and an optimizer that lacks a part of the adapter.
+
+    Engines that shard have optimizers of their own.
+    """
 
     def __init__(self, trainer: QAdapterTrainer) -> None:
         self._trainer = trainer
 
-    def on_train_begin(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
+    ) -> None:
+        if state.global_step > state.max_steps:
+            raise ConfigError(
+                f"resume_from_checkpoint: {state.global_step} steps are done and the run has only "
+                f"{state.max_steps}; raise max_steps or num_train_epochs, or name an older one."
+            )
         trainer = self._trainer
         if trainer.shards or trainer.is_deepspeed_enabled or optimizer is None:
             return
@@ -163,7 +197,7 @@ class QAdapterTrainer(EngineTrainer):
             eval_dataset=cast(Any, eval_dataset),
             **kwargs,
         )
-        self.add_callback(_TrainsTheAdapter(self))
+        self.add_callback(_ChecksTheStart(self))
         if model.device.type == "cpu":
             self.add_callback(_TrimHeap())
         if budget is not None:
@@ -387,11 +421,30 @@ class QAdapterTrainer(EngineTrainer):
         model.save_pretrained(directory, is_main_process=self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._check_same_run(Path(resume_from_checkpoint))
         cast(QAdapterModel, self.model).load_adapter(resume_from_checkpoint)
 
-    def _load_best_model(self) -> None:
-        if self.state.best_model_checkpoint:
-            cast(QAdapterModel, self.model).load_adapter(self.state.best_model_checkpoint)
+    def identity(self) -> dict[str, Any]:
+        """Return what a checkpoint must share to go on from it: pairs, method, LoRA, optimizer."""
+        model, settings = cast(QAdapterModel, self.model), self.args.to_dict()
+        named = {n: v for n, v in asdict(model.q_config).items() if n not in _TOLD_ONLY}
+        rows = 1 if self.rows else self.args.per_device_train_batch_size
+        accumulated = self.args.gradient_accumulation_steps * self.args.world_size
+        lora = model.peft_model.active_peft_config
+        return named | {
+            "pairs (data, max_length, truncate)": self._pairs_digest[:16],
+            "pairs of a step": rows * accumulated,
+            "anchors": hashlib.sha256(json.dumps(self._anchors).encode()).hexdigest()[:16],
+            "lora_r": lora.r,
+            "lora_alpha": lora.lora_alpha,
+            "lora_dropout": lora.lora_dropout,
+            "sharded": self.shards,
+            **{name: settings[name] for name in _KEPT_ALIKE},
+        }
+
+    @cached_property
+    def _pairs_digest(self) -> str:
+        return pairs_digest(cast(Sequence[TokenizedPair], self.train_dataset))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, then prove that the adapter changed and the base did not."""
@@ -613,37 +666,33 @@ def run_training(config: QAdapterConfig) -> TrainResult:
         UserError: any of its kinds, before anything is written where that is possible.
     """
     with closing(prepare(config)) as run:
-        return _trained(run, config)
+        if ranks.number():
+            return _trained(run, config)
+        with alone_in(cast(str, config.output_dir)):
+            return _trained(run, config)
 
 
 def _trained(run: Prepared, config: QAdapterConfig) -> TrainResult:
     directory = Path(cast(str, config.output_dir))
-    new = not directory.exists()
-    try:
-        with _settings_told():
-            trainer = run.trainer(config, callbacks=_callbacks(config))
-            for sentence in run.passed:
-                _tell(sentence)
-            result = trainer.train(resume_from_checkpoint=run.checkpoint)
-            metrics = dict(result.metrics)
-            trainable = sum(p.numel() for p in run.model.adapter_parameters().values())
-            if trainer.stopped:
-                step = trainer.state.global_step
-                for table in run.tables:
-                    table.keep()
-                pairs = len(run.train_set)
-                return TrainResult(
-                    directory, pairs, run.dropped, metrics, trainable, stopped_at=step
-                )
-            if run.eval_set:
-                metrics.update(trainer.evaluate())
-                right = metrics["eval_rewards/accuracies"]
-                _tell(alarms.inverted(right, len(run.eval_set)))
-            if run.budget:
-                metrics.update(run.budget.figures())
-    finally:
-        if new:
-            _remove_if_empty(directory)
+    with _settings_told():
+        trainer = run.trainer(config, callbacks=_callbacks(config))
+        for sentence in run.passed:
+            _tell(sentence)
+        result = trainer.train(resume_from_checkpoint=run.checkpoint)
+        metrics = dict(result.metrics)
+        trainable = sum(p.numel() for p in run.model.adapter_parameters().values())
+        if trainer.stopped:
+            step = trainer.state.global_step
+            for table in run.tables:
+                table.keep()
+            pairs = len(run.train_set)
+            return TrainResult(directory, pairs, run.dropped, metrics, trainable, stopped_at=step)
+        if run.eval_set:
+            metrics.update(trainer.evaluate())
+            right = metrics["eval_rewards/accuracies"]
+            _tell(alarms.inverted(right, len(run.eval_set)))
+        if run.budget:
+            metrics.update(run.budget.figures())
     trainer.save_model(str(directory))
     told = run.budget.summary() if run.budget else None
     outcome = TrainResult(directory, len(run.train_set), run.dropped, metrics, trainable, told)
@@ -658,11 +707,17 @@ def _checkpoint(config: QAdapterConfig) -> tuple[str | None, list[str]]:
     It is the one named, or for `true` the run's last that is whole.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or a run that begins anew would mix with one.
         ArtefactError: the one named is damaged.
     """
     asked = config.resume_from_checkpoint
     if asked is None or str(asked).lower() == "false":
+        there, _ = newest_sound(Path(cast(str, config.output_dir)))
+        if there is not None:
+            raise ConfigError(
+                f"output_dir: {there} is of an earlier run; go on from it by "
+                "--resume_from_checkpoint true, remove it, or name another --output."
+            )
         return None, []
     if str(asked).lower() == "true":
         directory = Path(cast(str, config.output_dir))
@@ -679,12 +734,6 @@ def _checkpoint(config: QAdapterConfig) -> tuple[str | None, list[str]]:
     if wrong := files.damage(Path(asked)):
         raise ArtefactError(f"resume_from_checkpoint: {asked}: {wrong}; name an older one.")
     return str(asked), []
-
-
-def _remove_if_empty(directory: Path) -> None:
-    """Take back the directory that transformers makes for a run that then wrote nothing."""
-    if directory.is_dir() and not any(directory.iterdir()):
-        directory.rmdir()
 
 
 def _callbacks(config: QAdapterConfig) -> list[Any]:

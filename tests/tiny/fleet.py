@@ -14,6 +14,7 @@ import os
 import socket
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             if (pid := os.fork()) == 0:
                 try:
                     child(job, rank, port, said)
+                except BaseException:
+                    traceback.print_exc()  # os._exit would end it before it is told
+                    sys.stderr.flush()
                 finally:
                     os._exit(1)
             children.append(pid)

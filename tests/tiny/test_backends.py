@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -250,6 +251,21 @@ def test_a_hundredth_of_strength_would_show(
             for a, b in zip(one.log_probs, two.log_probs, strict=True)
         ]
         assert max(gaps) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("off", [1e-3, -1e-3, math.nan])
+def test_one_log_prob_that_is_off_fails(
+    off: float, place: Path, expected: dict[str, list[Answer]]
+) -> None:
+    answers = expected["strength 1"]
+
+    def wrong(*_: Any) -> list[list[float]]:
+        found = [list(answer.log_probs) for answer in answers]
+        found[-1][-1] += off
+        return found
+
+    with pytest.raises(AssertionError):
+        check(wrong, place, CASES["strength 1"], answers)
 
 
 def test_the_cases_differ(expected: dict[str, list[Answer]]) -> None:

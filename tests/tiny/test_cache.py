@@ -322,6 +322,22 @@ def test_a_cache_that_another_run_removes_while_it_is_opened_is_told(
     assert "training without a trunk cache" in caplog.text
 
 
+def test_a_cache_that_another_run_removes_meanwhile_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    is_dir = Path.is_dir
+
+    def late(path: Path) -> bool:
+        found = is_dir(path)
+        if found and path.name == "gone":
+            path.rmdir()
+        return found
+
+    monkeypatch.setattr(Path, "is_dir", late)
+    assert opened(tmp_path, random_pairs(8), 2**30).directory.is_dir()
+
+
 @given(st.lists(st.integers(0, 11), min_size=1, max_size=12, unique=True), st.data())
 def test_what_was_written_is_read_in_any_company(
     tmp_path_factory: pytest.TempPathFactory, written: list[int], data: st.DataObject

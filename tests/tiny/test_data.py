@@ -21,6 +21,7 @@ from qadapter.data import (
     TokenizedPair,
     audit,
     format_audit,
+    pairs_digest,
     read_pairs,
     read_prompts,
     read_texts,
@@ -607,6 +608,12 @@ def test_what_a_stopped_run_left_is_taken_and_what_is_not_the_same_is_not(
     rows.write_bytes(damaged)
     mended, _ = taken(pairs, ["x", 1])
     assert list(mended) == whole
+    mended.keep()
+    seal = rows.with_name("pairs.json")
+    seal.write_text(seal.read_text().replace(pairs_digest(whole), "0" * 64))
+    with pytest.raises(AssertionError, match="read again"):
+        taken(never(), ["x", 1])
+    assert mended.digest == pairs_digest(whole) != pairs_digest(whole[::-1])
     del table, again, mended
     gc.collect()
     assert not list((cache_dir() / "pairs").rglob("pairs.arrow"))

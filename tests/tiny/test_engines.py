@@ -6,9 +6,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +19,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from qadapter import engines, hub
+from qadapter import engines, hub, ranks
 from qadapter.cli import main
 from qadapter.config import QAdapterConfig
 from qadapter.errors import ConfigError
@@ -163,6 +166,23 @@ def test_a_cut_run_goes_on_to_the_same_adapter(runs: dict[str, Path], engine: st
 
 
 @pytest.mark.fleet
+def test_one_process_goes_on_from_two_where_their_checkpoint_is_whole(
+    runs: dict[str, Path],
+    base: str,
+    data: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["train", "--data", data, "--eval_data", data, "--model", base, *SHARED.split()]
+    words += [*FLEET["one"][2].split(), "--output", str(tmp_path / "out")]
+    again = [*words, "--resume_from_checkpoint"]
+    assert main([*again, str(runs["fsdp"] / "checkpoint-3")]) == 2
+    assert "is of a run with sharded True and not False" in capsys.readouterr().err
+    assert main([*again, str(runs["ddp"] / "checkpoint-3")]) == 0
+    close(runs["one"], tmp_path / "out", 1e-4)
+
+
+@pytest.mark.fleet
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_a_checkpoint_holds_the_adapter_alone(
     runs: dict[str, Path], engine: str, base: str
@@ -288,6 +308,64 @@ def test_a_refusal_is_one_sentence_from_all_processes(
     assert lines[0].startswith(f"qadapter: {bad}:1: ")
     assert done.stdout == ""
     assert not (tmp_path / "out").exists()
+
+
+def test_signals_to_the_launcher_are_no_traceback(
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import psutil
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    words = ["train", "--data", data, "--output", str(tmp_path / "out")]
+    words += ["--launch", str(ROOT / "configs" / "ddp.yaml")]
+
+    def interrupted(_: Any) -> None:
+        raise SignalException("got signal", sigval=signal.SIGINT)
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", interrupted)
+    assert main(words) == 130
+    assert capsys.readouterr().err == "qadapter: stopped\n"
+    monkeypatch.setenv(ranks.LAUNCHED, "1")
+    monkeypatch.setattr("qadapter.train.run_training", raising(KeyboardInterrupt()))
+    assert main(words) == 130
+    assert capsys.readouterr().err == ""
+    monkeypatch.delenv(ranks.LAUNCHED)
+
+    # A process that ends while SIGTERM is handed on is no reason not to hand it to the next.
+    heard: list[int] = []
+    gone = SimpleNamespace(send_signal=raising(psutil.NoSuchProcess(1)))
+    there = SimpleNamespace(send_signal=heard.append)
+    monkeypatch.setattr(psutil.Process, "children", lambda _: [gone, there])
+    terminated = "accelerate.commands.launch.launch_command"
+    monkeypatch.setattr(terminated, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(words) == 0
+    assert heard == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("port", ["1", None])
+def test_a_process_whose_store_is_gone_tells_what_it_knows(
+    port: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(ranks, "_PATIENCE", timedelta(milliseconds=50))
+    monkeypatch.setattr("qadapter.cli.training.train", raising(ConfigError("beta: is bad.")))
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == "qadapter: beta: is bad.\n"
+    # A connection that broke is the end of another process, which has told.
+    monkeypatch.setattr("qadapter.cli.training.train", raising(RuntimeError("closed by peer")))
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def raising(error: BaseException) -> Any:
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fails
 
 
 @pytest.mark.fleet

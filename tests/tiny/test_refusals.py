@@ -319,6 +319,8 @@ BEST = "--load_best_model_at_end true --eval_strategy epoch --save_strategy epoc
         ("--learning_rate nan", "learning_rate:"),
         ("--learning_rate -1", "learning_rate:"),
         ("--seed -1", "seed:"),
+        ("--neftune_noise_alpha 5", "neftune_noise_alpha: would put noise into the base"),
+        ("--label_smoothing_factor 0.1", "label_smoothing_factor: is of a loss over labels"),
         ("--lr_scheduler_type cosine_with_min_lr", "min_lr"),
         ("--train_sampling_strategy group_by_length", "qadapter: train_sampling_strategy:"),
         ("--train_sampling_strategy group_by_length --dry-run", "train_sampling_strategy:"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qadapter import hub
+from qadapter import files, hub
+from qadapter.checkpoints import newest_sound
 from qadapter.cli import main
 from qadapter.config import QAdapterConfig
 from qadapter.model import QAdapterModel
-from qadapter.train import prepare
+from qadapter.train import QAdapterTrainer, prepare
 
 
 def train(base: str, data: str, output: Path, *words: str) -> int:
@@ -62,6 +65,11 @@ def test_early_stopping_goes_back_to_the_best_checkpoint(
     )
     assert all(torch.equal(best[name], kept[name]) for name in best)
     assert any(not torch.equal(last[name], kept[name]) for name in kept)
+    # A run that is cut after one that was not better waits for one more, and not for two.
+    shutil.rmtree(checkpoints[-1])
+    words = (*options, swapped(data, tmp_path), "--resume_from_checkpoint true")
+    assert train(base, data, tmp_path / "out", *words) == 0
+    assert set((tmp_path / "out").glob("checkpoint-*")) == set(checkpoints)
 
 
 def test_a_run_tells_of_shared_prompts_swapped_labels_and_a_hot_start(
@@ -290,3 +298,180 @@ def test_code_that_comes_with_a_base_runs_only_when_asked(
     assert train(str(other), data, tmp_path / "out", options) == 0
     assert main(["score", str(tmp_path / "out"), data]) == 2
     assert main(["score", str(tmp_path / "out"), data, "--trust-remote-code"]) == 0
+
+
+# --- Going on from what another run left ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cut(base: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps that was lost after its third."""
+    out = tmp_path_factory.mktemp("cut") / "out"
+    assert train(base, data, out, "--save_strategy steps --save_steps 3 --num_train_epochs 2") == 0
+    shutil.rmtree(out / "checkpoint-6")
+    (out / "adapter_model.safetensors").unlink()
+    return out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--data SWAPPED", "of a run with pairs (data, max_length, truncate) "),
+        ("--max_pairs 8", "of a run with pairs (data, max_length, truncate) "),
+        ("--beta 0.5", "of a run with beta 0.1 and not 0.5;"),
+        ("--seed 7", "of a run with seed 42 and not 7;"),
+        ("--learning_rate 0.02", "of a run with learning_rate 0.01 and not 0.02;"),
+        ("--per_device_train_batch_size 2", "of a run with pairs of a step 4 and not 2;"),
+        ("--lora_alpha 8 --lora_dropout 0.1", "lora_alpha 32 and not 8, lora_dropout 0.0 and"),
+        ("--anchor_data TEXT", "of a run with anchors "),
+        ("--max_steps 2", "3 steps are done and the run has only 2;"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    words: str,
+    message: str,
+    cut: Path,
+    base: str,
+    data: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "text.txt").write_text("a line of text\n")
+    words = words.replace("SWAPPED", swapped(data, tmp_path))
+    words = words.replace("TEXT", str(tmp_path / "text.txt"))
+    fixed = "--num_train_epochs 2 --resume_from_checkpoint"
+    out = tmp_path / "out"
+    assert train(base, data, out, fixed, str(cut / "checkpoint-3"), words) == 2
+    assert message in told(capsys)
+    assert not out.exists()
+
+
+def test_pairs_in_another_place_and_other_micro_batches_are_the_same_run(
+    cut: Path, base: str, data: str, tmp_path: Path
+) -> None:
+    other = shutil.copy(data, tmp_path / "moved.jsonl")
+    words = "--per_device_train_batch_size 2 --gradient_accumulation_steps 2 --num_train_epochs 3"
+    resume = ("--resume_from_checkpoint", str(cut / "checkpoint-3"))
+    assert train(base, str(other), tmp_path / "out", words, *resume) == 0
+
+
+def test_a_run_does_not_begin_among_the_checkpoints_of_another(
+    cut: Path, base: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(cut, tmp_path / "out"))
+    words = ("--save_strategy steps --save_steps 1 --max_steps 2 --save_total_limit 1",)
+    assert train(base, data, out, *words) == 2
+    assert f"{out / 'checkpoint-3'} is of an earlier run" in told(capsys)
+    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-3"]
+    (out / "checkpoint-3" / "manifest.json").unlink()  # cut while it was written: no loss
+    assert train(base, data, out, *words) == 0
+    # The older of what is left is the new run's last one, and it stays.
+    assert {p.name for p in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+
+
+def test_two_runs_do_not_write_to_one_directory(
+    base: str,
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(files, "_PAUSE", 0)
+    with files.alone_in(tmp_path / "out"):
+        assert train(base, data, tmp_path / "out", "--save_strategy no") == 2
+        assert f"{tmp_path / 'out'}: another run writes to it" in told(capsys)
+        assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
+    assert train(base, data, tmp_path / "out", "--save_strategy no") == 0
+
+
+def test_a_checkpoint_without_its_optimizer_is_refused(
+    base: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--save_strategy steps --save_steps 2 --save_only_model true"
+    assert train(base, data, tmp_path / "out", words) == 0
+    assert train(base, data, tmp_path / "out", words, "--resume_from_checkpoint true") == 2
+    assert "holds no state of the optimizer" in told(capsys)
+
+
+# --- Which checkpoints stay -----------------------------------------------------------------------
+
+BEST = (
+    "--save_strategy steps --save_steps 1 --eval_strategy steps --eval_steps 1 --max_steps 6",
+    "--warmup_steps 0",
+    "--load_best_model_at_end true --metric_for_best_model rewards/margins",
+    "--greater_is_better true --save_total_limit 1 --eval_data",
+)
+"""With the pairs swapped, no checkpoint is better than the first."""
+
+
+def stopped_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let SIGTERM come in that step."""
+    loss = QAdapterTrainer.compute_loss
+
+    def hit(self: QAdapterTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(QAdapterTrainer, "compute_loss", hit)
+
+
+def test_a_stopped_run_keeps_the_checkpoint_to_go_on_from_beside_the_best(
+    base: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, words = tmp_path / "out", (*BEST, swapped(data, tmp_path))
+    with monkeypatch.context() as patch:
+        stopped_at(4, patch)
+        assert train(base, data, out, *words) == 0
+    assert {p.name for p in out.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-4"}
+    # Named otherwise it is the same directory, and the best one in it still is.
+    monkeypatch.chdir(tmp_path)
+    assert train(base, data, Path("out"), *words, "--resume_from_checkpoint true") == 0
+    kept, best = (load_file(d / "adapter_model.safetensors") for d in (out, out / "checkpoint-1"))
+    assert all(torch.equal(best[name], kept[name]) for name in best)
+
+
+def test_a_best_checkpoint_that_was_damaged_since_is_not_gone_back_to(
+    base: str,
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, words, best = tmp_path / "out", (*BEST, swapped(data, tmp_path)), QAdapterTrainer._best
+
+    def damaged(self: QAdapterTrainer) -> Path | None:
+        found = best(self)
+        if found is not None and self.state.global_step == 6:
+            weights = found / "adapter_model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+        return found
+
+    monkeypatch.setattr(QAdapterTrainer, "_best", damaged)
+    assert train(base, data, out, *words) == 2
+    assert "checkpoint-1: adapter_model.safetensors is damaged" in told(capsys)
+    assert not (out / "adapter_model.safetensors").exists()
+    last = "--resume_from_checkpoint true --load_best_model_at_end false"
+    assert train(base, data, out, *words, last) == 0
+
+
+def test_where_no_number_limits_them_all_checkpoints_stay(
+    base: str, data: str, tmp_path: Path
+) -> None:
+    words = "--save_strategy steps --save_steps 1 --max_steps 3 --save_total_limit -1"
+    assert train(base, data, tmp_path / "out", words) == 0
+    assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 3
+
+
+def test_a_damaged_newer_checkpoint_does_not_push_out_the_sound_one(
+    base: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, words = tmp_path / "out", "--save_strategy steps --save_steps 2 --num_train_epochs 2"
+    assert train(base, data, out, words) == 0
+    (out / "checkpoint-6" / "optimizer.pt").write_bytes(b"")
+    resume = f"{words} --save_total_limit 1 --resume_from_checkpoint true"
+    with monkeypatch.context() as patch:
+        stopped_at(5, patch)
+        assert train(base, data, out, resume) == 0
+    assert newest_sound(out)[0] == out / "checkpoint-5"

@@ -85,15 +85,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if debug:
             raise
-        if ranks.first_to_tell():
+        if ranks.first_to_tell(unasked=True):  # rather twice than never
             print(f"qadapter: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except Exception:
         # Of a process that ends by an error the others hear that a connection broke.
-        if ranks.first_to_tell():
+        if ranks.first_to_tell(unasked=ranks.number() == 0):
             raise
         return 2
     except KeyboardInterrupt:
-        print("qadapter: stopped", file=sys.stderr)
+        if not ranks.launched():  # else the launcher says it, once
+            print("qadapter: stopped", file=sys.stderr)
         return 130
     return 0

@@ -11,7 +11,7 @@ from qadapter.data.pairs import (
     read_prompts,
     read_texts,
 )
-from qadapter.data.table import TokenTable, file_identity, pair_lengths, token_table
+from qadapter.data.table import TokenTable, file_identity, pair_lengths, pairs_digest, token_table
 from qadapter.data.tokens import (
     Dropped,
     Sources,
@@ -37,6 +37,7 @@ __all__ = [
     "file_identity",
     "format_audit",
     "pair_lengths",
+    "pairs_digest",
     "prompt_digest",
     "prompt_key",
     "read_pairs",

@@ -14,10 +14,11 @@ import shutil
 import tempfile
 import time
 import weakref
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -40,16 +41,26 @@ _NAMELESS = "nameless."
 _WEEK = 7 * 24 * 3600
 
 
+class _Seal(NamedTuple):
+    """What is known of rows that are whole."""
+
+    digest: str
+    """As `pairs_digest` gives it."""
+    dropped: dict[str, Sources]
+
+
 class TokenTable(Sequence[TokenizedPair]):
     """Pairs in tokens, read from their file when they are asked for.
 
     Args:
         rows: the fields of `TokenizedPair` as columns, with `tokens` and `prompt`.
+        digest: as `pairs_digest` gives it.
         place: where their file is, removed with the table, or when that is closed.
     """
 
-    def __init__(self, rows: Dataset, place: _Place | None = None) -> None:
+    def __init__(self, rows: Dataset, digest: str, place: _Place | None = None) -> None:
         self._rows = rows
+        self.digest = digest
         self._place = place
         self._end = None if place is None else weakref.finalize(self, place.remove)
 
@@ -82,7 +93,7 @@ class TokenTable(Sequence[TokenizedPair]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return what a worker process opens the same file by; it is not the worker's to remove."""
-        return TokenTable, (self._rows,)
+        return TokenTable, (self._rows, self.digest)
 
     def source(self, index: int) -> str:
         """Return where a pair was read."""
@@ -108,6 +119,23 @@ def pair_lengths(pairs: Sequence[TokenizedPair]) -> NDArray[np.int64]:
     if isinstance(pairs, TokenTable):
         return pairs.lengths
     return np.fromiter((p.tokens for p in pairs), np.int64, len(pairs))
+
+
+def _fold(digest: Any, pair: TokenizedPair) -> None:
+    parts = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+    digest.update(array("q", [*map(len, parts), pair.chosen_terminal, pair.rejected_terminal]))
+    for part in parts:
+        digest.update(array("q", part))
+
+
+def pairs_digest(pairs: Iterable[TokenizedPair]) -> str:
+    """Return what tells pairs in tokens from others, or from the same in another order."""
+    if isinstance(pairs, TokenTable):
+        return pairs.digest
+    digest = hashlib.sha256()
+    for pair in pairs:
+        _fold(digest, pair)
+    return digest.hexdigest()
 
 
 def token_table(
@@ -139,11 +167,12 @@ def token_table(
         name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
     root = cache_dir() / "pairs"
     try:
-        place, dropped = _Place.taken(root, name)
+        place, seal = _Place.taken(root, name)
         try:
-            if dropped is None:
-                dropped = _write(place.directory, pairs, tokenizer, limits)
-            table = TokenTable(Dataset.from_file(str(place.directory / _ROWS)), place)
+            if seal is None:
+                seal = _write(place.directory, pairs, tokenizer, limits)
+            rows = Dataset.from_file(str(place.directory / _ROWS))
+            table = TokenTable(rows, seal.digest, place)
         except BaseException:
             place.remove()
             raise
@@ -152,7 +181,7 @@ def token_table(
             f"{root}: cannot be written ({error.strerror or error}), and pairs are kept there "
             "while they are trained on; make room, or set QADAPTER_CACHE to another disk."
         ) from error
-    return table, dropped
+    return table, seal.dropped
 
 
 def file_identity(path: str) -> list[object] | None:
@@ -169,7 +198,7 @@ def _write(
     pairs: Iterable[Pair],
     tokenizer: PreTrainedTokenizerBase,
     limits: dict[str, Any],
-) -> dict[str, Sources]:
+) -> _Seal:
     """Write the rows, and then beside them what says that they are whole."""
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
@@ -180,26 +209,33 @@ def _write(
     columns |= {"chosen_terminal": flag, "rejected_terminal": flag, "source": text}
     columns |= {"tokens": Value("int64"), "prompt": Value("int64")}
     dropped: dict[str, Sources] = {}
+    digest = hashlib.sha256()
     rows = directory / _ROWS
     (directory / _SEAL).unlink(missing_ok=True)
     with ArrowWriter(path=str(rows), features=Features(columns)) as writer:
         for pair, tokens in kept_pairs(pairs, tokenizer, dropped, **limits):
             more = {"tokens": tokens.tokens, "prompt": prompt_digest(pair)}
             writer.write({n: getattr(tokens, n) for n in plain} | more)
+            _fold(digest, tokens)
         writer.finalize()
-    seal = {"sha256": sha256(rows), "dropped": {why: of.told() for why, of in dropped.items()}}
-    write_text(directory / _SEAL, json.dumps(seal))
-    return dropped
+    told = [digest.hexdigest(), {why: of.told() for why, of in dropped.items()}]
+    write_text(directory / _SEAL, json.dumps([_checksum(rows, told), told]))
+    return _Seal(digest.hexdigest(), dropped)
 
 
-def _kept(directory: Path) -> dict[str, Sources] | None:
-    """Return what was dropped from the rows that are here, or None where none are whole."""
+def _checksum(rows: Path, told: object) -> str:
+    return hashlib.sha256((sha256(rows) + json.dumps(told)).encode()).hexdigest()
+
+
+def _kept(directory: Path) -> _Seal | None:
+    """Return what is known of the rows that are here, or None where none are whole."""
     try:
-        seal = json.loads((directory / _SEAL).read_text(encoding="utf-8"))
-        if seal["sha256"] != sha256(directory / _ROWS):
+        checksum, told = json.loads((directory / _SEAL).read_text(encoding="utf-8"))
+        if checksum != _checksum(directory / _ROWS, told):
             return None
-        return {why: Sources.of(told) for why, told in seal["dropped"].items()}
-    except (OSError, ValueError, KeyError, TypeError):
+        digest, dropped = told
+        return _Seal(digest, {why: Sources.of(places) for why, places in dropped.items()})
+    except (OSError, ValueError, TypeError):
         return None
 
 
@@ -212,7 +248,7 @@ class _Place:
         self._owner = os.getpid()
 
     @classmethod
-    def taken(cls, root: Path, name: str | None) -> tuple[_Place, dict[str, Sources] | None]:
+    def taken(cls, root: Path, name: str | None) -> tuple[_Place, _Seal | None]:
         """Return the directory of that name, or one of no name while another run has that.
 
         With it comes what `_kept` says of the rows that are in it.
@@ -225,9 +261,9 @@ class _Place:
                 directory.mkdir(exist_ok=True)
                 lock = _locked(directory)
                 # A machine's later ranks read what its first one holds.
-                dropped = _kept(directory) if lock or local_number() > 0 else None
-                if lock or dropped is not None:
-                    return cls(directory, lock), dropped
+                seal = _kept(directory) if lock or local_number() > 0 else None
+                if lock or seal is not None:
+                    return cls(directory, lock), seal
             directory = Path(tempfile.mkdtemp(dir=root, prefix=_NAMELESS))
             return cls(directory, _locked(directory)), None
 
