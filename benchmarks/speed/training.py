@@ -22,7 +22,8 @@ from qadapter.model import QAdapterModel, Streams
 from qadapter.objective import PairLoss
 from qadapter.packing import PairCollator
 from qadapter.policy import Policy
-from qadapter.train import QAdapterTrainer, prepare
+from qadapter.train import prepare
+from qadapter.trainer import QAdapterTrainer
 
 DATA = Path(os.environ.get("QADAPTER_DATA", "../shared/data"))
 TRAIN = DATA / "preference/dsp_entertainment.train.jsonl"

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from qadapter.errors import UserError
     from qadapter.model import QAdapterModel
     from qadapter.policy import Policy
-    from qadapter.train import QAdapterTrainer
+    from qadapter.trainer import QAdapterTrainer
 
 _HOMES = {
     "Pair": "data",
     "Policy": "policy",
     "QAdapterConfig": "config",
     "QAdapterModel": "model",
-    "QAdapterTrainer": "train",
+    "QAdapterTrainer": "trainer",
     "QConfig": "config",
     "UserError": "errors",
     "read_pairs": "data",

@@ -26,7 +26,8 @@ from qadapter.config import QAdapterConfig
 from qadapter.data import TokenizedPair
 from qadapter.errors import ConfigError
 from qadapter.packing import Rows, flat, pack_pairs
-from qadapter.train import Prepared, QAdapterTrainer, prepare
+from qadapter.train import Prepared, prepare
+from qadapter.trainer import QAdapterTrainer
 
 _TRIED = 6
 """Micro-batches that are timed, of lengths spread as the run's own."""

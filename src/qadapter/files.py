@@ -55,19 +55,14 @@ _TRIES, _PAUSE = 20, 0.5
 
 
 @contextmanager
-def alone_in(directory: str | Path) -> Iterator[None]:
-    """Make a directory and hold it against other runs of this machine; if it stays empty, it goes.
-
-    Raises:
-        UserError: it cannot be made, or another run holds it.
-    """
-    import fcntl
-
-    path = Path(directory)
-    new = not path.exists()
-    with _told(path):
-        path.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDONLY)
+def _held(directory: Path) -> Iterator[None]:
+    """Lock a directory itself, where system and file system can: a lock file would stay in it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(directory, os.O_RDONLY)
     try:
         for left in reversed(range(_TRIES)):
             try:
@@ -84,6 +79,23 @@ def alone_in(directory: str | Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def alone_in(directory: str | Path) -> Iterator[None]:
+    """Make a directory and hold it against other runs of this machine; if it stays empty, it goes.
+
+    Raises:
+        UserError: it cannot be made, or another run holds it.
+    """
+    path = Path(directory)
+    new = not path.exists()
+    with _told(path):
+        path.mkdir(parents=True, exist_ok=True)
+    try:
+        with _held(path):
+            yield
+    finally:
         if new and path.is_dir() and not any(path.iterdir()):
             path.rmdir()
 

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from backends import TOKENS, Case, of_tokens
 
 from qadapter.config import QAdapterConfig
-from qadapter.train import QAdapterTrainer
+from qadapter.trainer import QAdapterTrainer
 
 
 def main(asked: dict[str, Any]) -> None:

@@ -31,7 +31,8 @@ from qadapter.errors import ArtefactError, ConfigError, TrainingError
 from qadapter.model import Streams
 from qadapter.policy import KLCurve, Policy
 from qadapter.suite import file_task
-from qadapter.train import QAdapterTrainer, prepare
+from qadapter.train import prepare
+from qadapter.trainer import QAdapterTrainer
 
 SAID = "the ferry leaves twice a day in summer and once in winter, when few people cross"
 LIMIT = 0.004

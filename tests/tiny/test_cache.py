@@ -19,7 +19,7 @@ from qadapter.cache import Kept, Layout, TrunkCache
 from qadapter.data import TokenizedPair
 from qadapter.errors import ConfigError, UserError
 from qadapter.packing import pack_pairs
-from qadapter.train import QAdapterTrainer
+from qadapter.trainer import QAdapterTrainer
 
 LAYOUT = Layout(width=5, dtype=torch.bfloat16, scalars=True)
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from qadapter import files
 from qadapter.cli import main
-from qadapter.train import QAdapterTrainer
+from qadapter.trainer import QAdapterTrainer
 
 KILLS = int(os.environ.get("QADAPTER_KILLS", "4"))
 """`make chaos` asks for 50."""

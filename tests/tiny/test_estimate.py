@@ -15,7 +15,8 @@ from qadapter.config import QAdapterConfig
 from qadapter.errors import ConfigError
 from qadapter.estimate import Clock, Estimate, estimate
 from qadapter.packing import pack_pairs
-from qadapter.train import QAdapterTrainer, prepare
+from qadapter.train import prepare
+from qadapter.trainer import QAdapterTrainer
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,8 @@ from qadapter.objective import batch_streams, pair_loss
 from qadapter.packing import PairCollator, pack_pairs
 from qadapter.policy import Policy
 from qadapter.stats import wilson_interval
-from qadapter.train import QAdapterTrainer, TrainResult, run_training
+from qadapter.train import TrainResult, run_training
+from qadapter.trainer import QAdapterTrainer
 
 TWO_TEMPERATURES = {"alpha_0": 0.3, "alpha_tilde": 0.7}
 PAIRS = [  # odd and even lengths, one token alone, responses cut by the length limit

@@ -19,7 +19,8 @@ from qadapter.checkpoints import newest_sound
 from qadapter.cli import main
 from qadapter.config import QAdapterConfig
 from qadapter.model import QAdapterModel
-from qadapter.train import QAdapterTrainer, prepare
+from qadapter.train import prepare
+from qadapter.trainer import QAdapterTrainer
 
 
 def train(base: str, data: str, output: Path, *words: str) -> int:

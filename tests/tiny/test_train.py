@@ -22,7 +22,7 @@ from qadapter.fused import causal_attention
 from qadapter.model import QAdapterModel
 from qadapter.objective import batch_streams, packable, pair_loss
 from qadapter.packing import PairCollator, pack_pairs
-from qadapter.train import QAdapterTrainer
+from qadapter.trainer import QAdapterTrainer
 
 
 def random_pairs(n: int, seed: int = 0) -> list[TokenizedPair]:

@@ -23,7 +23,8 @@ from qadapter.files import read_jsonl, write_jsonl
 from qadapter.judge.verdicts import plain
 from qadapter.model import QAdapterModel, lora_config
 from qadapter.packing import pad_rows
-from qadapter.train import anchor_batch, anchor_rows, run_training
+from qadapter.train import run_training
+from qadapter.trainer import anchor_batch, anchor_rows
 
 Params = Mapping[str, Any]
 
