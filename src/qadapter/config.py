@@ -226,7 +226,7 @@ class QAdapterConfig(TrainingArguments):
     anchor_data: str | None = field(
         default=None, metadata={"help": "Texts on which the residual is pulled to zero."}
     )
-    anchor_weight: float = field(default=1.0, metadata={"help": "Weight of the anchors' KL."})
+    anchor_weight: float = field(default=30.0, metadata={"help": "Weight of the anchors' KL."})
     max_kl: float | None = field(
         default=None,
         metadata={"help": "Stop inside this KL of base and policy, nats a token of general text."},
