@@ -34,12 +34,21 @@ $(QUANT)/.installed: constraints.txt $(STAMP)
 	$(BIN)/python -m pip install --no-deps -c constraints.txt --target $(QUANT) bitsandbytes
 	touch $@
 
-# Several ranks, Ray, and quantised bases: minutes of starting processes.
+# So has DeepSpeed, which compiles its part for CPUs when it is first used.
+SPLIT := $(abspath $(VENV))/deepspeed
+$(SPLIT)/.installed: constraints.txt $(STAMP)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --no-deps --no-build-isolation -c constraints.txt \
+		--target $(SPLIT) deepspeed einops hjson msgpack ninja py-cpuinfo
+	touch $@
+
+# Several ranks, Ray, quantised bases, and DeepSpeed: minutes of starting processes.
 test-fleet: export HF_HUB_OFFLINE := 1
 test-fleet: export OMP_NUM_THREADS := 1
-test-fleet: $(QUANT)/.installed
+test-fleet: $(QUANT)/.installed $(SPLIT)/.installed
 	$(BIN)/python -m pytest -q tests/tiny -m fleet
 	PYTHONPATH=$(QUANT) $(BIN)/python -m pytest -q tests/tiny/test_quantised.py
+	PATH=$(SPLIT)/bin:$$PATH PYTHONPATH=$(SPLIT) TORCH_EXTENSIONS_DIR=$(SPLIT)/compiled \
+		$(BIN)/python -m pytest -q tests/tiny/test_deepspeed.py
 
 # The whole fault suite; `make test` runs a few of each.
 chaos: export HF_HUB_OFFLINE := 1

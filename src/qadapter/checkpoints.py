@@ -168,7 +168,7 @@ class SealingTrainer(Trainer):
                 f"{checkpoint}: holds no state of the optimizer, as save_only_model leaves it; "
                 "nothing can go on from it."
             )
-        with _reading(checkpoint):
+        with reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_callback_state(self) -> None:
@@ -180,7 +180,7 @@ class SealingTrainer(Trainer):
                 callback.early_stopping_patience_counter = count
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _reading(checkpoint):
+        with reading(checkpoint):
             super()._load_rng_state(checkpoint)
 
 
@@ -203,10 +203,10 @@ class _StopsOnSignal(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
 
 @contextmanager
-def _reading(checkpoint: str | None) -> Iterator[None]:
+def reading(checkpoint: str | None) -> Iterator[None]:
     """Turn what torch says of a file it will not or cannot read into an ArtefactError.
 
-    transformers reads these files with `weights_only`, so code in them is refused and not run.
+    They are read with `weights_only`, so code in them is refused and not run.
     """
     try:
         yield

@@ -7,15 +7,16 @@ refused before the base is loaded, so that nothing is found out in the middle of
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, save_fsdp_optimizer
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.trainer import SCHEDULER_NAME
 
-from qadapter.checkpoints import SealingTrainer
+from qadapter.checkpoints import SealingTrainer, reading
 from qadapter.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ TESTED, UNTRIED = "tested", "not run here"
 _NO_READING = (
     "it is read on one process's own model, and here none has a whole one; leave it out and turn "
     "the dial down afterwards by `qadapter tune`"
+)
+_NOT_TRIED = (
+    "it is not tried with DeepSpeed; leave it out and turn the dial down afterwards by "
+    "`qadapter tune`"
 )
 _NO_FP16 = "float16's loss scaling is not tried with sharded gradients; use bf16"
 _WHOLE = "the quantised base is not tried in parts, and is small enough to be whole; use ddp"
@@ -49,8 +54,8 @@ SUPPORT: dict[str, dict[str, str]] = {
     "ddp": dict.fromkeys(_OPTIONS, TESTED) | {"float16": UNTRIED},
     "fsdp2": dict.fromkeys(_OPTIONS, TESTED)
     | {"float16": _NO_FP16, "quantised base": _WHOLE, "forgetting budget": _NO_READING},
-    "zero2": dict.fromkeys(_OPTIONS, UNTRIED)
-    | {"float16": _NO_FP16, "quantised base": _WHOLE, "forgetting budget": _NO_READING},
+    "zero2": dict.fromkeys(_OPTIONS, TESTED)
+    | {"float16": _NO_FP16, "quantised base": _WHOLE, "forgetting budget": _NOT_TRIED},
     "zero3": dict.fromkeys(_OPTIONS, _NO_ZERO3),
 }
 """Engine → option → TESTED, UNTRIED, or why it is refused. Options of a row may be combined."""
@@ -166,18 +171,54 @@ class EngineTrainer(SealingTrainer):
         # The loss reads the head outside the forward pass, where FSDP would not gather it.
         plugin.ignored_modules = self.model.outer_modules
 
+    @property
+    def deepspeed(self) -> Any:
+        """The engine that DeepSpeed wraps the model in; None without it."""
+        return self._deepspeed
+
+    @deepspeed.setter
+    def deepspeed(self, engine: Any) -> None:
+        # transformers sets this between making the engine and reading a checkpoint into it.
+        self._deepspeed = engine
+        if engine is not None:
+            engine.checkpoint_engine.load = _numbers_only
+            engine.load_checkpoint = self._guarded(engine.load_checkpoint)
+
+    def _guarded(self, load: Callable[..., Any]) -> Callable[..., Any]:
+        """Return DeepSpeed's reader of a checkpoint for ones that hold no base and may be bad."""
+
+        def loaded(path: str, **options: Any) -> Any:
+            self._check_same_run(Path(path))
+            with reading(path):
+                return load(path, **{**options, "load_module_strict": False})
+
+        return loaded
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter; transformers would gather the base and write it, too."""
-        if self.shards:
+        if self.shards or self.is_deepspeed_enabled:
             self._save(output_dir)
         else:
             super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.shards:
+        if self.is_deepspeed_enabled:
+            self.deepspeed.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        elif self.shards:
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        else:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        plugin = self.accelerator.state.fsdp_plugin
-        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+
+def _numbers_only(path: str, map_location: Any = None) -> Any:
+    """Read a file of a DeepSpeed checkpoint; its own reader would run code that is in it."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        return torch.load(path, map_location=map_location, weights_only=True)

@@ -27,11 +27,15 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def environment(engine: str) -> dict[str, str]:
     """Return what accelerate's launcher would set for a file of `configs/`."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_multi_gpu_env
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
     words = ["--config_file", str(CONFIGS / f"{engine}.yaml"), "none"]
-    args, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
-    made = prepare_multi_gpu_env(args)
+    args, file, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(file.deepspeed_config)
+        _, made = prepare_deepspeed_cmd_env(args)
+    else:
+        made = prepare_multi_gpu_env(args)
     return {k: v for k, v in made.items() if k.startswith(("ACCELERATE", "FSDP"))}
 
 
