@@ -119,7 +119,31 @@ def check(config: QAdapterConfig) -> str:
         )
     if name == "fsdp2":
         _check_fsdp(config)
+    if name == "zero2":
+        _check_deepspeed(config)
     return name
+
+
+def _check_deepspeed(config: QAdapterConfig) -> None:
+    plugin: Any = config.deepspeed_plugin
+    for field in ("offload_optimizer_device", "offload_param_device"):
+        if (found := getattr(plugin, field)) not in (None, "none"):
+            raise ConfigError(f"{field}: is {found} and must be none: offloading is not tried.")
+    own = {
+        "gradient_clipping": config.max_grad_norm,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+    }
+    for field, value in own.items():
+        # DeepSpeed does not clip where nothing is said.
+        if (found := plugin.deepspeed_config.get(field, 0.0)) not in ("auto", value):
+            raise ConfigError(
+                f"{field}: the launcher's file says {found} and the run {value}; write auto there."
+            )
+    for field in ("optimizer", "scheduler"):
+        if field in plugin.deepspeed_config:
+            raise ConfigError(
+                f"{field}: DeepSpeed's file names one, which would replace the run's; leave it out."
+            )
 
 
 def _check_fsdp(config: QAdapterConfig) -> None:
