@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, sa
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.trainer import SCHEDULER_NAME
 
-from qadapter.checkpoints import SealingTrainer, reading
+from qadapter.checkpoints import SealingTrainer, no_optimizer, reading
 from qadapter.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -173,6 +173,13 @@ class EngineTrainer(SealingTrainer):
         """Whether each process holds only a part of the weights."""
         return bool(self.is_fsdp_enabled)
 
+    @property
+    def sharded(self) -> bool | str:
+        """How a checkpoint holds the optimizer: whole, in parts, or in parts for so many."""
+        if self.is_deepspeed_enabled:
+            return f"by DeepSpeed for {self.args.world_size} processes"
+        return self.shards
+
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator; on CPUs accelerate leaves FSDP out unless it is told here."""
         check(self.args)
@@ -208,6 +215,15 @@ class EngineTrainer(SealingTrainer):
             engine.checkpoint_engine.load = _numbers_only
             engine.load_checkpoint = self._guarded(engine.load_checkpoint)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; transformers would say of another engine's checkpoint only that it is invalid."""
+        if self.is_deepspeed_enabled and isinstance(resume_from_checkpoint, (str, Path)):
+            checkpoint = Path(resume_from_checkpoint)
+            self._check_same_run(checkpoint)
+            if not any(checkpoint.glob("global_step*")):
+                raise no_optimizer(checkpoint)
+        return super().train(resume_from_checkpoint, **kwargs)
+
     def _guarded(self, load: Callable[..., Any]) -> Callable[..., Any]:
         """Return DeepSpeed's reader of a checkpoint for ones that hold no base and may be bad."""
 
@@ -228,6 +244,9 @@ class EngineTrainer(SealingTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled:
             self.deepspeed.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+            if self.args.should_save:
+                for script in Path(output_dir).glob("zero_to_*.py"):
+                    script.unlink()  # DeepSpeed's own, which would run code that is in a checkpoint
         elif self.shards:
             plugin = self.accelerator.state.fsdp_plugin
             save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
