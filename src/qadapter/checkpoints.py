@@ -164,10 +164,7 @@ class SealingTrainer(Trainer):
         if checkpoint and not (
             self.is_deepspeed_enabled or any((Path(checkpoint) / n).is_file() for n in names)
         ):  # transformers would begin with a new one
-            raise ArtefactError(
-                f"{checkpoint}: holds no state of the optimizer, as save_only_model leaves it; "
-                "nothing can go on from it."
-            )
+            raise no_optimizer(checkpoint)
         with reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
@@ -200,6 +197,14 @@ class _StopsOnSignal(TrainerCallback):  # type: ignore[misc,unused-ignore]
             heard = bool(accelerator.gather(counts).any())
         if heard and state.global_step < state.max_steps:
             self._trainer.stopped = control.should_save = control.should_training_stop = True
+
+
+def no_optimizer(checkpoint: str | Path) -> ArtefactError:
+    """Return what is told of a checkpoint from which nothing can go on."""
+    return ArtefactError(
+        f"{checkpoint}: holds no state of the optimizer, as save_only_model leaves it; nothing can "
+        "go on from it."
+    )
 
 
 @contextmanager

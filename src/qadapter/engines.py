@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, sa
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.trainer import SCHEDULER_NAME
 
-from qadapter.checkpoints import SealingTrainer, reading
+from qadapter.checkpoints import SealingTrainer, no_optimizer, reading
 from qadapter.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -119,7 +119,31 @@ def check(config: QAdapterConfig) -> str:
         )
     if name == "fsdp2":
         _check_fsdp(config)
+    if name == "zero2":
+        _check_deepspeed(config)
     return name
+
+
+def _check_deepspeed(config: QAdapterConfig) -> None:
+    plugin: Any = config.deepspeed_plugin
+    for field in ("offload_optimizer_device", "offload_param_device"):
+        if (found := getattr(plugin, field)) not in (None, "none"):
+            raise ConfigError(f"{field}: is {found} and must be none: offloading is not tried.")
+    own = {
+        "gradient_clipping": config.max_grad_norm,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+    }
+    for field, value in own.items():
+        # DeepSpeed does not clip where nothing is said.
+        if (found := plugin.deepspeed_config.get(field, 0.0)) not in ("auto", value):
+            raise ConfigError(
+                f"{field}: the launcher's file says {found} and the run {value}; write auto there."
+            )
+    for field in ("optimizer", "scheduler"):
+        if field in plugin.deepspeed_config:
+            raise ConfigError(
+                f"{field}: DeepSpeed's file names one, which would replace the run's; leave it out."
+            )
 
 
 def _check_fsdp(config: QAdapterConfig) -> None:
@@ -148,6 +172,13 @@ class EngineTrainer(SealingTrainer):
     def shards(self) -> bool:
         """Whether each process holds only a part of the weights."""
         return bool(self.is_fsdp_enabled)
+
+    @property
+    def sharded(self) -> bool | str:
+        """How a checkpoint holds the optimizer: whole, in parts, or in parts for so many."""
+        if self.is_deepspeed_enabled:
+            return f"by DeepSpeed for {self.args.world_size} processes"
+        return self.shards
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator; on CPUs accelerate leaves FSDP out unless it is told here."""
@@ -184,6 +215,15 @@ class EngineTrainer(SealingTrainer):
             engine.checkpoint_engine.load = _numbers_only
             engine.load_checkpoint = self._guarded(engine.load_checkpoint)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; transformers would say of another engine's checkpoint only that it is invalid."""
+        if self.is_deepspeed_enabled and isinstance(resume_from_checkpoint, (str, Path)):
+            checkpoint = Path(resume_from_checkpoint)
+            self._check_same_run(checkpoint)
+            if not any(checkpoint.glob("global_step*")):
+                raise no_optimizer(checkpoint)
+        return super().train(resume_from_checkpoint, **kwargs)
+
     def _guarded(self, load: Callable[..., Any]) -> Callable[..., Any]:
         """Return DeepSpeed's reader of a checkpoint for ones that hold no base and may be bad."""
 
@@ -204,6 +244,9 @@ class EngineTrainer(SealingTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled:
             self.deepspeed.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+            if self.args.should_save:
+                for script in Path(output_dir).glob("zero_to_*.py"):
+                    script.unlink()  # DeepSpeed's own, which would run code that is in a checkpoint
         elif self.shards:
             plugin = self.accelerator.state.fsdp_plugin
             save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)

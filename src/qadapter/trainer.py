@@ -428,7 +428,7 @@ class QAdapterTrainer(EngineTrainer):
             "lora_r": lora.r,
             "lora_alpha": lora.lora_alpha,
             "lora_dropout": lora.lora_dropout,
-            "sharded": self.shards,
+            "sharded": self.sharded,
             **{name: settings[name] for name in _KEPT_ALIKE},
         }
 

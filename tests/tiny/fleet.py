@@ -45,7 +45,7 @@ def child(job: dict[str, Any], rank: int, port: int, said: Path) -> None:
         os.dup2(os.open(said / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), stream)
     if job.get("engine"):
         os.environ.update(environment(job["engine"]))
-    if job["processes"] > 1:
+    if job["processes"] > 1 or job.get("engine"):
         world = str(job["processes"])
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
         os.environ.update(WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_PORT=str(port))

@@ -47,6 +47,15 @@ def runs(base: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> dict
     assert not any(resumed["codes"]), told(resumed)
     assert refused["codes"] == [2, 2], told(refused)
     assert "it holds more than numbers" in told(refused)
+    for name in ("zero2", "one"):
+        shutil.copytree(work / name / "checkpoint-3", work / f"{name}, other" / "checkpoint-3")
+    fewer = job("zero2, other", zero2, f"{on} --gradient_accumulation_steps 4") | {"processes": 1}
+    plain = job("zero2, other", "", f"{ONE} --resume_from_checkpoint true")
+    ended = started([fewer, plain, job("one, other", zero2, on)])
+    for one, codes in zip(ended, ([2], [2], [2, 2]), strict=True):
+        assert one["codes"] == codes, told(one)
+        assert "sharded" in told(one), told(one)
+        assert "by DeepSpeed for " in told(one)
     return {path.name: path for path in (*work.iterdir(), work / "exploded")}
 
 
@@ -77,6 +86,7 @@ def test_the_optimizer_is_split_and_no_checkpoint_holds_the_base(runs: dict[str,
     assert len([name for name in sizes if "optim_states" in name]) == 2
     adapter = (runs["zero2"] / "adapter_model.safetensors").stat().st_size
     assert sizes["mp_rank_00_model_states.pt"] < 2 * adapter
+    assert not list(states.parent.rglob("*.py"))
 
 
 def test_a_cut_run_goes_on_to_the_same_adapter(runs: dict[str, Path]) -> None:

@@ -379,3 +379,32 @@ def test_a_launch_file_that_accelerate_does_not_take_is_told(
     wrong.write_text("distributed_type: FSDP\nno_such_key: 1\n")
     assert main([*words, str(wrong)]) == 2
     assert f"{wrong}: accelerate does not take it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "field", "value"),
+    [
+        ("offload_optimizer_device", "", "cpu"),
+        ("gradient_clipping", "gradient_clipping", 0.5),
+        ("gradient_clipping", "gradient_clipping", 0.0),
+        ("gradient_accumulation_steps", "gradient_accumulation_steps", 3),
+        ("optimizer", "optimizer", {"type": "Lamb"}),
+    ],
+)
+def test_a_deepspeed_file_that_would_change_the_run_is_refused(
+    word: str, field: str, value: Any, tmp_path: Path
+) -> None:
+    def checked(device: str, own: dict[str, Any]) -> str:
+        config = QAdapterConfig(output_dir=str(tmp_path), bf16=False)
+        auto = {"gradient_clipping": "auto", "gradient_accumulation_steps": "auto"}
+        config.deepspeed_plugin = SimpleNamespace(
+            zero_stage=2,
+            offload_optimizer_device=device,
+            offload_param_device="none",
+            deepspeed_config=auto | own,
+        )
+        return engines.check(config)
+
+    assert checked("none", {}) == "zero2"
+    with pytest.raises(ConfigError, match=f"^{word}: "):
+        checked("none" if field else value, {field: value} if field else {})
