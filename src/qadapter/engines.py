@@ -28,6 +28,7 @@ _NO_READING = (
     "it is read on one process's own model, and here none has a whole one; leave it out and turn "
     "the dial down afterwards by `qadapter tune`"
 )
+_HALF = "DeepSpeed would put the adapter in half precision, too; use --bf16 false, or ddp"
 _NOT_TRIED = (
     "it is not tried with DeepSpeed; leave it out and turn the dial down afterwards by "
     "`qadapter tune`"
@@ -55,7 +56,8 @@ SUPPORT: dict[str, dict[str, str]] = {
     "fsdp2": dict.fromkeys(_OPTIONS, TESTED)
     | {"float16": _NO_FP16, "quantised base": _WHOLE, "forgetting budget": _NO_READING},
     "zero2": dict.fromkeys(_OPTIONS, TESTED)
-    | {"float16": _NO_FP16, "quantised base": _WHOLE, "forgetting budget": _NOT_TRIED},
+    | dict.fromkeys(("bfloat16", "float16"), _HALF)
+    | {"quantised base": _WHOLE, "forgetting budget": _NOT_TRIED},
     "zero3": dict.fromkeys(_OPTIONS, _NO_ZERO3),
 }
 """Engine → option → TESTED, UNTRIED, or why it is refused. Options of a row may be combined."""
@@ -89,6 +91,7 @@ def _options(config: QAdapterConfig) -> list[str]:
 
 
 _FLAGS = {
+    "bfloat16": "bf16",
     "float16": "fp16",
     "quantised base": "quantize_base",
     "trunk cache": "cache_trunk",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_engines import HALF, SHARED, close, figures, logged, started, told
+from test_engines import SHARED, close, figures, logged, started, told, weights
 from test_security import Bomb
 
 from qadapter.files import seal
@@ -33,9 +33,7 @@ def runs(base: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> dict
         return {"words": given, "processes": 2 if engine else 1, "engine": engine}
 
     zero2 = "deepspeed_zero2"
-    whole = [job("one", "", ONE), job("zero2", zero2, TWO)]
-    half = [job("one, bf16", "", f"{ONE} {HALF}"), job("zero2, bf16", zero2, f"{TWO} {HALF}")]
-    for ended in started(whole + half):
+    for ended in started([job("one", "", ONE), job("zero2", zero2, TWO)]):
         assert not any(ended["codes"]), told(ended)
     for name in ("resumed", "bombed"):
         shutil.copytree(work / "zero2/checkpoint-3", work / name / "checkpoint-3")
@@ -62,6 +60,7 @@ def runs(base: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> dict
 def test_two_processes_learn_what_one_learns(runs: dict[str, Path]) -> None:
     # Adam divides by the gradient's own size, so rounding of near-zero gradients is magnified.
     close(runs["one"], runs["zero2"], 1e-4)
+    assert {t.dtype for t in weights(runs["zero2"]).values()} == {torch.float32}
     ones, twos = logged(runs["one"]), logged(runs["zero2"])
     assert len(ones) == len(twos) == 6
     for one, two in zip(ones, twos, strict=True):
@@ -70,14 +69,6 @@ def test_two_processes_learn_what_one_learns(runs: dict[str, Path]) -> None:
     one, two = figures(runs["one"]), figures(runs["zero2"])
     for name in ("eval_loss", "eval_kl", "eval_rewards/margins"):
         assert two[name] == pytest.approx(one[name], rel=2e-3), name
-
-
-def test_in_bfloat16_they_learn_alike_within_its_rounding(runs: dict[str, Path]) -> None:
-    """Rows of other lengths round otherwise, and Adam's first steps take signs of gradients."""
-    one, two = (figures(runs[f"{name}, bf16"]) for name in ("one", "zero2"))
-    assert one["train_loss"] < 0.6  # it fell from log 2
-    for name in ("train_loss", "eval_loss", "eval_rewards/margins"):
-        assert two[name] == pytest.approx(one[name], rel=0.05, abs=0.005), name
 
 
 def test_the_optimizer_is_split_and_no_checkpoint_holds_the_base(runs: dict[str, Path]) -> None:
