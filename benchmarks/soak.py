@@ -34,6 +34,7 @@ import numpy as np
 import psutil
 from load import Mixed, ask_all, contents, judge, mixed_questions, served
 
+from qadapter.checkpoints import checkpoints, step_of
 from qadapter.demo import shipped
 from qadapter.policy import Policy
 
@@ -108,7 +109,7 @@ def trained(directory: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 def steps_of(directory: Path) -> int:
     """Return how many steps a training's newest checkpoint has done."""
-    return max((int(p.name.split("-")[1]) for p in directory.glob("checkpoint-*")), default=0)
+    return max(map(step_of, checkpoints(directory)), default=0)
 
 
 def growth(samples: list[Sample]) -> dict[str, dict[str, float]]:

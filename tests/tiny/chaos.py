@@ -58,7 +58,7 @@ def attempt(words: list[str], output: Path, kill_after: float | None) -> tuple[i
 
 def state(output: Path) -> str:
     """Return what the killed attempt leaves."""
-    found = sorted(output.glob("checkpoint-*"), key=checkpoints.step_of)
+    found = checkpoints.checkpoints(output)
     if not found:
         return "before a checkpoint"
     return "between checkpoints" if files.damage(found[-1]) is None else "in a checkpoint"
