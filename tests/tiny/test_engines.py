@@ -389,6 +389,7 @@ def test_a_launch_file_that_accelerate_does_not_take_is_told(
         ("gradient_clipping", "gradient_clipping", 0.0),
         ("gradient_accumulation_steps", "gradient_accumulation_steps", 3),
         ("optimizer", "optimizer", {"type": "Lamb"}),
+        ("zero_quantized_weights", "zero_optimization", {"zero_quantized_weights": True}),
     ],
 )
 def test_a_deepspeed_file_that_would_change_the_run_is_refused(
