@@ -217,8 +217,8 @@ def test_another_engine_than_the_table_has_is_refused(
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
     sharded = refused("", FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT")
     assert sharded.startswith("fsdp_state_dict_type: is SHARDED_STATE_DICT and must be FULL")
-    mixed = refused("", ACCELERATE_MIXED_PRECISION="bf16")
-    assert mixed.startswith("mixed_precision: the launcher's file says bf16 and the run no;")
+    mixed = refused("", ACCELERATE_MIXED_PRECISION="fp16")
+    assert mixed.startswith("mixed_precision: the launcher's file says fp16 and the run ")
 
 
 def test_every_refusal_of_the_table_is_made_before_anything_loads(
