@@ -7,13 +7,15 @@ refused before the base is loaded, so that nothing is found out in the middle of
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, save_fsdp_optimizer
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import SCHEDULER_NAME
 
 from qadapter.checkpoints import SealingTrainer, no_optimizer, reading
@@ -36,10 +38,6 @@ _NOT_TRIED = (
 _NO_FP16 = "float16's loss scaling is not tried with sharded gradients; use bf16"
 _WHOLE = "the quantised base is not tried in parts, and is small enough to be whole; use ddp"
 
-_NO_ZERO3 = (
-    "ZeRO-3 splits the head, which the loss reads whole; use --launch configs/fsdp.yaml, which "
-    "splits the layers"
-)
 _OPTIONS = (
     "float32",
     "bfloat16",
@@ -58,7 +56,9 @@ SUPPORT: dict[str, dict[str, str]] = {
     "zero2": dict.fromkeys(_OPTIONS, TESTED)
     | dict.fromkeys(("bfloat16", "float16"), _HALF)
     | {"quantised base": _WHOLE, "forgetting budget": _NOT_TRIED},
-    "zero3": dict.fromkeys(_OPTIONS, _NO_ZERO3),
+    "zero3": dict.fromkeys(_OPTIONS, TESTED)
+    | dict.fromkeys(("bfloat16", "float16"), _HALF)
+    | {"quantised base": _WHOLE, "forgetting budget": _NO_READING},
 }
 """Engine → option → TESTED, UNTRIED, or why it is refused. Options of a row may be combined."""
 
@@ -122,9 +122,15 @@ def check(config: QAdapterConfig) -> str:
         )
     if name == "fsdp2":
         _check_fsdp(config)
-    if name == "zero2":
+    if name in ("zero2", "zero3"):
         _check_deepspeed(config)
     return name
+
+
+def load_whole(config: QAdapterConfig) -> None:
+    """Let models be loaded whole, to be tried out; ZeRO-3 splits them when training starts."""
+    if config.deepspeed_plugin is not None:
+        unset_hf_deepspeed_config()
 
 
 def _check_deepspeed(config: QAdapterConfig) -> None:
@@ -142,6 +148,9 @@ def _check_deepspeed(config: QAdapterConfig) -> None:
             raise ConfigError(
                 f"{field}: the launcher's file says {found} and the run {value}; write auto there."
             )
+    for field, on in plugin.deepspeed_config.get("zero_optimization", {}).items():
+        if field.startswith("zero_quantized") and on:
+            raise ConfigError(f"{field}: would round the weights on their way; leave it out.")
     for field in ("optimizer", "scheduler"):
         if field in plugin.deepspeed_config:
             raise ConfigError(
@@ -174,7 +183,41 @@ class EngineTrainer(SealingTrainer):
     @property
     def shards(self) -> bool:
         """Whether each process holds only a part of the weights."""
-        return bool(self.is_fsdp_enabled)
+        return bool(self.is_fsdp_enabled or self.is_zero3)
+
+    @property
+    def is_zero3(self) -> bool:
+        """Whether DeepSpeed splits the weights."""
+        plugin = self.args.deepspeed_plugin
+        return plugin is not None and plugin.zero_stage == 3
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Hold whole for the block what is read outside of its module's own forward pass.
+
+        ZeRO-3 lets go of a weight when the module that owns it ends. The loss reads the head after
+        that, and the adapter's gradients come after that.
+        """
+        if not (self.is_zero3 and self.deepspeed):
+            yield
+            return
+        model = self.model
+        outer = (p for module in model.outer_modules for p in module.parameters())
+        held = list(dict.fromkeys([*outer, *model.adapter_parameters().values()]))
+        held[0].all_gather(held)
+        for parameter in held:  # as if a module were at work that never ends
+            parameter.ds_active_sub_modules.add(_HELD)
+        try:
+            yield
+        finally:
+            for parameter in held:
+                parameter.ds_active_sub_modules.discard(_HELD)
+            held[0].partition(held)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run transformers' step on whole weights."""
+        with self.gathered():
+            return super().training_step(*args, **kwargs)
 
     @property
     def sharded(self) -> bool | str:
@@ -258,6 +301,10 @@ class EngineTrainer(SealingTrainer):
             return
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+
+_HELD = -1
+"""Stands for a module that holds a weight; DeepSpeed counts its own from 0."""
 
 
 def _numbers_only(path: str, map_location: Any = None) -> Any:

@@ -289,9 +289,15 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor of which each process may hold a part; then all processes must ask."""
+    """Return a tensor, detached, of which each process may hold a part; then all must ask."""
     from torch.distributed.tensor import DTensor
 
+    if hasattr(tensor, "ds_id"):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -303,7 +309,7 @@ def _fingerprint(named: Iterable[tuple[str, Tensor]], *, rounded: bool = False) 
         return hashlib.sha256(flat.numpy().data).hexdigest()
 
     def ready(part: Tensor) -> Tensor:
-        tensor = whole(part.detach())
+        tensor = whole(part)
         return tensor.to(torch.bfloat16) if rounded and tensor.is_floating_point() else tensor
 
     parts = sorted(named, key=lambda item: item[0])

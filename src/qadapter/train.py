@@ -105,6 +105,7 @@ def prepare(config: QAdapterConfig) -> Prepared:
     if not config.output_dir:
         raise ConfigError("output_dir: missing; name a directory with --output.")
     engines.check(config)
+    engines.load_whole(config)
     check_writable(config.output_dir)
     checkpoint, passed = _checkpoint(config)
     set_seed(config.seed)
@@ -218,9 +219,10 @@ def _trained(run: Prepared, config: QAdapterConfig) -> TrainResult:
         trainer = run.trainer(config, callbacks=_callbacks(config))
         for sentence in run.passed:
             _tell(sentence)
+        # Before an engine splits them.
+        trainable = sum(p.numel() for p in run.model.adapter_parameters().values())
         result = trainer.train(resume_from_checkpoint=run.checkpoint)
         metrics = dict(result.metrics)
-        trainable = sum(p.numel() for p in run.model.adapter_parameters().values())
         if trainer.stopped:
             step = trainer.state.global_step
             for table in run.tables:

@@ -385,7 +385,7 @@ class QAdapterTrainer(EngineTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return an evaluation batch's loss; its figures are gathered on the side."""
-        with torch.no_grad():
+        with torch.no_grad(), self.gathered():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
 

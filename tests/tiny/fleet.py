@@ -9,8 +9,10 @@ process said on stdout and stderr. The environment is what accelerate's launcher
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -41,6 +43,8 @@ def environment(engine: str) -> dict[str, str]:
 
 def child(job: dict[str, Any], rank: int, port: int, said: Path) -> None:
     """Become one process of a job; does not return."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a killed fleet leaves none
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(said / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), stream)
     if job.get("engine"):

@@ -217,8 +217,8 @@ def test_another_engine_than_the_table_has_is_refused(
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
     sharded = refused("", FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT")
     assert sharded.startswith("fsdp_state_dict_type: is SHARDED_STATE_DICT and must be FULL")
-    mixed = refused("", ACCELERATE_MIXED_PRECISION="bf16")
-    assert mixed.startswith("mixed_precision: the launcher's file says bf16 and the run no;")
+    mixed = refused("", ACCELERATE_MIXED_PRECISION="fp16")
+    assert mixed.startswith("mixed_precision: the launcher's file says fp16 and the run ")
 
 
 def test_every_refusal_of_the_table_is_made_before_anything_loads(
@@ -389,6 +389,7 @@ def test_a_launch_file_that_accelerate_does_not_take_is_told(
         ("gradient_clipping", "gradient_clipping", 0.0),
         ("gradient_accumulation_steps", "gradient_accumulation_steps", 3),
         ("optimizer", "optimizer", {"type": "Lamb"}),
+        ("zero_quantized_weights", "zero_optimization", {"zero_quantized_weights": True}),
     ],
 )
 def test_a_deepspeed_file_that_would_change_the_run_is_refused(

@@ -294,6 +294,13 @@ class QAdapterModel(Composed, Branches, Heads, PreTrainedModel, GenerationMixin)
             ) from error
 
     def _set_adapter(self, state: dict[str, Tensor]) -> None:
+        split = [p for p in self.adapter_parameters().values() if hasattr(p, "ds_id")]
+        if split:
+            from deepspeed.runtime.zero import GatheredParameters
+
+            with GatheredParameters(split, modifier_rank=0):
+                set_peft_model_state_dict(self.peft_model, state)
+            return
         if not any(isinstance(p, DTensor) for p in self.adapter_parameters().values()):
             set_peft_model_state_dict(self.peft_model, state)
             return
@@ -446,7 +453,7 @@ class QAdapterModel(Composed, Branches, Heads, PreTrainedModel, GenerationMixin)
 
     def adapter_state(self) -> dict[str, Tensor]:
         """Return a copy of the adapter's whole weights by name; of split ones all must ask."""
-        return {n: hub.whole(p.detach()).clone() for n, p in self.adapter_parameters().items()}
+        return {n: hub.whole(p).clone() for n, p in self.adapter_parameters().items()}
 
     @property
     def outer_modules(self) -> list[nn.Module]:
