@@ -253,21 +253,27 @@ def throughput(
 def against_generate(
     url: str, adapter: str, asked: Sequence[str], *, max_tokens: int
 ) -> dict[str, Any]:
-    """Return tokens a second of 16 at once, and of `generate` one at a time, in turns."""
+    """Return tokens a second of 16 at once, and of `generate` one at a time, in turns.
+
+    `generate` is asked of the policy and of the plain base, which transformers runs alone.
+    """
+    from qadapter.hub import load_base
     from qadapter.policy import Policy
 
     policy = Policy.from_pretrained(adapter)
+    base = load_base(policy.model.q_config.base_model, dtype=policy.model.dtype)
     policy.answer([asked[0]], max_new_tokens=2)
     prompts = [[{"role": "user", "content": content}] for content in asked[:32]]
     questions = [Question(content, 1.0, max_tokens) for content in asked[:32]]
-    ratios, rows = [], []
-    for _ in range(3):
+
+    def alone(model: Any) -> float:
+        """Return a model's tokens a second, one prompt after another."""
         began, tokens = time.perf_counter(), 0
         for prompt in prompts[:8]:
             ids = policy.tokenizer.apply_chat_template(
                 prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt"
             )
-            out = policy.model.generate(
+            out = model.generate(
                 **ids,
                 max_new_tokens=max_tokens,
                 do_sample=False,
@@ -275,13 +281,17 @@ def against_generate(
                 pad_token_id=policy.tokenizer.pad_token_id,
             )
             tokens += out.shape[1] - ids["input_ids"].shape[1]
-        alone = tokens / (time.perf_counter() - began)
+        return tokens / (time.perf_counter() - began)
+
+    rows = []
+    for _ in range(3):
+        row = {"generate": alone(policy.model), "base_generate": alone(base)}
         began = time.perf_counter()
         answers = asyncio.run(ask_all(url, questions, concurrent=16))
-        together = figures(answers, time.perf_counter() - began)["tokens_per_second"]
-        ratios.append(together / alone)
-        rows.append({"generate": alone, "server_at_16": together})
-        print(json.dumps({**rows[-1], "ratio": ratios[-1]}), flush=True)
+        row["server_at_16"] = figures(answers, time.perf_counter() - began)["tokens_per_second"]
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    ratios = [row["server_at_16"] / row["generate"] for row in rows]
     return {"tokens_per_second": rows, "ratios": ratios, "ratio": sorted(ratios)[1]}
 
 

@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--concurrent", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--vllm-args", default="--max-model-len 1024", help="for both servers")
     parser.add_argument("--output", default="load_vllm.json")
     args = parser.parse_args()
@@ -138,9 +139,10 @@ def main() -> None:
         own = [sys.executable, "-m", "qadapter.cli", "serve", str(adapter), "--engine", "vllm"]
         plain = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         plain += ["--model", hub.resolve_base(hub.DEFAULT_BASE), "--served-model-name", "it"]
-        plain += ["--dtype", "float32", "--max-num-seqs", "32", *args.vllm_args.split()]
+        plain += ["--dtype", args.dtype, "--max-num-seqs", "32", *args.vllm_args.split()]
+        own += ["--dtype", args.dtype, "--max-batch", "32", *more]
         started = {}
-        for name, words in (("base", plain), ("policy", [*own, "--max-batch", "32", *more])):
+        for name, words in (("base", plain), ("policy", own)):
             port, log = free_port(), Path(tempfile.gettempdir()) / f"load-vllm-{name}.log"
             server = running([*words, "--port", str(port)], port, log)
             url, pid = started[name] = servers.enter_context(server)
