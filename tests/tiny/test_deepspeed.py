@@ -32,7 +32,7 @@ BEST = (
 
 
 def torn(work: Path) -> str:
-    """Return a launcher's file of ZeRO-3 that lets go of every weight, as of small ones it does not.
+    """Return a launcher's file of ZeRO-3 that lets go of small weights, too.
 
     Below a hundred thousand numbers DeepSpeed keeps a weight whole, and all of a tiny base's are.
     """
