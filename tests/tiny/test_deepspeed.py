@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fakes import SIZES, write_base
 from test_engines import SHARED, close, figures, logged, started, told, weights
 from test_security import Bomb
 
@@ -20,6 +21,8 @@ TWO = (
 )
 """Both see the same global batches."""
 
+WIDE = SIZES | {"hidden_size": 512, "intermediate_size": 384}
+"""ZeRO-3 leaves whole what has fewer than 100,000 weights, which is all of the usual tiny base."""
 
 BEST = (
     "--eval_strategy steps --eval_steps 3 --load_best_model_at_end true --anchor_weight 2 "
@@ -29,13 +32,13 @@ BEST = (
 
 
 @pytest.fixture(scope="module", params=["deepspeed_zero2", "deepspeed_zero3"])
-def runs(
-    request: Any, base: str, data: str, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
+def runs(request: Any, data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The run of one process, of two, and that of two cut in the middle and gone on with."""
     pytest.importorskip("deepspeed")
     work, split = tmp_path_factory.mktemp(request.param), request.param
-    words = ["train", "--data", data, "--eval_data", data, "--model", base, *SHARED.split()]
+    base = work / "base"
+    write_base(base, WIDE)
+    words = ["train", "--data", data, "--eval_data", data, "--model", str(base), *SHARED.split()]
     (work / "anchors.txt").write_text("".join(f"some text of number {i}\n" for i in range(9)))
     best = f"{BEST} --anchor_data {work / 'anchors.txt'}"
 
