@@ -24,6 +24,7 @@ from transformers import Trainer, TrainerCallback
 from qadapter.cache import check_limit
 from qadapter.config import QAdapterConfig
 from qadapter.data import TokenizedPair
+from qadapter.engines import engine
 from qadapter.errors import ConfigError
 from qadapter.packing import Rows, flat, pack_pairs
 from qadapter.train import Prepared, prepare
@@ -177,8 +178,12 @@ def estimate(config: QAdapterConfig) -> Estimate:
 
     Raises:
         UserError: as `run_training` would before its first step, but for a budget that the
-            untrained policy is over.
+            untrained policy is over; or several processes, of which each would try its own rows.
     """
+    if (name := engine(config)) != "one process":
+        raise ConfigError(
+            f"--dry-run: tries a run's steps in one process and not on {name}; leave out --launch."
+        )
     with closing(prepare(config)) as run, tempfile.TemporaryDirectory() as directory:
         elsewhere = copy.copy(config)
         elsewhere.output_dir = directory  # transformers' Trainer makes it at once

@@ -193,3 +193,19 @@ def test_bad_data_is_told_as_in_a_run(
     words = f"train --data {data} --model {base} --output {tmp_path / 'out'} --dry-run"
     assert main(words.split()) == 2
     assert f"{data}:1" in capsys.readouterr().err
+
+
+def test_several_processes_are_refused_before_anything_loads(
+    base: str,
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each told figures of its own rows as the run's, and DeepSpeed takes one trainer a process."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    words = f"train --data {data} --model {base} --output {tmp_path / 'out'} --dry-run"
+    assert main(words.split()) == 2
+    told = "--dry-run: tries a run's steps in one process and not on fsdp2; leave out --launch."
+    assert capsys.readouterr().err == f"qadapter: {told}\n"
+    assert not (tmp_path / "out").exists()
