@@ -216,6 +216,11 @@ def load_base(
         model, info = AutoModelForCausalLM.from_pretrained(place, config=config, **options)
         if missing := sorted(info["missing_keys"]):  # transformers would make them up at random
             raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
+        for module in model.modules():
+            # On processors with bfloat16 the first pass of evaluation would repack the 4 bits for
+            # good: no gradient goes through them then, and their scales are rounded once more.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     except Exception as error:  # transformers, safetensors and json each raise their own
         raise _refusal(name, error) from error
     if device is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes import SIZES, write_base
 from safetensors.torch import load_file
 from test_engines import started, told
 
@@ -76,6 +77,21 @@ def test_a_base_held_otherwise_is_told(
     loaded = hub.load_base(base, dtype=torch.float32, quantization="8bit")
     QAdapterModel.from_pretrained(held["4bit"], loaded)
     assert "held in 4bit and is served on one in 8bit" in caplog.text
+
+
+def test_gradients_pass_through_four_bits_after_an_evaluation(tmp_path: Path) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    wide = SIZES | {"hidden_size": 64, "intermediate_size": 128}  # a processor could repack it
+    write_base(tmp_path, wide)
+    loaded = hub.load_base(str(tmp_path), dtype=torch.float32, quantization="4bit")
+    up = loaded.get_decoder().layers[0].mlp.up_proj
+    weight = functional.dequantize_4bit(up.weight.data, up.weight.quant_state)
+    states = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(up(states), states @ weight.T)
+    states.requires_grad_()
+    up(states).sum().backward()
+    torch.testing.assert_close(states.grad, weight.sum(dim=0).expand(5, 64))
 
 
 def test_exports_of_it_are_refused(
