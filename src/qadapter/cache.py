@@ -188,26 +188,40 @@ def _age_and_size(directory: Path) -> tuple[float, int, Path] | None:
         return None
 
 
-def _make(plan: _Plan, room: int) -> None:
-    """Write an empty cache of full size; all others may take `room` bytes."""
+def _to_go(plan: _Plan, limit: int) -> list[Path]:
+    """Return the directories that make room, the oldest first, so that all take `limit` bytes.
+
+    Raises:
+        ConfigError: the disk has too little room even then.
+        UserError: the directory cannot be written.
+    """
     root = plan.directory.parent
     files.check_writable(root)
-    root.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(plan.directory, ignore_errors=True)
-    others = sorted(found for d in root.iterdir() if d.is_dir() and (found := _age_and_size(d)))
-    taken = sum(size for _, size, _ in others)
-    for _, size, other in others:
-        if taken <= room:
-            break
-        shutil.rmtree(other, ignore_errors=True)
-        taken -= size
-    free, needed = shutil.disk_usage(root).free, sum(plan.sizes.values())
+    there = root.iterdir() if root.exists() else ()
+    found = sorted(known for d in there if d.is_dir() and (known := _age_and_size(d)))
+    needed = sum(plan.sizes.values())
+    # What lies in the cache's own place is of no use.
+    going = [known for known in found if known[2] == plan.directory]
+    others = [known for known in found if known[2] != plan.directory]
+    taken = needed + sum(size for _, size, _ in others)
+    while others and taken > limit:
+        going.append(others.pop(0))
+        taken -= going[-1][1]
+    free = shutil.disk_usage(files.nearest(root)).free + sum(size for _, size, _ in going)
     if needed > free:
         raise ConfigError(
             f"cache_trunk: {root} has {free / 2**30:.1f} GiB left and {needed / 2**30:.1f} are "
             "needed; make room, set QADAPTER_CACHE to another disk, or set cache_trunk=false."
         )
-    _log.info("trunk cache: %.2f GiB in %s", needed / 2**30, plan.directory)
+    return [directory for _, _, directory in going]
+
+
+def _make(plan: _Plan, limit: int) -> None:
+    """Write an empty cache of full size; it and all others may take `limit` bytes."""
+    for directory in _to_go(plan, limit):
+        shutil.rmtree(directory, ignore_errors=True)
+    plan.directory.parent.mkdir(parents=True, exist_ok=True)
+    _log.info("trunk cache: %.2f GiB in %s", sum(plan.sizes.values()) / 2**30, plan.directory)
     with files.whole_directory(plan.directory) as partial:
         for name, size in plan.sizes.items():
             with open(partial / name, "wb") as file:
@@ -219,15 +233,28 @@ def _make(plan: _Plan, room: int) -> None:
 
 
 def share_kept(
-    root: str | Path, key: Mapping[str, Any], pairs: Sequence[TokenizedPair], layout: Layout
+    root: str | Path,
+    key: Mapping[str, Any],
+    pairs: Sequence[TokenizedPair],
+    layout: Layout,
+    *,
+    limit: int,
 ) -> float:
     """Return the share of the pairs' tokens that a cache on disk holds; arguments as `TrunkCache`.
 
     What a disk has damaged counts, for only reading all would tell.
+
+    Raises:
+        ConfigError: there is none and `TrunkCache` would not find the room for it.
+        UserError: nor could it be written.
     """
+    check_limit(layout.size(int(pair_lengths(pairs).sum())), limit)
     plan = _plan(root, key, pairs, layout)
+    if not plan.sound():
+        _to_go(plan, limit)
+        return 0.0
     try:
-        sums = (plan.directory / "sums.bin").read_bytes() if plan.sound() else b""
+        sums = (plan.directory / "sums.bin").read_bytes()
     except OSError:  # another run removes it
         sums = b""
     if len(sums) != plan.sizes["sums.bin"]:
@@ -269,7 +296,7 @@ class TrunkCache:
         """Bytes on disk."""
         with self._usable():
             if not plan.sound():
-                _make(plan, limit - layout.size(plan.ends[-1]))
+                _make(plan, limit)
             os.utime(self.directory)
             self._trunk = _Rows(self.directory / "trunk.bin", layout.width, layout.dtype)
             self._base = _Rows(self.directory / "base.bin", *layout.base)

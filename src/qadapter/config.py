@@ -125,12 +125,12 @@ def is_export(directory: str | Path) -> bool:
     return isinstance(config, dict) and config.get("model_type") == "qadapter"
 
 
-def bf16_supported() -> bool:
-    """Return whether the device has instructions for bfloat16."""
-    if torch.cuda.is_available():
+def bf16_supported(*, use_cpu: bool = False) -> bool:
+    """Return whether the device, the CPU if so asked, has instructions for bfloat16."""
+    if torch.cuda.is_available() and not use_cpu:
         # Emulated it is slower than float32, and torch counts that as supported.
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if torch.backends.mps.is_available():
+    if torch.backends.mps.is_available() and not use_cpu:
         return True
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
@@ -311,13 +311,18 @@ class QAdapterConfig(TrainingArguments):
         if self.early_stopping_patience is not None:
             self._check_early_stopping(self.early_stopping_patience)
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and bf16_supported()
+            self.bf16 = not self.fp16 and bf16_supported(use_cpu=self.use_cpu)
         # Where there is nothing else, transformers still wants to be told before it allows bf16.
         self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
         try:
             super().__post_init__()
         except (ImportError, LookupError, OSError, TypeError, ValueError) as error:
             raise ConfigError(f"a training setting cannot be used: {error}") from error
+        if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ConfigError(
+                "gradient_checkpointing_kwargs: with use_reentrant no gradient reaches an adapter "
+                "whose inputs need none, as a frozen base's; leave it out, or set it false."
+            )
 
     def _check_trackers(self) -> None:
         from transformers import integrations

@@ -21,11 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import Trainer, TrainerCallback
 
-from qadapter.cache import check_limit
 from qadapter.config import QAdapterConfig
 from qadapter.data import TokenizedPair
 from qadapter.engines import engine
-from qadapter.errors import ConfigError
+from qadapter.errors import ConfigError, UserError
 from qadapter.packing import Rows, flat, pack_pairs
 from qadapter.train import Prepared, prepare
 from qadapter.trainer import QAdapterTrainer
@@ -130,20 +129,18 @@ class _Afresh(TrainerCallback):  # type: ignore[misc,unused-ignore]
             cache.forget(cast(Any, pack_pairs(self.rows[state.global_step])))
 
 
-def _fits(trainer: QAdapterTrainer, tokens: int) -> bool:
-    """Return whether the whole run's trunk cache may be written.
+def _kept(trainer: QAdapterTrainer) -> float | None:
+    """Return the share of the trunk that lies on disk; None if it may not be written there.
 
     Raises:
-        ConfigError: it is asked for and may not.
+        UserError: it is asked for and may not.
     """
-    args: Any = trainer.args
     try:
-        check_limit(trainer.layout.size(tokens), int(args.cache_trunk_gib * 2**30))
-    except ConfigError:
-        if args.cache_trunk:
+        return trainer.share_kept()
+    except UserError:
+        if cast(QAdapterConfig, trainer.args).cache_trunk:
             raise
-        return False
-    return True
+        return None
 
 
 def _spread(rows: Rows) -> list[list[TokenizedPair]]:
@@ -189,9 +186,8 @@ def estimate(config: QAdapterConfig) -> Estimate:
         elsewhere.output_dir = directory  # transformers' Trainer makes it at once
         trainer = run.trainer(elsewhere)
         rows = _rows(trainer, run.train_set)
-        keeps = config.wants_trunk_cache(len(rows)) and _fits(trainer, int(rows.tokens.sum()))
-        kept = trainer.share_kept if keeps else 0.0
-        return _tried(config, run, rows, Path(directory), keeps, kept)
+        kept = _kept(trainer) if config.wants_trunk_cache(len(rows)) else None
+        return _tried(config, run, rows, Path(directory), kept)
 
 
 def _tried(
@@ -199,9 +195,9 @@ def _tried(
     run: Prepared,
     rows: Rows,
     directory: Path,
-    keeps: bool,
-    kept: float,
+    kept: float | None,
 ) -> Estimate:
+    """`kept` as `_kept` has it."""
     spread = _spread(rows)
     short = copy.copy(config)
     settings = {
@@ -209,7 +205,7 @@ def _tried(
         "num_train_epochs": 2,
         "max_steps": -1,
         "gradient_accumulation_steps": 1,
-        "cache_trunk": config.cache_trunk if keeps else False,
+        "cache_trunk": config.cache_trunk if kept is not None else False,
         "train_sampling_strategy": "sequential",
         "logging_strategy": "no",
         "eval_strategy": "no",
@@ -249,9 +245,9 @@ def _tried(
         response_tokens=sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs),
         epochs=config.epochs(len(rows)),
         batches=len(rows),
-        first=first.mixed(later, kept) if cached else first,
+        first=first.mixed(later, kept or 0.0) if cached else first,
         later=later if cached else None,
         cache=trainer.layout.size(whole) if cached else 0,
-        kept=kept if cached else 0.0,
+        kept=(kept or 0.0) if cached else 0.0,
         peak=peak,
     )

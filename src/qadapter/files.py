@@ -26,15 +26,21 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qadapter"
 
 
+def nearest(directory: str | Path) -> Path:
+    """Return the directory, or the nearest parent of it that exists."""
+    place = Path(directory)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return place
+
+
 def check_writable(directory: str | Path) -> None:
     """Raise before a long run unless `directory` is one, or can be made; it is not made here.
 
     Raises:
         UserError: it is a file, or it or its nearest existing parent cannot be written.
     """
-    place = Path(directory)
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = nearest(directory)
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"{directory}: cannot be written ({place} is in the way); choose another.")
 

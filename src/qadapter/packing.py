@@ -123,13 +123,17 @@ class Rows(Sequence[list[TokenizedPair]]):
         return [self.pairs[int(i)] for i in self.order[start : self.ends[index]]]
 
 
-def fill_rows(pairs: Sequence[TokenizedPair], tokens: int, *, seed: int) -> Rows:
-    """Return the pairs, shuffled, in rows of at most so many tokens, each filled in turn.
+def fill_rows(pairs: Sequence[TokenizedPair], tokens: int, *, seed: int | None) -> Rows:
+    """Return the pairs in rows of at most so many tokens, each filled in turn.
+
+    They are shuffled by the seed; with None they stay in their own order.
 
     Raises:
         ConfigError: a pair alone has more.
     """
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).numpy()
+    order = np.arange(len(pairs))
+    if seed is not None:
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).numpy()
     lengths = pair_lengths(pairs)[order]
     if (longest := int(lengths.max(initial=0))) > tokens:
         pair = pairs[int(order[lengths.argmax()])]

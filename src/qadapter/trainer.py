@@ -204,7 +204,9 @@ class QAdapterTrainer(EngineTrainer):
         self.rows: Sequence[list[TokenizedPair]] = []
         """Micro-batches filled beforehand; empty where the sampler makes them."""
         if args.tokens_per_batch and train_dataset is not None:
-            self.rows = fill_rows(train_dataset, args.tokens_per_batch, seed=args.seed)
+            in_order = args.train_sampling_strategy == "sequential"
+            seed = None if in_order else args.seed
+            self.rows = fill_rows(train_dataset, args.tokens_per_batch, seed=seed)
         self._figures = {"train": Figures(), "eval": Figures()}
 
     # ── batches ────────────────────────────────────────────────────────────────────────────────
@@ -317,12 +319,20 @@ class QAdapterTrainer(EngineTrainer):
         autocast = self.accelerator.mixed_precision
         return {"weights": base_hash, "autocast": autocast, **model.trunk_key}
 
-    @property
     def share_kept(self) -> float:
-        """The share of the pairs' tokens of which the trunk lies on disk already."""
+        """Return the share of the pairs' tokens of which the trunk lies on disk already.
+
+        Raises:
+            UserError: none lies there, and it may not or cannot be written.
+        """
         base = hub.exact_weights_hash(cast(QAdapterModel, self.model).base_parameters())
         pairs = cast(Sequence[TokenizedPair], self.train_dataset)
-        return share_kept(self.cache_root, self._cache_key(base), pairs, self.layout)
+        limit, key = self._cache_limit, self._cache_key(base)
+        return share_kept(self.cache_root, key, pairs, self.layout, limit=limit)
+
+    @property
+    def _cache_limit(self) -> int:
+        return int(cast(QAdapterConfig, self.args).cache_trunk_gib * 2**30)
 
     def _open_cache(self, base_hash: str) -> TrunkCache | None:
         """Return the trunk cache that the settings ask for, if this base can use one."""
@@ -347,7 +357,7 @@ class QAdapterTrainer(EngineTrainer):
                     self._cache_key(base_hash),
                     cast(Sequence[TokenizedPair], self.train_dataset),
                     self.layout,
-                    limit=int(args.cache_trunk_gib * 2**30),
+                    limit=self._cache_limit,
                 )
         except UserError as error:
             if asked:

@@ -303,6 +303,18 @@ def test_a_full_disk_is_told_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_makes_room_counts_as_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = random_pairs(30)
+    old = opened(tmp_path, pairs, 2**30, name="old")
+    free = type("Usage", (), {"free": old.size // 2})()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: free)
+    with pytest.raises(ConfigError, match="GiB left"):
+        opened(tmp_path, pairs, 3 * old.size, name="new")
+    assert old.directory.exists()  # its room would not be needed by the limit
+    opened(tmp_path, pairs, old.size + 3000, name="new")
+    assert not old.directory.exists()
+
+
 def test_a_cache_that_another_run_removes_while_it_is_opened_is_told(
     cache_root: Path,
     tmp_path: Path,

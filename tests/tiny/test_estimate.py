@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -142,6 +143,23 @@ def test_a_cache_that_the_run_may_not_write_is_not_counted_on(
     fields["num_train_epochs"] = 1
     with pytest.raises(ConfigError, match="cache_trunk_gib"):
         estimate(config_for(base, data, tmp_path / "out", cache_trunk=True, **fields))
+
+
+def test_a_cache_that_the_disk_has_no_room_for_is_not_counted_on(
+    base: str, data: str, tmp_path: Path, own_trunks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = shutil.disk_usage
+    own_trunks.mkdir(parents=True)
+
+    def usage(path: Any) -> Any:
+        mine = own_trunks in (Path(path), *Path(path).parents)
+        return real(path)._replace(free=10) if mine else real(path)
+
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    found = estimate(config_for(base, data, tmp_path / "out"))
+    assert (found.later, found.cache) == (None, 0)
+    with pytest.raises(ConfigError, match="GiB left"):
+        estimate(config_for(base, data, tmp_path / "out", cache_trunk=True))
 
 
 def test_a_cache_that_lies_there_is_counted_on(

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from models import FAMILIES, VOCAB, tiny_base
+from models import FAMILIES, UNUSUAL, VOCAB, tiny_base
 
 from qadapter import attention, functional
 from qadapter.config import QAdapterConfig, QConfig, bf16_supported
@@ -45,8 +45,10 @@ def random_pairs(n: int, seed: int = 0) -> list[TokenizedPair]:
     ]
 
 
-def untrained(family: str = "llama", seed: int = 3, **fields: Any) -> QAdapterModel:
-    base = tiny_base(family)
+def untrained(
+    family: str = "llama", seed: int = 3, dtype: torch.dtype = torch.float32, **fields: Any
+) -> QAdapterModel:
+    base = tiny_base(family).to(dtype)
     torch.manual_seed(seed)
     q_config = QConfig(**{"alpha_0": 0.5, "alpha_tilde": 0.5, "beta": 0.1, **fields})
     return QAdapterModel.create(base, q_config, lora_r=4, trunk=0.5)
@@ -465,9 +467,15 @@ def test_settings_out_of_range_are_refused(tmp_path: Path, field: str, value: An
         settings(tmp_path, **{field: value})
 
 
+def test_reentrant_checkpointing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="gradient_checkpointing_kwargs: with use_reentrant"):
+        settings(tmp_path, gradient_checkpointing_kwargs={"use_reentrant": True})
+    settings(tmp_path, gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_a_gpu_that_only_emulates_bfloat16_has_it_not(
-    native: bool, monkeypatch: pytest.MonkeyPatch
+    native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def supported(including_emulation: bool = True) -> bool:
         return native or including_emulation
@@ -475,6 +483,9 @@ def test_a_gpu_that_only_emulates_bfloat16_has_it_not(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     assert bf16_supported() == native
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": not native})
+    assert bf16_supported(use_cpu=True) != native
+    assert settings(tmp_path, use_cpu=True, bf16=None).bf16 != native
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -498,6 +509,15 @@ def test_rows_filled_by_tokens_hold_every_pair_once(family: str, tmp_path: Path)
     assert metrics["train_samples_per_second"] * metrics["train_runtime"] == pytest.approx(
         2 * len(pairs), rel=0.01
     )
+
+
+def test_rows_in_sequence_keep_the_order_of_the_pairs(tmp_path: Path) -> None:
+    pairs = random_pairs(40)
+    fields = {"tokens_per_batch": 60, "train_sampling_strategy": "sequential"}
+    batches = list(trainer(tmp_path, pairs, **fields).get_train_dataloader())
+    assert len(batches) > 5
+    rows = [ids for b in batches for ids in b["input_ids"][0].tolist()]
+    assert rows == [i for p in pairs for i in (*p.prompt_ids, *p.chosen_ids, *p.rejected_ids)]
 
 
 def test_how_rows_are_filled_does_not_change_a_whole_step(tmp_path: Path) -> None:
@@ -526,3 +546,22 @@ def test_a_token_budget_that_cannot_be_kept_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         trainer(tmp_path, random_pairs(40), **fields)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *UNUSUAL])
+def test_every_family_trains_on_a_base_in_bfloat16(family: str, tmp_path: Path) -> None:
+    pairs, anchors = random_pairs(24), [[3, 4, 5, 6], [7, 8, 9]]
+    model = untrained(family, dtype=torch.bfloat16)
+    fields = {"bf16": True, "num_train_epochs": 3, "anchor_weight": 0.1}
+    fields |= {"eval_strategy": "epoch", "eval_data": "held-out.jsonl"}
+    run = QAdapterTrainer(
+        model,
+        settings(tmp_path, **fields),
+        train_dataset=pairs,
+        eval_dataset=pairs,
+        anchors=anchors,
+    )
+    run.train()
+    found = [line["loss"] for line in run.state.log_history if "loss" in line]
+    assert found[-1] < found[0]
+    assert {p.dtype for p in model.adapter_parameters().values()} == {torch.float32}

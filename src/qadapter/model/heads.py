@@ -89,6 +89,8 @@ class Heads:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return the logits of final hidden states `[..., D]`, soft-capped where the base does."""
+        # accelerate hands autocast outputs back in float32; the head wants its own dtype.
+        hidden = hidden.to(cast(Tensor, self._base.get_output_embeddings().weight).dtype)
         if self._scaled_head:
             # Whatever the base does beyond its linear map, it does itself.
             row = hidden.reshape(1, -1, hidden.shape[-1])
@@ -187,8 +189,7 @@ class Heads:
         if weight is None:
             return self._q_and_v_two_heads(streams, actions, taken, following, continues, strength)
         q = self.q_config
-        # accelerate hands autocast outputs back in float32; the head wants its own dtype.
-        streams = streams.to(weight.dtype)
+        streams = streams.to(weight.dtype)  # as in `head`
         # At least float32 from here on: rewards are differences of close numbers.
         rows = _wide(weight[actions])
         z_thetas = [(_wide(states[taken]) * rows).sum(-1) for states in streams.branches]
