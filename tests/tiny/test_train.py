@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from models import FAMILIES, UNUSUAL, VOCAB, tiny_base
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from qadapter import attention, functional
+from qadapter import attention, functional, fused
 from qadapter.config import QAdapterConfig, QConfig, bf16_supported
 from qadapter.data import TokenizedPair
 from qadapter.errors import ConfigError, ModelError, TrainingError
@@ -195,13 +196,56 @@ def test_no_gradient_reaches_the_base() -> None:
     assert all(p.grad is None for _, p in model.base_parameters())
 
 
-def test_gradient_checkpointing_changes_nothing() -> None:
+def test_gradient_checkpointing_computes_layers_again_and_changes_nothing() -> None:
     batch = PairCollator(0)(random_pairs(5))
-    plain = gradients(untrained(), batch)
-    model = untrained()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    assert_close(plain, gradients(model, batch), atol=1e-6)
+    found, calls = [], []
+    for checkpointing in (False, True):
+        model, called = untrained(), 0
+
+        def count(*_: Any) -> None:
+            nonlocal called
+            called += 1
+
+        model.base.get_decoder().layers[-1].mlp.register_forward_pre_hook(count)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        found.append(gradients(model, batch))
+        calls.append(called)
+    assert_close(*found, atol=1e-6)
+    assert calls[1] == calls[0] + 1
+
+
+class _Wide(TorchDispatchMode):
+    """Notes the rows of the largest tensor that is as wide as the vocabulary."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.rows = vocabulary, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for found in out if isinstance(out, tuple) else (out,):
+            if isinstance(found, torch.Tensor) and found.shape[-1:] == (self.vocabulary,):
+                self.rows = max(self.rows, found.numel() // self.vocabulary)
+        return out
+
+
+@pytest.mark.parametrize(("family", "held"), [("llama", False), ("gemma2", True)])
+@pytest.mark.parametrize("anchors", [False, True])
+def test_the_logits_of_all_tokens_are_never_held(
+    family: str, held: bool, anchors: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "_CPU_TILE", (5, VOCAB))  # all words, so that the width tells them
+    fields: dict[str, Any] = {"anchors": [[3, 4, 5, 6, 7, 8, 9]] * 8} if anchors else {}
+    run = trainer(tmp_path, random_pairs(8), family=family, **fields)
+    batch = run.data_collator(random_pairs(8))
+    with _Wide(VOCAB) as wide:
+        run.training_step(run.model, dict(batch))
+    if held:  # its head caps the logits, so they are held whole
+        assert wide.rows > 60
+    else:  # five states, and the head itself, turned round
+        assert wide.rows == run.model.base.config.hidden_size == 32
 
 
 def scattered(family: str = "llama", **fields: Any) -> QAdapterModel:
