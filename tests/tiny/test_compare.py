@@ -125,6 +125,7 @@ def test_a_file_is_read_with_its_full_section_and_the_environment(
         ({"reference": "sft"}, "'sft' must be among the methods"),
         ({"strengths": [0.5]}, "with 1 among them"),
         ({"seeds": []}, "seeds: is empty"),
+        ({"headline": ["sft"]}, "headline: 'sft' must be among the methods"),
         ({"retrain": ["dpo.beta"]}, "must read METHOD.PARAMETER=NUMBER,NUMBER"),
         ({"retrain": ["sft.epochs=1,2"]}, "must name one of the methods"),
         ({"retrain": ["dpo.gamma=1,2"]}, "must name one of the methods and what"),
@@ -501,6 +502,19 @@ def test_a_comparison_is_made_and_resumed_and_reported(
     path = yaml_file(tmp_path / "run.yaml", settings)
     assert main(["compare", path]) == 0
     assert Counter(in_process) == {"train": 1, "measure": 2}
+
+    in_process.clear()
+    settings |= {"seeds": [0, 1, 2], "headline": ["dpo"]}
+    path = yaml_file(tmp_path / "run.yaml", settings)
+    assert main(["compare", path, "--methods", "base", "dpo", "qadapter"]) == 0
+    assert Counter(in_process) == {"train": 1, "measure": 1}
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert {n: len(m["runs"]) for n, m in found["methods"].items()} == {
+        "base": 1,
+        "dpo": 3,
+        "qadapter": 1,
+    }
+    assert found["command"].endswith("run.yaml --methods base dpo qadapter")
 
 
 def test_a_retrained_curve_has_its_method_s_own_point_among_the_others(

@@ -21,6 +21,9 @@ def add_compare(commands: Commands) -> None:
     compare.add_argument("--full", action="store_true", help="lay its section `full` over the rest")
     compare.add_argument("--output", help="directory; default the file's own `output`")
     compare.add_argument(
+        "--methods", nargs="+", default=[], metavar="NAME", help="default the file's own `methods`"
+    )
+    compare.add_argument(
         "--vary",
         nargs="+",
         default=[],
@@ -43,10 +46,11 @@ def _compare(args: argparse.Namespace) -> None:
         left = "" if at.seconds_left is None else f", about {duration(at.seconds_left)} left"
         print(f"[{at.done + 1}/{at.total}] {printable(at.label)}{left}", flush=True)
 
-    flags = {"vary": args.vary, "output": args.output}
+    flags = {"methods": args.methods, "vary": args.vary, "output": args.output}
     config = CompareConfig.read(args.config, full=args.full, **flags)
     words = [args.config, *(["--full"] if args.full else [])]
-    words += [f"--vary {' '.join(args.vary)}"] if args.vary else []
+    for name in ("methods", "vary"):
+        words += [f"--{name} {' '.join(flags[name])}"] if flags[name] else []
     command = f"qadapter compare {' '.join(words)}"
     path = compare(config, tell, command=command, ray=args.ray)
     found = json.loads(path.read_text(encoding="utf-8"))

@@ -48,6 +48,8 @@ class CompareConfig:
     these untried."""
     seeds: tuple[int, ...] = (0,)
     """Training seeds of the chosen setting."""
+    headline: tuple[str, ...] = ()
+    """Methods trained with every seed, the others with the first alone; empty: every method."""
     strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5)
     """Points of each method's curve: its adapter's weight when decoding; 1 must be among them."""
     retrain: tuple[str, ...] = ()
@@ -95,6 +97,9 @@ class CompareConfig:
             least = 0 if name == "trials" else 1
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: {getattr(self, name)} must be at least {least}.")
+        for name in self.headline:
+            if name not in self.methods:
+                raise ConfigError(f"headline: {name!r} must be among the methods; add it.")
         for text in self.retrain:
             name, parameter, _ = retrained(text)
             if name not in self.methods or parameter not in METHODS[name].space:
@@ -105,6 +110,10 @@ class CompareConfig:
             name, _, value = variation.partition("=")
             if not name or not _is_number(value):
                 raise ConfigError(f"vary: {variation!r} must read NAME=NUMBER, as flipped=0.1.")
+
+    def seeds_of(self, method: str) -> tuple[int, ...]:
+        """Return the training seeds of a method's chosen setting."""
+        return self.seeds if method in (self.headline or self.methods) else self.seeds[:1]
 
     @classmethod
     def read(cls, path: str | Path, *, full: bool = False, **flags: Any) -> CompareConfig:

@@ -132,11 +132,12 @@ def _compare(
     trained = [n for n in config.methods if METHODS[n].trainer]
     varied_methods = [n for n in (config.reference, "qadapter") if n in trained]
     variations = [_variation(text, parts.train, varied_methods) for text in config.vary]
+    curves = [retrained(text) for text in config.retrain]
     total = (
         1
-        + len(trained) * (2 * config.trials + 2 * len(config.seeds))
+        + 2 * sum(config.trials + len(config.seeds_of(name)) for name in trained)
         + int("base" in config.methods)
-        + sum(2 * len(config.seeds) * len(retrained(text)[2]) for text in config.retrain)
+        + 2 * sum(len(config.seeds_of(n)) * len(values) for n, _, values in curves)
         + 2 * len(variations) * len(varied_methods)
     )
     run = _Run(config, root, tell, total, ways)
@@ -164,7 +165,6 @@ def _compare(
         [(variation, name) for variation in variations for name in varied_methods],
     )
     robustness = [row for row in rows if row]
-    curves = [retrained(text) for text in config.retrain]
     told = ways.map(lambda curve: _retrained(run, curve[0], methods[curve[0]], *curve[1:]), curves)
     for (name, parameter, _), curve in zip(curves, told, strict=True):
         methods[f"{name}.{parameter}"] = curve
@@ -197,7 +197,8 @@ def _method(run: _Run, name: str, method: Method) -> dict[str, Any]:
     def of(seed: int) -> dict[str, Any] | None:
         return _tried(run, name, search["best"], seed, f"{name} seed {seed}", **options)
 
-    for seed, found in zip(run.config.seeds, run.fanout.map(of, run.config.seeds), strict=True):
+    seeds = run.config.seeds_of(name)
+    for seed, found in zip(seeds, run.fanout.map(of, seeds), strict=True):
         if found:
             runs.append({"seed": seed, "params": search["best"], **found})
     return told
