@@ -289,7 +289,7 @@ def test_figures_of_rows_equal_those_from_whole_logits(fields: dict[str, Any]) -
     policy = Policy.__new__(Policy)
     policy.model = model
     generator = torch.Generator().manual_seed(3)
-    lengths, starts, strengths = [5, 17, 9, 30], [1, 11, 8, 2], [0.5, 1.0, 1.7]
+    lengths, starts, strengths = [5, 17, 9, 30], [1, 11, 8, 2], [0.0, 0.5, 1.0, 1.7]
     found_rows = [torch.randint(3, 90, (n,), generator=generator).tolist() for n in lengths]
     found = measure.row_figures(policy, found_rows, starts, strengths)
     for i, (row, at) in enumerate(zip(found_rows, starts, strict=True)):

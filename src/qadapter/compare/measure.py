@@ -79,6 +79,9 @@ def row_figures(
     base, scored = torch.zeros(n, dtype=torch.float64), torch.zeros(s, n, dtype=torch.float64)
     far = torch.zeros(s, n, dtype=torch.float64) if kl else None
     model = policy.model
+    # There the policy is the base itself: nothing to compute (METHOD §5).
+    q = model.q_config
+    moved = [j for j, s in enumerate(strengths) if s or q.alpha_0 != q.alpha_tilde]
     with torch.no_grad():
         for index in _batches([len(row) for row in rows]):
             ids, mask = pad_rows([rows[i] for i in index], 0)
@@ -92,12 +95,14 @@ def row_figures(
             actions = ids[:, 1:][at]
             owner = torch.tensor(index).repeat_interleave(at.sum(1).cpu())
             base.index_add_(0, owner, log_probs(model, states, actions, None).cpu())
-            for j, strength in enumerate(strengths):
-                found = log_probs(model, states, actions, strength).cpu()
+            for j in moved:
+                found = log_probs(model, states, actions, strengths[j]).cpu()
                 scored[j].index_add_(0, owner, found)
                 if far is not None:
-                    gap = model.kl_from_base(states, strength).double().cpu()
+                    gap = model.kl_from_base(states, strengths[j]).double().cpu()
                     far[j].index_add_(0, owner, gap)
+    for j in {*range(len(strengths))} - {*moved}:
+        scored[j] = base
     return Figures(tokens, base, scored, far)
 
 
