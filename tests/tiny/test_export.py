@@ -352,6 +352,17 @@ def test_two_heads_are_refused(model: Any, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_decoder_that_cannot_be_longer_is_refused_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One with a list of its own, of a value for each layer, ended in a traceback."""
+    monkeypatch.setattr("qadapter.model.branches.by_layer", lambda _: ["layer_types"])
+    policy = Policy(tiny_adapter("smollm3"), tiny_tokenizer())
+    with pytest.raises(ModelError, match=r"cannot be lengthened by a branch .* --format merged"):
+        export.export_policy(policy, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_output_that_is_there_is_refused(
     adapter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
