@@ -142,7 +142,8 @@ def test_every_way_of_generating_is_the_policys() -> None:
         assert torch.equal(theirs.generate(input_ids=ids, **way, **options), expected)
     greedy = theirs.generate(ids[:1], do_sample=False, **options)
     assistant = standalone(tiny_adapter(), 0.0)  # which guesses wrong now and then
-    for helper in ({"assistant_model": assistant}, {"prompt_lookup_num_tokens": 2}):
+    early = [{"assistant_early_exit": layers} for layers in (2, 4, 5)]
+    for helper in ({"assistant_model": assistant}, {"prompt_lookup_num_tokens": 2}, *early):
         assert torch.equal(theirs.generate(ids[:1], do_sample=False, **helper, **options), greedy)
 
 
