@@ -14,7 +14,7 @@ import torch
 from fakes import WORDS, text_tokenizer, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from models import FAMILIES, tiny_adapter
+from models import FAMILIES, UNUSUAL, tiny_adapter
 from serving import until
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -73,7 +73,7 @@ def ids(pieces: Sequence[Piece]) -> list[int]:
     return [token.id for piece in pieces for token in piece.tokens]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("family", [*FAMILIES, *UNUSUAL])
 def test_greedy_answers_are_those_of_generate_alone(family: str) -> None:
     model = tiny_adapter(family)
     tokenizer = tiny_tokenizer()
