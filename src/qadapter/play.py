@@ -15,9 +15,10 @@ from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
+from jinja2 import TemplateError
 
 from qadapter.data import tokenize_prompt
-from qadapter.errors import ConfigError
+from qadapter.errors import UserError
 from qadapter.explain import coloured
 from qadapter.policy import Policy
 from qadapter.serve.answer import Piece, Token
@@ -139,7 +140,7 @@ def page(engine: Engine, *, strength: Strength, max_tokens: int) -> Blocks:
             raise slip("Too many are asking at once; try again.") from None
         except AnswerFailed:
             raise slip("The answer failed; the server's log tells why.") from None
-        except ConfigError as error:  # from a program: sliders have no such numbers
+        except (UserError, TemplateError) as error:  # a template has its own idea of turns
             raise slip(str(error)) from None
 
     with gradio.Blocks(title=f"qadapter: {' + '.join(names)}", analytics_enabled=False) as blocks:

@@ -162,6 +162,10 @@ def test_an_engine_that_fails_is_told_on_the_page(
             with pytest.raises(gradio.Error, match="must be finite and from 0") as told:
                 list(answer("Say 3", strength))
             assert not told.value.print_exception
+        for template, said in ((None, "chat template"), ("{{ raise_exception('No') }}", "No")):
+            monkeypatch.setattr(policy.tokenizer, "chat_template", template)
+            with pytest.raises(gradio.Error, match=said):
+                list(answer("Say 3", 1.0))
     finally:
         engine.close()
 
