@@ -356,6 +356,24 @@ def test_an_answer_that_ends_a_character_of_its_prompt_has_that_character() -> N
     assert "".join(p.text for p in streamed(TOKENIZER, [first], rest)) == "é!"
 
 
+def test_a_token_begins_behind_the_bytes_before_it() -> None:
+    """One that only ended a character, or what was to be none, had that one's place."""
+    smile = [TEXTS.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in "🙂".encode()]
+    world = TEXTS.convert_tokens_to_ids("▁world")
+    broken = TOKENIZER("€x")["input_ids"]
+    for tokenizer, made, expected in (
+        (TEXTS, [*smile, world], [0, 0, 0, 0, 1]),
+        (TEXTS, [world, *smile, world, world], [0, 5, 5, 5, 5, 6, 12]),
+        (TOKENIZER, broken, [0, 0, 0, 1]),
+        (TOKENIZER, [broken[0], broken[-1]], [0, 1]),
+    ):
+        pieces = streamed(tokenizer, [], made)
+        assert [token.offset for piece in pieces for token in piece.tokens] == expected
+    answer = Answer(Vocabulary(TEXTS), (" w",), frozenset({1}), 9)
+    (piece,) = [piece for i in [*smile, world] if (piece := answer.add(Token(i, "")))]
+    assert (piece.text, [token.id for token in piece.tokens]) == ("🙂", smile)
+
+
 def test_a_token_is_its_bytes_in_every_vocabulary() -> None:
     ids = TOKENIZER("a é🙂\n")["input_ids"]
     assert [VOCABULARY.raw(i) for i in ids] == [bytes([b]) for b in "a é🙂\n".encode()]
