@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from qadapter.errors import ModelError
@@ -31,3 +33,12 @@ def final_norm(decoder: nn.Module, layers: nn.ModuleList) -> nn.Module:
             f"{type(decoder).__name__}: no final norm after its layers; choose another base."
         )
     return after[0]
+
+
+def by_layer(config: Any) -> list[str]:
+    """Return a config's fields that hold one value for each layer (`layer_types` and the like)."""
+    return [
+        name
+        for name, value in vars(config).items()
+        if "layer" in name and isinstance(value, list) and len(value) == config.num_hidden_layers
+    ]

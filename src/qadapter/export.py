@@ -79,8 +79,15 @@ def export_policy(policy: Policy, output: str | Path, *, strength: Strength = 1.
         )
 
     def write(directory: Path) -> None:
-        with torch.device("meta"):
-            exported = QAdapterForCausalLM(_policy_config(model, strength))
+        try:
+            with torch.device("meta"):
+                exported = QAdapterForCausalLM(_policy_config(model, strength))
+        # What a config or a decoder raises that cannot have more layers than the base has.
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{model.base_name}: its decoder cannot be lengthened by a branch as --format "
+                f"policy does ({error}); use --format merged."
+            ) from error
         _save(policy, exported, _policy_state(model), directory)
 
     return _checked(policy, output, strength, write, _reload)

@@ -9,13 +9,16 @@ import logging
 import math
 import socket
 from collections.abc import Iterator, Sequence
+from functools import partial
 from html import escape
 from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
+from jinja2 import TemplateError
 
 from qadapter.data import tokenize_prompt
+from qadapter.errors import UserError
 from qadapter.explain import coloured
 from qadapter.policy import Policy
 from qadapter.serve.answer import Piece, Token
@@ -125,16 +128,20 @@ def page(engine: Engine, *, strength: Strength, max_tokens: int) -> Blocks:
     import gradio
 
     names = engine.policy.names
+    # Told on the page, and not in the terminal with a traceback.
+    slip = partial(gradio.Error, print_exception=False)
 
     def answer(message: str, *strengths: float) -> Iterator[tuple[str, str]]:
         if not message.strip():
-            raise gradio.Error("Write a message first.")
+            raise slip("Write a message first.")
         try:
             yield from answers(engine, message, strengths, max_tokens)
         except EngineBusy:
-            raise gradio.Error("Too many are asking at once; try again.") from None
+            raise slip("Too many are asking at once; try again.") from None
         except AnswerFailed:
-            raise gradio.Error("The answer failed; the server's log tells why.") from None
+            raise slip("The answer failed; the server's log tells why.") from None
+        except (UserError, TemplateError) as error:  # a template has its own idea of turns
+            raise slip(str(error)) from None
 
     with gradio.Blocks(title=f"qadapter: {' + '.join(names)}", analytics_enabled=False) as blocks:
         gradio.Markdown(_ABOUT)

@@ -37,13 +37,14 @@ def each(strength: float | Sequence[float], names: Sequence[str]) -> tuple[float
     """Return one number for each adapter.
 
     Raises:
-        ConfigError: there are more or fewer, and not one for all.
+        ConfigError: there are more or fewer, and not one for all; or one is not finite and from 0.
     """
-    if isinstance(strength, int | float):
-        return (float(strength),) * len(names)
-    if len(strength) != len(names):
+    numbers = (strength,) * len(names) if isinstance(strength, int | float) else tuple(strength)
+    if len(numbers) != len(names):
         raise ConfigError(
-            f"strength: {len(strength)} numbers ({told(strength)}) for "
+            f"strength: {len(numbers)} numbers ({told(numbers)}) for "
             f"{len(names)} adapters ({', '.join(names)}); give one for all, or one each."
         )
-    return tuple(map(float, strength))
+    if not all(0 <= number < math.inf for number in numbers):
+        raise ConfigError(f"strength: {told(numbers)} must be finite and from 0 (METHOD §5).")
+    return tuple(map(float, numbers))

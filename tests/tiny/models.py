@@ -28,6 +28,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": False},
     "qwen2": {},
     "qwen3": {"head_dim": 8},
+    "smollm3": {"no_rope_layers": [1, 1, 0, 1]},
     "mistral": {"sliding_window": 6},
     "gemma2": {"head_dim": 8, "sliding_window": 6},
     "gemma3_text": {"head_dim": 8, "sliding_window": 6},

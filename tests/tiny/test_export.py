@@ -142,7 +142,8 @@ def test_every_way_of_generating_is_the_policys() -> None:
         assert torch.equal(theirs.generate(input_ids=ids, **way, **options), expected)
     greedy = theirs.generate(ids[:1], do_sample=False, **options)
     assistant = standalone(tiny_adapter(), 0.0)  # which guesses wrong now and then
-    for helper in ({"assistant_model": assistant}, {"prompt_lookup_num_tokens": 2}):
+    early = [{"assistant_early_exit": layers} for layers in (2, 4, 5)]
+    for helper in ({"assistant_model": assistant}, {"prompt_lookup_num_tokens": 2}, *early):
         assert torch.equal(theirs.generate(ids[:1], do_sample=False, **helper, **options), greedy)
 
 
@@ -349,6 +350,17 @@ def test_one_plain_model_is_refused_where_it_is_not_the_policy(
 def test_two_heads_are_refused(model: Any, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="needs two heads"):
         export.export_policy(Policy(model(), tiny_tokenizer()), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_decoder_that_cannot_be_longer_is_refused_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One with a list of its own, of a value for each layer, ended in a traceback."""
+    monkeypatch.setattr("qadapter.model.branches.by_layer", lambda _: ["layer_types"])
+    policy = Policy(tiny_adapter("smollm3"), tiny_tokenizer())
+    with pytest.raises(ModelError, match=r"cannot be lengthened by a branch .* --format merged"):
+        export.export_policy(policy, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 

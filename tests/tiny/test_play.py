@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import sys
@@ -156,6 +157,15 @@ def test_an_engine_that_fails_is_told_on_the_page(
         monkeypatch.setattr(policy.model, "policy_logits", lambda *_: 1 / 0)
         with pytest.raises(gradio.Error, match="The answer failed"):
             list(answer("Say 3", 1.0))
+        # From a program; sliders have no such numbers. NaN made an answer of NaN.
+        for strength in (math.nan, math.inf, -1.0):
+            with pytest.raises(gradio.Error, match="must be finite and from 0") as told:
+                list(answer("Say 3", strength))
+            assert not told.value.print_exception
+        for template, said in ((None, "chat template"), ("{{ raise_exception('No') }}", "No")):
+            monkeypatch.setattr(policy.tokenizer, "chat_template", template)
+            with pytest.raises(gradio.Error, match=said):
+                list(answer("Say 3", 1.0))
     finally:
         engine.close()
 

@@ -189,6 +189,31 @@ def test_bodies_that_are_no_json_too_large_or_of_broken_text(running: Running) -
     assert running.client.get(path).status_code == 405
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"stop": ["a"] * 17}, "stop: List should have at most 16 items"),
+        ({"strength": []}, "strength: List should have at least 1 item"),
+        ({"strength": [1, -1]}, "strength.1: Input should be greater than or equal to 0"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "0.type: Input"),
+        ({"strength": "1"}, "strength: Input should be a valid number"),
+    ],
+    ids=str,
+)
+def test_what_is_nearly_right_is_told_as_such(
+    running: Running, body: dict[str, Any], message: str
+) -> None:
+    """Of a field of several types the first was told, "should be a valid string" of a list."""
+    assert message in running.chat(**body).json()["error"]["message"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"prompt": "x"}'])
+def test_a_body_that_is_not_called_json_is_told_how(running: Running, content: bytes) -> None:
+    response = running.client.post("/v1/completions", content=content)
+    assert response.status_code == 400
+    assert "Content-Type: application/json" in response.json()["error"]["message"]
+
+
 CHAT_NULLS = [
     "model",
     "n",
@@ -653,7 +678,9 @@ def test_the_command_serves_until_a_signal_and_tells_of_a_taken_port(
     assert f"127.0.0.1:{port}: cannot be listened on (Address already in use)" in line
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
-    assert '"event": "closed"' in log.read_text()
+    # A bar of transformers' was in the first line.
+    events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
+    assert events == ["listening", "request", "closed"]
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import torch
 from fakes import WORDS, text_tokenizer, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from models import FAMILIES, tiny_adapter
+from models import FAMILIES, UNUSUAL, tiny_adapter
 from serving import until
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -73,7 +73,7 @@ def ids(pieces: Sequence[Piece]) -> list[int]:
     return [token.id for piece in pieces for token in piece.tokens]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("family", [*FAMILIES, *UNUSUAL])
 def test_greedy_answers_are_those_of_generate_alone(family: str) -> None:
     model = tiny_adapter(family)
     tokenizer = tiny_tokenizer()
@@ -354,6 +354,24 @@ def test_pieces_of_any_bytes_are_the_whole_decoding(prompt: str, made: list[int]
 def test_an_answer_that_ends_a_character_of_its_prompt_has_that_character() -> None:
     first, *rest = TOKENIZER("é!")["input_ids"]
     assert "".join(p.text for p in streamed(TOKENIZER, [first], rest)) == "é!"
+
+
+def test_a_token_begins_behind_the_bytes_before_it() -> None:
+    """One that only ended a character, or what was to be none, had that one's place."""
+    smile = [TEXTS.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in "🙂".encode()]
+    world = TEXTS.convert_tokens_to_ids("▁world")
+    broken = TOKENIZER("€x")["input_ids"]
+    for tokenizer, made, expected in (
+        (TEXTS, [*smile, world], [0, 0, 0, 0, 1]),
+        (TEXTS, [world, *smile, world, world], [0, 5, 5, 5, 5, 6, 12]),
+        (TOKENIZER, broken, [0, 0, 0, 1]),
+        (TOKENIZER, [broken[0], broken[-1]], [0, 1]),
+    ):
+        pieces = streamed(tokenizer, [], made)
+        assert [token.offset for piece in pieces for token in piece.tokens] == expected
+    answer = Answer(Vocabulary(TEXTS), (" w",), frozenset({1}), 9)
+    (piece,) = [piece for i in [*smile, world] if (piece := answer.add(Token(i, "")))]
+    assert (piece.text, [token.id for token in piece.tokens]) == ("🙂", smile)
 
 
 def test_a_token_is_its_bytes_in_every_vocabulary() -> None:

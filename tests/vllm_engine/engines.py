@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,11 +34,16 @@ os.environ |= {
 
 
 def tiny_policy(
-    family: str, *, trunk: float = 0.5, base_at: Path | None = None, **fields: Any
+    family: str,
+    *,
+    trunk: float = 0.5,
+    base_at: Path | None = None,
+    sizes: Mapping[str, Any] = SIZES_FOR_VLLM,
+    **fields: Any,
 ) -> Policy:
     """Return a policy on a random base, written if asked, whose adapter has a visible effect."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SIZES_FOR_VLLM, tie_word_embeddings=family == "qwen2")
+    config = AutoConfig.for_model(family, **sizes, tie_word_embeddings=family == "qwen2")
     base = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
     if base_at is not None:
         base.save_pretrained(base_at)

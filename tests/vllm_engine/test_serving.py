@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from engines import NEEDS_VLLM, answers, difference, engine, prompts, tiny_policy
+from fakes import SIZES_FOR_VLLM
 from models import disturbed
 from serving import Running
 
@@ -129,6 +130,27 @@ def test_an_override_that_is_no_strength_is_refused(exported: Any) -> None:
     with pytest.raises(Exception, match="initialization failed"):  # noqa: SIM117
         with engine(exported("llama")[1], hf_overrides={"strength": [1.0, 1.0]}):
             pass
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_bias_that_vllm_leaves_out_is_refused(
+    family: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """vLLM's Qwen3 has none after its attention, and passed over one without a word."""
+    policy = tiny_policy(family, sizes=SIZES_FOR_VLLM | {"attention_bias": True})
+    for name, bias in policy.model.base_parameters():
+        if name.endswith("bias"):
+            bias.data = torch.randn(bias.shape, generator=torch.Generator().manual_seed(1))
+    export_policy(policy, tmp_path / "out", strength=0.7)
+    if family == "qwen3":
+        with pytest.raises(Exception, match="initialization failed"):  # noqa: SIM117
+            with engine(tmp_path / "out"):
+                pass
+        assert "o_proj.bias: vLLM's layers of this family have no" in "".join(capfd.readouterr())
+        return
+    with engine(tmp_path / "out") as llm:
+        found = answers(llm, prompts(8), logprobs=260)
+    assert difference(policy, found, strength=0.7) < TOLERANCE
 
 
 def test_serve_starts_vllm_on_an_adapter_and_ends_with_it(tmp_path: Path) -> None:

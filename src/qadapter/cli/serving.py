@@ -53,12 +53,15 @@ def _serve(args: argparse.Namespace) -> None:
     if args.vllm_args is not None:
         raise ConfigError("--vllm-args: goes with --engine vllm; leave it out or add that.")
     with _extra("serve"):
+        from transformers.utils import logging
+
         from qadapter.serve.asking import Limits
         from qadapter.serve.run import listen, run
         from qadapter.serve.shelf import Shelf
 
     limits = {n: getattr(args, n) for n in _LIMITS if getattr(args, n) is not None}
     shelf = None if args.adapter_dir is None else Shelf(args.adapter_dir)
+    logging.disable_progress_bar()  # the log is JSON
     with closing(listen(args.host, args.port)) as bound:
         run(
             load_policy(args),

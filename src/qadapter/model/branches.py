@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qadapter.attention import PackedPairs
-from qadapter.decoder import final_norm
+from qadapter.decoder import by_layer, final_norm
 from qadapter.errors import ModelError
 from qadapter.model.stacked import CacheView, Stacked, agree, cache_shifts, hooked
 from qadapter.model.streams import Adapter, Streams
@@ -141,10 +141,10 @@ class Branches(Stacked):
     def lengthened(config: Any, adapters: Sequence[Adapter]) -> Any:
         """Return a base's config with the layers of these adapters' branches after its own."""
         config = copy.deepcopy(config)
-        types = getattr(config, "layer_types", None)
+        for name in by_layer(config):
+            own = getattr(config, name)
+            setattr(config, name, [*own, *(of for a in adapters for of in own[-a.depth :])])
         config.num_hidden_layers += sum(adapter.depth for adapter in adapters)
-        if types is not None:
-            config.layer_types = [*types, *(t for a in adapters for t in types[-a.depth :])]
         return config
 
     def streams(

@@ -20,6 +20,7 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 
 from qadapter.config import QConfig
+from qadapter.decoder import by_layer
 from qadapter.errors import ArtefactError, ConfigError, ModelError, UserError
 from qadapter.lora import speed_up
 from qadapter.model.adapter import check_state, find_weights
@@ -238,6 +239,5 @@ class Composed:
         self._tuned, self._inside = tuned_modules(self._base, self._layers)
         self.adapters = adapters
         longer = self.lengthened(self._base.config, adapters)
-        self.config.num_hidden_layers = longer.num_hidden_layers
-        if getattr(longer, "layer_types", None) is not None:
-            self.config.layer_types = longer.layer_types
+        for name in ("num_hidden_layers", *by_layer(longer)):
+            setattr(self.config, name, getattr(longer, name))

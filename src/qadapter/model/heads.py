@@ -96,7 +96,7 @@ class Heads:
             row = hidden.reshape(1, -1, hidden.shape[-1])
             ids = torch.zeros(row.shape[:2], dtype=torch.int64, device=row.device)
             out = _with_states(self._base, self._path, row)(input_ids=ids, use_cache=False)
-            return cast(Tensor, out.logits.view(*hidden.shape[:-1], -1))
+            return cast(Tensor, out.logits.view(*hidden.shape[:-1], out.logits.shape[-1]))
         logits = cast(Tensor, self._base.get_output_embeddings()(hidden))
         if self._softcap:
             logits = torch.tanh(logits / self._softcap) * self._softcap

@@ -103,6 +103,12 @@ class Answer:
         if last or not open_:
             if not text.startswith(before):  # the prompt ends within a character, whole only now
                 before = before.rstrip("\ufffd")
+            if len(self._ids) - self._done > 1 and self._tokens[-1].id == self._ids[-1]:
+                open_text = self.vocabulary.decode(self._ids[self._from : -1])
+                if text.startswith(open_text):  # the last one only ended it, and begins behind it
+                    added = max(0, len(open_text) - len(before))
+                    offset = self._told + len(self._text) + added
+                    self._tokens[-1] = replace(self._tokens[-1], offset=offset)
             self._text += text[len(before) :]
             self._from, self._done = self._done, len(self._ids)
 

@@ -230,7 +230,10 @@ def create_app(desk: Desk, *, api_key: str | None = None, shelf: Shelf | None = 
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, problem: RequestValidationError) -> Response:
-        first = problem.errors()[0]
+        # Of what may be of several types, the one that is nearly right tells more.
+        first = min(problem.errors(), key=lambda error: error["type"].endswith("_type"))
+        if first["loc"] == ("body",):
+            return refusal(Refused("send a JSON object, and Content-Type: application/json"))
         # In broken JSON the place is a number of characters.
         loc = () if first["type"] == "json_invalid" else first["loc"][1:]
         # Between the names of fields stand those of pydantic's own kinds, such as list[str].

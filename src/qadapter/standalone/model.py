@@ -126,7 +126,11 @@ class QAdapterForCausalLM(PreTrainedModel, GenerationMixin):
         # The decoder itself has normed the last branch.
         normed = [self._norm(end[:, keep]) for end in ends]
         base, *adapted = [*normed, out.last_hidden_state[:, keep]]
-        logits = self.lm_head(mix([*adapted, base], weights))
+        if len(adapted) == len(self.config.branch_layers):
+            mixed = mix([*adapted, base], weights)
+        else:  # `assistant_early_exit` drafts with the first layers alone
+            mixed = out.last_hidden_state[:, keep]
+        logits = self.lm_head(mixed)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)

@@ -161,6 +161,23 @@ class QAdapterForCausalLM(nn.Module, SupportsQuant):
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load the tensors of an export."""
-        loaded: set[str] = AutoWeightsLoader(self).load_weights(weights)
+        """Load the tensors of an export.
+
+        Raises:
+            ValueError: vLLM's layers leave one out, so that the policy would be another.
+        """
+        loaded: set[str] = AutoWeightsLoader(self).load_weights(map(self._placed, weights))
         return loaded
+
+    def _placed(self, weight: tuple[str, Tensor]) -> tuple[str, Tensor]:
+        """Return a tensor that has a place here; vLLM passes over biases that have none."""
+        *path, module, kind = weight[0].split(".")
+        packed = self.packed_modules_mapping.items()
+        module = next((whole for whole, parts in packed if module in parts), module)
+        place = ".".join([*path, module])
+        if kind == "bias" and getattr(self.get_submodule(place), kind, None) is None:
+            raise ValueError(
+                f"{weight[0]}: vLLM's layers of this family have no such bias; serve this policy "
+                "with `qadapter serve`."
+            )
+        return weight
