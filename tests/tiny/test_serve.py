@@ -430,8 +430,11 @@ def test_a_key_is_asked_for_everywhere_but_for_health(policy: Policy) -> None:
             assert response.json()["error"]["code"] == "invalid_api_key"
         assert running.client.get("/metrics").status_code == 401
         assert running.client.get("/health").status_code == 200
-        right = {"authorization": "Bearer s3cret-ключ".encode()}
-        assert running.client.get("/v1/models", headers=right).status_code == 200
+        for scheme in ("Bearer", "bearer"):  # its case does not matter (RFC 9110)
+            right = {"authorization": f"{scheme} s3cret-ключ".encode()}
+            assert running.client.get("/v1/models", headers=right).status_code == 200
+        wrong = {"authorization": "Basic s3cret-ключ".encode()}
+        assert running.client.get("/v1/models", headers=wrong).status_code == 401
     finally:
         running.stop()
 

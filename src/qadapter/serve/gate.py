@@ -178,11 +178,10 @@ class Gate:
     def _refusal(self, scope: Scope) -> ASGIApp | None:
         """Return the response to a request that is not let in, from what its head says."""
         headers = dict(scope["headers"])
-        given = headers.get(b"authorization", b"")
-        if (
-            self.api_key is not None
-            and scope["path"] not in _OPEN
-            and not hmac.compare_digest(given, b"Bearer " + self.api_key.encode())
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        key = None if scope["path"] in _OPEN or self.api_key is None else self.api_key.encode()
+        if key is not None and not (
+            scheme.lower() == b"bearer" and hmac.compare_digest(given, key)
         ):
             return refusal(
                 Refused(
