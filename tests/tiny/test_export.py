@@ -483,7 +483,8 @@ def test_an_export_that_is_another_policy_does_not_stay(
         parameter.data = kept
 
     monkeypatch.setattr(export, write, spoil)
-    with pytest.raises(UserError, match=r"(differ from the policy's by|merged with).* nothing was written"):
+    told = r"(differ from the policy's by|merged with).* nothing was written"
+    with pytest.raises(UserError, match=told):
         export.FORMATS[name](policy, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
