@@ -483,8 +483,7 @@ def test_an_export_that_is_another_policy_does_not_stay(
         parameter.data = kept
 
     monkeypatch.setattr(export, write, spoil)
-    told = r"(differ from the policy's by|merged with).* nothing was written"
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=r"(differ from the policy's by|merged with).* nothing was written"):
         export.FORMATS[name](policy, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
