@@ -13,15 +13,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from qadapter import hub
@@ -31,10 +29,10 @@ from qadapter.files import check_new, check_writable, whole_directory
 from qadapter.functional import mixing_weights
 from qadapter.model import QAdapterModel
 from qadapter.model.adapter import load_plain, save_plain
-from qadapter.model.merge import base_state, low_rank_maps, merged_state, widened
+from qadapter.model.merge import base_state, merged_state, widened
 from qadapter.model.stacked import cache_shifts, rounding
 from qadapter.policy import Policy
-from qadapter.standalone.config import BRANCHES, QAdapterPolicyConfig
+from qadapter.standalone.config import QAdapterPolicyConfig
 from qadapter.standalone.model import QAdapterForCausalLM
 from qadapter.strength import Strength, each, told
 
@@ -90,9 +88,9 @@ def export_policy(policy: Policy, output: str | Path, *, strength: Strength = 1.
                 f"{model.base_name}: its decoder cannot be lengthened by a branch as --format "
                 f"policy does ({error}); use --format merged."
             ) from error
-        _save(policy, exported, _policy_state(model), directory, beside=_branch_maps(model))
+        _save(policy, exported, _policy_state(model), directory)
 
-    return _checked(policy, output, strength, write, _reload_branched)
+    return _checked(policy, output, strength, write, _reload)
 
 
 def export_merged(policy: Policy, output: str | Path, *, strength: Strength = 1.0) -> Export:
@@ -193,10 +191,6 @@ def _policy_config(model: QAdapterModel, strength: Strength) -> QAdapterPolicyCo
     return QAdapterPolicyConfig(
         text_config=text,
         branch_layers=[adapter.depth for adapter in model.adapters],
-        branch_ranks=[
-            max(len(down) for down, _ in low_rank_maps(model, adapter).values())
-            for adapter in model.adapters
-        ],
         strength=list(strength) if isinstance(strength, tuple) else strength,
         alpha_0=q.alpha_0,
         alpha_tilde=q.alpha_tilde,
@@ -227,20 +221,6 @@ def _policy_state(model: QAdapterModel) -> dict[str, Tensor]:
     return state | {"lm_head.weight": cast(Tensor, model.head_weight).detach()}
 
 
-def _branch_maps(model: QAdapterModel) -> dict[str, Tensor]:
-    """Return the low-rank maps of each adapter, by the names that `BRANCHES` tells."""
-    decoder = model.base.get_decoder()
-    layers = decoder_layers(decoder, int(model.base.config.num_hidden_layers))
-    inside = next(n for n, m in model.base.named_modules() if m is layers) + "."
-    return {
-        f"{BRANCHES}{i}.{name.removeprefix(inside)}.{of}": tensor.contiguous()
-        for i, adapter in enumerate(model.adapters)
-        for name, both in low_rank_maps(model, adapter).items()
-        if name.startswith(inside)
-        for of, tensor in zip(("lora_A", "lora_B"), both, strict=True)
-    }
-
-
 def _write_merged(policy: Policy, directory: Path) -> None:
     base = policy.model.base
     with torch.device("meta"):
@@ -251,17 +231,9 @@ def _write_merged(policy: Policy, directory: Path) -> None:
 
 
 def _save(
-    policy: Policy,
-    model: PreTrainedModel,
-    state: dict[str, Tensor],
-    directory: Path,
-    *,
-    beside: Mapping[str, Tensor] | None = None,
+    policy: Policy, model: PreTrainedModel, state: dict[str, Tensor], directory: Path
 ) -> None:
-    """Write a model made on the meta device, with these weights, and all that is beside them.
-
-    `beside` are tensors that stand in its files and are not the model's own.
-    """
+    """Write a model made on the meta device, with these weights, and all that is beside them."""
     if _brings_code(policy.model.base):
         raise ModelError(
             f"{policy.model.base_name}: brings Python code of its own, which an export does not "
@@ -279,7 +251,7 @@ def _save(
     model.generation_config = copy.deepcopy(policy.model.generation_config)
     model.generation_config.eos_token_id = sorted(policy.end_ids)
     model.generation_config.pad_token_id = policy.tokenizer.pad_token_id
-    model.save_pretrained(directory, state_dict={**model.state_dict(), **(beside or {})})
+    model.save_pretrained(directory)
     policy.tokenizer.save_pretrained(directory)
 
 
@@ -320,37 +292,6 @@ def _checked(
                 f"nats, and rounding explains {allowed:.3g}; nothing was written, use {instead}."
             )
     return Export(Path(output), difference, allowed)
-
-
-@torch.no_grad()
-def _reload_branched(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Return what was written, once its low-rank maps are seen to be those of its merged layers.
-
-    Raises:
-        UserError: they are of another adapter.
-    """
-    model = _reload(directory, dtype)
-    config = model.config
-    layers = decoder_layers(cast(Any, model).model, config.text_config.num_hidden_layers)
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        tensors |= {n: t for n, t in load_file(file).items() if n.startswith(BRANCHES)}
-    starts = list(accumulate(config.branch_layers, initial=config.base_layers))
-    for name in [n for n in tensors if n.endswith(".lora_A")]:
-        _, branch, index, *path, _ = name.split(".")
-        of = int(branch), int(index)
-        place = starts[of[0]] + of[1] - config.base_layers + config.branch_layers[of[0]]
-        modules = [layers[i].get_submodule(".".join(path)) for i in (of[1], place)]
-        weights = [(m, cast(Tensor, m.weight).float()) for m in modules]
-        # A Conv1D holds its map the other way round.
-        base, merged = (w if isinstance(m, nn.Linear) else w.T for m, w in weights)
-        down, up = tensors[name].float(), tensors[name.removesuffix("A") + "B"].float()
-        # Each was rounded once: the maps, the base, and their sum.
-        allowed = base.abs() + merged.abs() + 2 * (up.abs() @ down.abs())
-        off = (base + up @ down - merged).abs() - 2 * torch.finfo(dtype).eps * allowed
-        if not bool((off <= 0).all()):
-            raise UserError(f"{name}: is not what the layer was merged with; nothing was written.")
-    return model
 
 
 @torch.no_grad()

@@ -40,21 +40,6 @@ def merged_state(model: QAdapterModel, adapter: Adapter) -> dict[str, Tensor]:
     }
 
 
-def low_rank_maps(model: QAdapterModel, adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return `A` `[r, in]` and `s·B` `[out, r]` beside each linear map that an adapter changes.
-
-    `merged_state` says whether they are all that there is of it. In the base's dtype.
-    """
-    alone = len(model.adapters) == 1
-    found = {}
-    for name, module in model.base.named_modules():
-        if isinstance(module, BaseTunerLayer) and (alone or adapter.key in module.lora_A):
-            down, up = (getattr(module, of)[adapter.key].weight for of in ("lora_A", "lora_B"))
-            both = down.detach(), module.scaling[adapter.key] * up.detach()
-            found[name] = cast(tuple[Tensor, Tensor], tuple(t.to(model.dtype) for t in both))
-    return found
-
-
 def _merged(name: str, layer: BaseTunerLayer, adapter: str, *, alone: bool) -> Tensor:
     from transformers.pytorch_utils import Conv1D
 

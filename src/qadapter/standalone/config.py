@@ -9,9 +9,6 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
 MODEL_TYPE = "qadapter"
-BRANCHES = "branches."
-"""Begins the names of the tensors `branches.ADAPTER.LAYER.MODULE.lora_A` and `lora_B`, the low-rank
-maps of which the branches' layers are the merged sums: for engines that keep them apart."""
 
 
 def _finite(value: Any) -> bool:
@@ -39,8 +36,6 @@ class QAdapterPolicyConfig(PreTrainedConfig):
     """The base's config, with the branches' layers counted in `num_hidden_layers`."""
     branch_layers: Any = None
     """`[K, …]`: how many of the last layers each adapter changes."""
-    branch_ranks: Any = None
-    """`[r, …]`: the largest rank of each adapter's low-rank maps, where the export has them."""
     base_layers: Any = None
     """L, the number of the base's own layers; of exports that do not say it, what is left over."""
     strength: Any = 1.0
@@ -104,16 +99,6 @@ class QAdapterPolicyConfig(PreTrainedConfig):
             raise ValueError(
                 f"branch_layers: {self.branch_layers!r} are more than the {most} of the base; "
                 "leave them as exported"
-            )
-        ranks = self.branch_ranks
-        if ranks is not None and not (
-            isinstance(ranks, list | tuple)
-            and len(ranks) == len(self.branch_layers)
-            and all(map(_count, ranks))
-        ):
-            raise ValueError(
-                f"branch_ranks: {ranks!r} is not one rank for each of {len(self.branch_layers)} "
-                "adapters; leave it as exported"
             )
         if self.parameterization not in ("residual", "raw"):
             raise ValueError(

@@ -7,10 +7,9 @@ enters the base's layer L − K, the other hands that to layer L and keeps what 
 
 from __future__ import annotations
 
-import re
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
@@ -18,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qadapter.decoder import decoder_layers, final_norm
 from qadapter.functional import mix, mixing_weights
-from qadapter.standalone.config import BRANCHES, QAdapterPolicyConfig
+from qadapter.standalone.config import QAdapterPolicyConfig
 
 
 class _Pass:
@@ -60,7 +59,6 @@ class QAdapterForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = QAdapterPolicyConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [rf"^{re.escape(BRANCHES)}"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
