@@ -252,10 +252,12 @@ def throughput(
 
 def against_generate(
     url: str, adapter: str, asked: Sequence[str], *, max_tokens: int
-) -> dict[str, Any]:
-    """Return tokens a second of 16 at once, and of `generate` one at a time, in turns.
+) -> list[dict[str, Any]]:
+    """Return tokens a second of 16 questions at once and of `generate` one at a time, in turns.
 
-    `generate` is asked of the policy and of the plain base, which transformers runs alone.
+    Each at strength 0, where the demo's answers are of all the tokens that they may have, and at 1,
+    where they are short and more of the time is prompts. The base is also asked alone, as
+    transformers runs it.
     """
     from qadapter.hub import load_base
     from qadapter.policy import Policy
@@ -263,18 +265,21 @@ def against_generate(
     policy = Policy.from_pretrained(adapter)
     base = load_base(policy.model.q_config.base_model, dtype=policy.model.dtype)
     policy.answer([asked[0]], max_new_tokens=2)
-    prompts = [[{"role": "user", "content": content}] for content in asked[:32]]
-    questions = [Question(content, 1.0, max_tokens) for content in asked[:32]]
+    asked = asked[:16]
 
-    def alone(model: Any) -> float:
-        """Return a model's tokens a second, one prompt after another."""
+    def alone(model: Any, **strength: float) -> float:
+        """Return a model's tokens a second, one question after another."""
         began, tokens = time.perf_counter(), 0
-        for prompt in prompts[:8]:
+        for content in asked:
             ids = policy.tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                return_dict=True,
+                return_tensors="pt",
             )
             out = model.generate(
                 **ids,
+                **strength,
                 max_new_tokens=max_tokens,
                 do_sample=False,
                 eos_token_id=sorted(policy.end_ids),
@@ -285,14 +290,22 @@ def against_generate(
 
     rows = []
     for _ in range(3):
-        row = {"generate": alone(policy.model), "base_generate": alone(base)}
-        began = time.perf_counter()
-        answers = asyncio.run(ask_all(url, questions, concurrent=16))
-        row["server_at_16"] = figures(answers, time.perf_counter() - began)["tokens_per_second"]
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-    ratios = [row["server_at_16"] / row["generate"] for row in rows]
-    return {"tokens_per_second": rows, "ratios": ratios, "ratio": sorted(ratios)[1]}
+        base_alone = alone(base)
+        for strength in (0.0, 1.0):
+            questions = [Question(content, strength, max_tokens) for content in asked]
+            began = time.perf_counter()
+            answers = asyncio.run(ask_all(url, questions, concurrent=16))
+            found = figures(answers, time.perf_counter() - began)["tokens_per_second"]
+            row = {
+                "strength": strength,
+                "tokens_an_answer": sum(answer.tokens for answer in answers) / len(answers),
+                "server_at_16": found,
+                "generate": alone(policy.model, strength=strength),
+                "base_generate": base_alone,
+            }
+            rows.append(row | {"ratio": found / row["generate"]})
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
 
 
 def mixed(url: str, pid: int, adapter: str, asked: Sequence[str], n: int) -> dict[str, Any]:
