@@ -103,15 +103,6 @@ def _checksum(part: Kept) -> int:
     return zlib.crc32(_bytes(part.base), zlib.crc32(_bytes(part.trunk))) | 1 << 32
 
 
-def check_limit(size: int, limit: int) -> None:
-    """Raise ConfigError if a cache of `size` bytes is more than all may take together."""
-    if size > limit:
-        raise ConfigError(
-            f"cache_trunk: these pairs need {size / 2**30:.1f} GiB on disk and "
-            f"cache_trunk_gib allows {limit / 2**30:.1f}; raise it, or set cache_trunk=false."
-        )
-
-
 class _Rows:
     """A file of rows of numbers, one row after another."""
 
@@ -162,8 +153,20 @@ class _Plan(NamedTuple):
 
 
 def _plan(
-    root: str | Path, key: Mapping[str, Any], pairs: Sequence[TokenizedPair], layout: Layout
+    root: str | Path,
+    key: Mapping[str, Any],
+    pairs: Sequence[TokenizedPair],
+    layout: Layout,
+    limit: int,
 ) -> _Plan:
+    """Return the plan; ConfigError if it is of more bytes than all caches may take together."""
+    # First by the lengths alone: what does not fit is not read.
+    size = layout.size(int(pair_lengths(pairs).sum()))
+    if size > limit:
+        raise ConfigError(
+            f"cache_trunk: these pairs need {size / 2**30:.1f} GiB on disk and "
+            f"cache_trunk_gib allows {limit / 2**30:.1f}; raise it, or set cache_trunk=false."
+        )
     lengths = {_pair_name(p): p.tokens for p in pairs}
     ends = torch.tensor(list(lengths.values())).cumsum(0).tolist()
     names = hashlib.sha256("".join(lengths).encode()).hexdigest()
@@ -248,8 +251,7 @@ def share_kept(
         ConfigError: there is none and `TrunkCache` would not find the room for it.
         UserError: nor could it be written.
     """
-    check_limit(layout.size(int(pair_lengths(pairs).sum())), limit)
-    plan = _plan(root, key, pairs, layout)
+    plan = _plan(root, key, pairs, layout, limit)
     if not plan.sound():
         _to_go(plan, limit)
         return 0.0
@@ -287,9 +289,7 @@ class TrunkCache:
         *,
         limit: int,
     ) -> None:
-        # First by the lengths alone: what does not fit is not read.
-        check_limit(layout.size(int(pair_lengths(pairs).sum())), limit)
-        plan = _plan(root, key, pairs, layout)
+        plan = _plan(root, key, pairs, layout, limit)
         self.directory, self._slots, self._ends = plan.directory, plan.slots, plan.ends
         self.scalars = layout.scalars
         self.size = sum(plan.sizes.values())

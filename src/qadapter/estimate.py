@@ -225,6 +225,7 @@ def _tried(
     trainer.train()
     peak = peak_memory()
     cached = trainer.cache is not None
+    share = kept if cached and kept else 0.0
     batch = trainer.data_collator(spread[len(spread) // 2])
     flops = [step_flops(trainer, dict(batch))]
     tokens, whole = _tokens(spread[len(spread) // 2]), int(rows.tokens.sum())
@@ -245,9 +246,9 @@ def _tried(
         response_tokens=sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs),
         epochs=config.epochs(len(rows)),
         batches=len(rows),
-        first=first.mixed(later, kept or 0.0) if cached else first,
+        first=first.mixed(later, share),
         later=later if cached else None,
         cache=trainer.layout.size(whole) if cached else 0,
-        kept=(kept or 0.0) if cached else 0.0,
+        kept=share,
         peak=peak,
     )
