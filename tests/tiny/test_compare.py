@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from models import tiny_adapter
 
 from qadapter import hub
@@ -436,11 +438,11 @@ def test_anchored_training_drifts_less(settings: dict[str, Any], tmp_path: Path)
 # ── a whole run ─────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_setting_with_least_kl_within_one_standard_error_is_chosen() -> None:
+def test_the_setting_with_least_kl_of_a_nat_within_one_standard_error_is_chosen() -> None:
     trials = [
-        {"state": "complete", "params": {"a": 1}, "accuracy": 0.80, "kl": 0.9},
-        {"state": "complete", "params": {"a": 2}, "accuracy": 0.77, "kl": 0.1},
-        {"state": "complete", "params": {"a": 3}, "accuracy": 0.60, "kl": 0.0},
+        {"state": "complete", "params": {"a": 1}, "accuracy": 0.80, "kl_of_one_nat": 0.9},
+        {"state": "complete", "params": {"a": 2}, "accuracy": 0.77, "kl_of_one_nat": 0.1},
+        {"state": "complete", "params": {"a": 3}, "accuracy": 0.60, "kl_of_one_nat": 0.0},
         {"state": "failed", "params": {"a": 4}},
     ]
 
@@ -453,6 +455,17 @@ def test_the_setting_with_least_kl_within_one_standard_error_is_chosen() -> None
     assert chosen(100, 1) == chosen(100, 10) == {"a": 2}
     assert chosen(1000, 1) == {"a": 1}
     assert run.one_standard_error(trials[3:]) is None
+
+
+@given(st.floats(1e-8, 1.0), st.floats(0.02, 10.0), st.floats(1.0, 3.0))
+def test_kl_of_one_nat_does_not_know_how_far_a_setting_is_turned_up(
+    kl: float, margin: float, turned: float
+) -> None:
+    found = run.kl_of_one_nat(kl, margin)
+    assert found == pytest.approx(kl / margin / margin)
+    assert run.kl_of_one_nat(kl * turned**2, margin * turned) == pytest.approx(found)
+    # What learned nothing, or the contrary, is dearer than whatever learned something.
+    assert run.kl_of_one_nat(kl, -margin) == run.kl_of_one_nat(kl, 0.0) > found
 
 
 def test_a_comparison_is_made_and_resumed_and_reported(

@@ -96,6 +96,8 @@ def method(
             "params": {"learning_rate": 1e-5 * 10**t},
             "accuracy": 0.6 + 0.01 * t,
             "kl": 0.01 * (t + 1),
+            "margin": 0.5,
+            "kl_of_one_nat": 0.04 * (t + 1),
             "state": "complete",
             "seconds": 61.0,
         }
@@ -403,6 +405,7 @@ def test_tuning_failures_robustness_and_origin_are_shown(page: Page) -> None:
     trials = [row for row in page.table("Method", "State") if row["Method"] == "SFT"]
     assert [row["State"] for row in trials] == ["complete"] * 3 + ["failed"]
     assert trials[1]["Settings"] == "learning_rate 0.0001"
+    assert [row["KL of one nat"] for row in trials] == ["0.0400", "0.0800", "0.120", "–"]
     assert (trials[1]["Accuracy"], trials[1]["KL"]) == ("61.0%", "0.0200")
     assert (trials[3]["Accuracy"], trials[3]["KL"]) == ("–", "–")
     assert page.table("Cell", "Error") == [{"Cell": "ppo/seed 1", "Error": "out of memory"}]

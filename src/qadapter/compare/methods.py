@@ -66,7 +66,7 @@ _OURS_SPACE: Space = {
     "epochs": _EPOCHS,
     "anchor_weight": _WEIGHT,
 }
-_OURS: Params = {"alpha": 0.5, "learning_rate": 2e-4, "epochs": 1, "anchor_weight": 30.0}
+_OURS: Params = {"alpha": 0.1, "learning_rate": 2e-4, "epochs": 1, "anchor_weight": 100.0}
 _OURS_FIXED: Params = {"beta": 0.1, "gamma": 1.0, "parameterization": "residual"}
 _BARE_SPACE: Space = {k: v for k, v in _OURS_SPACE.items() if k != "anchor_weight"}
 _BARE: Params = {k: v for k, v in _OURS.items() if k != "anchor_weight"}
@@ -99,7 +99,7 @@ METHODS: dict[str, Method] = {
         "train_sft",
         {},
         {**_SFT_SPACE, **_ANCHOR},
-        {**_SFT, "anchor_weight": 30.0},
+        {**_SFT, "anchor_weight": 100.0},
     ),
     "replay": Method(
         "Replay",
@@ -135,7 +135,7 @@ METHODS: dict[str, Method] = {
         "train_dpo",
         {"trunk": 0.0},
         {**_DPO_SPACE, **_ANCHOR},
-        {**_DPO, "anchor_weight": 30.0},
+        {**_DPO, "anchor_weight": 100.0},
     ),
     "rloo": Method(
         "RLOO",
@@ -159,7 +159,7 @@ METHODS: dict[str, Method] = {
         "Q-Adapter, γ = 0.97",
         "Ours with discount 0.97 and β = 1.",
         _OURS_SPACE,
-        {**_OURS, "alpha": 0.1},
+        _OURS,
         gamma=0.97,
         beta=1.0,
     ),

@@ -232,9 +232,9 @@ def _retrained(
 def _search(run: _Run, name: str, method: Method) -> dict[str, Any]:
     """Search the method's settings on the validation pairs, by Optuna's TPE.
 
-    Two aims, accuracy and little KL. Chosen is, of the settings whose accuracy is within one
-    standard error of the best, the one with the least KL: a search for accuracy alone would pick
-    among equals by noise, and so make any method's forgetting a matter of luck.
+    Two aims, accuracy and a low `kl_of_one_nat`. Chosen is, of the settings whose accuracy is
+    within one standard error of the best, the one with the least of it: a search for accuracy alone
+    would pick among equals by noise, and so make any method's forgetting a matter of luck.
     """
     if run.config.trials == 0:
         return {"sampler": None, "space": {}, "trials": [], "best": dict(method.defaults)}
@@ -252,8 +252,9 @@ def _search(run: _Run, name: str, method: Method) -> dict[str, Any]:
         params = {k: _rounded(v) for k, v in trial.params.items()}
         if found := _tried(run, name, params, _SEARCH_SEED, f"{name} trial {i}"):
             point = found["points"][0]
-            study.tell(trial, (point["accuracy"], point["kl"]))
             figures = {k: point[k] for k in ("accuracy", "accuracy_ci", "kl", "margin")}
+            figures["kl_of_one_nat"] = kl_of_one_nat(point["kl"], point["margin"])
+            study.tell(trial, (point["accuracy"], figures["kl_of_one_nat"]))
             trials.append(
                 {"params": params, "state": "complete", "seconds": found["seconds"], **figures}
             )
@@ -268,8 +269,19 @@ def _search(run: _Run, name: str, method: Method) -> dict[str, Any]:
     }
 
 
+def kl_of_one_nat(kl: float, margin: float) -> float:
+    """Return KL/margin², what a margin of one nat costs along the dial.
+
+    KL grows with the square of the adapter's weight where the margin grows with the weight, so the
+    size that a setting happens to be trained to does not matter to it; KL alone would choose the
+    most timid settings, and a method would be judged by how far they can be turned up. A margin
+    below a hundredth of a nat counts as that.
+    """
+    return kl / max(margin, 0.01) ** 2
+
+
 def one_standard_error(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Return the parameters with the least KL among those within one SE of the best accuracy.
+    """Return the settings with the least `kl_of_one_nat` within one SE of the best accuracy.
 
     The standard error is what the accuracy lies above its 95% interval's lower end, over 1.96.
     """
@@ -278,7 +290,8 @@ def one_standard_error(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any] | 
         return None
     best = max(done, key=lambda t: t["accuracy"])
     mark = best["accuracy"] - (best["accuracy"] - best["accuracy_ci"][0]) / 1.96
-    return dict(min((t for t in done if t["accuracy"] >= mark), key=lambda t: t["kl"])["params"])
+    good = (t for t in done if t["accuracy"] >= mark)
+    return dict(min(good, key=lambda t: t["kl_of_one_nat"])["params"])
 
 
 def _distribution(space: Range | Choice) -> Any:

@@ -193,11 +193,14 @@ def trials(results: Results) -> Table:
                     _settings(trial["params"]),
                     percent(trial["accuracy"]) if good else NONE,
                     number(trial["kl"]) if good else NONE,
+                    number(trial["margin"]) if good else NONE,
+                    number(trial["kl_of_one_nat"]) if good else NONE,
                     trial["state"],
                     f"{trial['seconds']:,.0f} s",
                 ]
             )
-    return Table(("Method", "Settings", "Accuracy", "KL", "State", "Took"), rows)
+    figures = ("Accuracy", "KL", "Margin", "KL of one nat")
+    return Table(("Method", "Settings", *figures, "State", "Took"), rows)
 
 
 def runs(results: Results) -> Table:
