@@ -18,8 +18,8 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 from tqdm import tqdm
 
-from qadapter import demo
 from qadapter.data import read_pairs, read_texts
+from qadapter.files import shipped
 from qadapter.policy import Policy
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -28,8 +28,8 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 def measure(directory: str, max_new_tokens: int) -> list[dict[str, float]]:
     """Return, for each strength, the words of an answer and the drift on general text."""
     policy = Policy.from_pretrained(directory)
-    prompts = [pair.prompt for pair in read_pairs(demo.shipped("demo.dev.jsonl"))]
-    texts = read_texts(demo.shipped("general.txt"))
+    prompts = [pair.prompt for pair in read_pairs(shipped("demo.dev.jsonl"))]
+    texts = read_texts(shipped("general.txt"))
     rows = []
     for strength in tqdm(STRENGTHS):
         answers = policy.answer(prompts, strength=strength, max_new_tokens=max_new_tokens)

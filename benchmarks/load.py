@@ -222,7 +222,7 @@ def served(adapter: str, *, log: Path) -> Iterator[tuple[str, int]]:
 
 def contents() -> list[str]:
     """Return the questions: those of the demo's held-out pairs."""
-    from qadapter.demo import shipped
+    from qadapter.files import shipped
 
     rows = [json.loads(line) for line in Path(shipped("demo.dev.jsonl")).read_text().splitlines()]
     return [row["prompt"][-1]["content"] for row in rows]

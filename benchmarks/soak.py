@@ -35,7 +35,7 @@ import psutil
 from load import Mixed, ask_all, contents, judge, mixed_questions, served
 
 from qadapter.checkpoints import checkpoints, step_of
-from qadapter.demo import shipped
+from qadapter.files import shipped
 from qadapter.policy import Policy
 
 STRENGTHS = (0.0, 0.5, 1.0, 2.0)

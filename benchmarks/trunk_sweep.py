@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from qadapter.config import QAdapterConfig
 from qadapter.data import prompt_key, read_pairs, read_texts
-from qadapter.demo import shipped
+from qadapter.files import shipped
 from qadapter.policy import Policy
 from qadapter.stats import bootstrap, by_group
 from qadapter.train import run_training

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ from transformers import pipeline
 from qadapter import hub
 from qadapter.config import QAdapterConfig
 from qadapter.data import read_pairs, read_texts
+from qadapter.files import shipped
 from qadapter.policy import Drift, Policy, Score
 from qadapter.train import TrainResult, run_training
 
@@ -24,11 +24,6 @@ PROMPTS = (
 )
 """Questions that are in neither shipped file."""
 STRENGTHS = (0.0, 0.5, 1.0)
-
-
-def shipped(name: str) -> str:
-    """Return the path of a file of `qadapter/data_files`: demo pairs and general text, our own."""
-    return str(files("qadapter") / "data_files" / name)
 
 
 def train_demo(directory: str | Path) -> TrainResult:

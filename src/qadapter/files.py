@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ def nearest(directory: str | Path) -> Path:
     while not place.exists() and place != place.parent:
         place = place.parent
     return place
+
+
+def shipped(name: str) -> str:
+    """Return the path of a file of `qadapter/data_files`: demo pairs and general text, our own."""
+    return str(files("qadapter") / "data_files" / name)
 
 
 def check_writable(directory: str | Path) -> None:

@@ -15,8 +15,8 @@ from qadapter import hub
 from qadapter.cli import main
 from qadapter.config import QConfig
 from qadapter.data import read_pairs, read_texts
-from qadapter.demo import shipped
 from qadapter.export import GGUF_NAME, export_gguf
+from qadapter.files import shipped
 from qadapter.model import QAdapterModel
 from qadapter.policy import Policy
 

@@ -19,8 +19,9 @@ from qadapter.cli import main
 from qadapter.compare import METHODS, CompareConfig, cells, fanout, measure, run
 from qadapter.compare import train as training
 from qadapter.compare.data import Splits, prompts_of, split, varied
-from qadapter.data import prompt_key, read_pairs, tokenize_pairs
-from qadapter.errors import DataError
+from qadapter.data import prompt_key, read_pairs, read_texts, tokenize_pairs
+from qadapter.errors import ConfigError, DataError
+from qadapter.files import shipped
 from qadapter.model import QAdapterModel
 from qadapter.policy import Policy
 from qadapter.report.results import Results
@@ -113,6 +114,23 @@ def test_a_file_is_read_with_its_full_section_and_the_environment(
     assert small.train == str(tmp_path / "train.jsonl")
     assert (small.trials, small.seeds, small.vary) == (1, (0,), ())
     assert (full.trials, full.seeds, full.vary) == (5, (0, 1), ("pairs=4",))
+
+
+@pytest.mark.parametrize("name", ["text", "prompts", "anchors"])
+def test_a_missing_file_is_told_before_anything_runs(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    path = yaml_file(tmp_path / "run.yaml", settings | {name: str(tmp_path / "none.txt")})
+    assert main(["compare", path]) == 2
+    said = capsys.readouterr().err
+    assert "none.txt" in said
+    assert "Traceback" not in said
+    assert not list(tmp_path.glob("out/cells/*"))
+
+
+def test_text_that_drift_is_measured_on_is_no_anchor(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="anchors: is `text` too"):
+        CompareConfig(**settings | {"anchors": settings["text"]})
 
 
 @pytest.mark.parametrize(
@@ -355,6 +373,7 @@ def task(settings: dict[str, Any], directory: Path, **params: Any) -> training.T
         common_trunk=0.5,
         pairs=Path(write_rows(directory / "pairs.jsonl", rows(8))),
         answers=Path(write_rows(directory / "answers.jsonl", answers)),
+        anchors=Path(shipped("anchors.txt")),
         output=directory / "adapter",
     )
 
@@ -430,8 +449,7 @@ def test_anchored_training_drifts_less(settings: dict[str, Any], tmp_path: Path)
         done = task(settings, directory, beta=0.1, anchor_weight=weight, epochs=3)
         training.train(done, "train_dpo")
         policy = Policy.from_pretrained(done.output)
-        texts = training.anchor_texts(done.answers, policy.tokenizer)  # type: ignore[arg-type]
-        drifts[weight] = policy.drift(texts).kl
+        drifts[weight] = policy.drift(read_texts(str(done.anchors))).kl
     assert drifts[100.0] < 0.7 * drifts[0.0]
 
 

@@ -23,6 +23,7 @@ def _demo(args: argparse.Namespace) -> None:
 
     from qadapter import demo
     from qadapter.estimate import peak_memory
+    from qadapter.files import shipped
     from qadapter.policy import Policy
 
     logging.disable_progress_bar()  # of weights loaded in a second; training keeps its own
@@ -58,7 +59,7 @@ def _demo(args: argparse.Namespace) -> None:
     figures.add_row("pairs a second", f"{result.metrics['train_samples_per_second']:.2f}")
     figures.add_row("peak memory", f"{peak_memory():.1f} GiB")
     console.print(figures)
-    held_out = demo.shipped("demo.dev.jsonl")
+    held_out = shipped("demo.dev.jsonl")
     console.print("Next:", style="bold")
     program = "qadapter" if shutil.which("qadapter") else sys.argv[0]
     for command in (

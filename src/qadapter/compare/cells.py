@@ -158,6 +158,20 @@ def _answers(work: _Work) -> dict[str, Any]:
     return {kind: len(prompts) for kind, prompts in asked.items()}
 
 
+def _anchors(work: _Work) -> dict[str, Any]:
+    """Write general text that the base samples."""
+    import torch
+
+    from qadapter import hub
+    from qadapter.anchors import free_texts
+
+    name = work.spec["model"]
+    base = hub.load_base(name, dtype=torch.float32, device=hub.pick_device())
+    texts = free_texts(base, hub.load_tokenizer(name), work.spec["count"])
+    write_jsonl(work.directory / "anchors.jsonl", [{"text": text} for text in texts])
+    return {"texts": len(texts)}
+
+
 def _train(work: _Work) -> dict[str, Any]:
     """Train one method into the cell's directory `adapter`."""
     from qadapter.compare.train import Task, train
@@ -169,6 +183,7 @@ def _train(work: _Work) -> dict[str, Any]:
         **{name: spec[name] for name in names},
         pairs=Path(work.file("train")),
         answers=Path(work.file("answers")) if "answers" in spec["files"] else None,
+        anchors=Path(work.file("anchors")) if "anchors" in spec["files"] else None,
         output=work.directory / "adapter",
     )
     start = time.perf_counter()
@@ -265,7 +280,7 @@ def _tasks(work: _Work, policy: Any) -> dict[str, Any]:
     return {"tasks": {score.task: dataclasses.asdict(score) for score in scores}}
 
 
-WORK = {"answers": _answers, "train": _train, "measure": _measure}
+WORK = {"answers": _answers, "anchors": _anchors, "train": _train, "measure": _measure}
 
 
 def work(directory: Path) -> None:

@@ -30,9 +30,11 @@ class CompareConfig:
     text: str
     """General text (.txt, or .jsonl with `text`) for KL to the base; no method sees it."""
     prompts: str
-    """General prompts; the base's own answers to them are Replay's data and the anchors."""
+    """General prompts; the base's own answers to them are Replay's data."""
     output: str
     """Directory of the report and of every run behind it."""
+    anchors: str | None = None
+    """General text on which methods with anchors are held to the base; default what it samples."""
     suite: str | None = None
     """Directory of the local capability suite (see `qadapter evaluate --suite local`)."""
     model: str = DEFAULT_BASE
@@ -89,6 +91,11 @@ class CompareConfig:
             named_judge(name)
         if self.reference not in self.methods:
             raise ConfigError(f"reference: {self.reference!r} must be among the methods; add it.")
+        if self.anchors and Path(self.anchors).resolve() == Path(self.text).resolve():
+            raise ConfigError(
+                "anchors: is `text` too, on which methods with anchors would look better than they "
+                "are; give another text."
+            )
         if 1.0 not in self.strengths or min(self.strengths) < 0:
             raise ConfigError("strengths: must not be negative, with 1 among them.")
         if not self.seeds:

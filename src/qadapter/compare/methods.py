@@ -67,7 +67,7 @@ _OURS_SPACE: Space = {
     "anchor_weight": _WEIGHT,
 }
 _OURS: Params = {"alpha": 0.1, "learning_rate": 2e-4, "epochs": 1, "anchor_weight": 100.0}
-_OURS_FIXED: Params = {"beta": 0.1, "gamma": 1.0, "parameterization": "residual"}
+_OURS_FIXED: Params = {"beta": 0.0, "gamma": 1.0, "parameterization": "residual"}
 _BARE_SPACE: Space = {k: v for k, v in _OURS_SPACE.items() if k != "anchor_weight"}
 _BARE: Params = {k: v for k, v in _OURS.items() if k != "anchor_weight"}
 _BARE_FIXED: Params = {**_OURS_FIXED, "anchor_weight": 0.0}
@@ -95,7 +95,7 @@ METHODS: dict[str, Method] = {
     "sft_kl": Method(
         "SFT, KL-anchored",
         "trl.SFTTrainer",
-        "SFT with KL to the base on the base's own answers to general prompts.",
+        "SFT with KL to the base on general text.",
         "train_sft",
         {},
         {**_SFT_SPACE, **_ANCHOR},
@@ -164,7 +164,7 @@ METHODS: dict[str, Method] = {
         beta=1.0,
     ),
     "qadapter_raw": _ours(
-        "Q-Adapter, raw", "Ours with Q̂ = z_θ.", _BARE_SPACE, _BARE, parameterization="raw"
+        "Q-Adapter, raw", "Ours with Q̂ = z_θ.", _BARE_SPACE, _BARE, parameterization="raw", beta=0.1
     ),
     "qadapter_authors": _ours(
         "Q-Adapter, authors' loss",
@@ -173,6 +173,7 @@ METHODS: dict[str, Method] = {
         {"learning_rate": 2e-4, "epochs": 1},
         parameterization="raw",
         objective="authors",
+        beta=0.1,
         alpha=1.0,
         alpha_0=0.01,
     ),

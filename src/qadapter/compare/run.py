@@ -29,12 +29,15 @@ from qadapter.compare.data import (
 )
 from qadapter.compare.fanout import Fanout, fanout
 from qadapter.compare.methods import METHODS, Choice, Method, Range
+from qadapter.data import read_prompts, read_texts
 from qadapter.errors import ConfigError
 from qadapter.files import check_writable, write_text
 from qadapter.stats import INTERVALS, share_interval
 
 _SEARCH_SEED = 0
 _SEARCH_TEXT_TOKENS = 4000
+_ANCHORS = 192
+"""Texts that the base writes for anchors."""
 _SHARED = ("model", "max_length", "answer_tokens")
 """Settings that every cell depends on."""
 _PACKAGES = ("qadapter", "torch", "transformers", "peft", "trl", "datasets", "lm_eval", "optuna")
@@ -129,12 +132,20 @@ def _compare(
 ) -> Path:
     root = Path(config.output).resolve()
     parts = split(config)
+    general = {"text": config.text, "prompts": config.prompts}
+    if config.anchors:
+        general["anchors"] = config.anchors
+    for name, path in general.items():
+        (read_prompts if name == "prompts" else read_texts)(path)  # before anything runs
     trained = [n for n in config.methods if METHODS[n].trainer]
+    # Methods with anchors that are told no text are held to what the base writes.
+    writes = not config.anchors and any("anchor_weight" in METHODS[n].space for n in trained)
     varied_methods = [n for n in (config.reference, "qadapter") if n in trained]
     variations = [_variation(text, parts.train, varied_methods) for text in config.vary]
     curves = [retrained(text) for text in config.retrain]
     total = (
         1
+        + int(writes)
         + 2 * sum(config.trials + len(config.seeds_of(name)) for name in trained)
         + int("base" in config.methods)
         + 2 * sum(len(config.seeds_of(n)) * len(values) for n, _, values in curves)
@@ -142,11 +153,11 @@ def _compare(
     )
     run = _Run(config, root, tell, total, ways)
     for name, pairs in vars(parts).items():
-        path = root / "data" / f"{name}.jsonl"
-        write_pairs(path, pairs)
-        run.add_file(name, path)
-    run.add_file("text", Path(config.text))
-    run.add_file("prompts", Path(config.prompts))
+        file = root / "data" / f"{name}.jsonl"
+        write_pairs(file, pairs)
+        run.add_file(name, file)
+    for name, path in general.items():
+        run.add_file(name, Path(path))
     names = ("prompts", "train", "test")
     answers = run.cell(
         "answers",
@@ -158,6 +169,11 @@ def _compare(
     if answers is None:
         raise ConfigError(f"the base cannot answer: {run.failures[-1]['error']}.")
     run.add_file("answers", Path(answers["directory"]) / "answers.jsonl")
+    if writes:
+        made = run.cell("anchors", "base", files={}, count=_ANCHORS)
+        if made is None:
+            raise ConfigError(f"the base cannot write anchors: {run.failures[-1]['error']}.")
+        run.add_file("anchors", Path(made["directory"]) / "anchors.jsonl")
     told = ways.map(lambda name: _method(run, name, METHODS[name]), config.methods)
     methods = dict(zip(config.methods, told, strict=True))
     rows = ways.map(
@@ -327,7 +343,9 @@ def _tried(
     method = METHODS[name]
     params = {**method.fixed, **params}
     files = {"train": train}
-    if params.get("anchor_weight") or "replay" in params:
+    if params.get("anchor_weight"):
+        files["anchors"] = "anchors"
+    if "replay" in params:
         files["answers"] = "answers"
     trained = run.cell(
         "train",

@@ -18,8 +18,15 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from qadapter import hub
 from qadapter.compare.data import prompts_of
 from qadapter.config import QAdapterConfig, QConfig
-from qadapter.data import Pair, TokenizedPair, read_pairs, tokenize_pairs, tokenize_prompt
-from qadapter.files import read_jsonl, write_jsonl
+from qadapter.data import (
+    Pair,
+    TokenizedPair,
+    read_pairs,
+    read_texts,
+    tokenize_pairs,
+    tokenize_prompt,
+)
+from qadapter.files import read_jsonl
 from qadapter.judge.verdicts import plain
 from qadapter.model import QAdapterModel, lora_config
 from qadapter.packing import pad_rows
@@ -47,7 +54,9 @@ class Task:
     pairs: Path
     """Training pairs."""
     answers: Path | None
-    """The base's own answers, `{"prompt", "answer", "kind"}` a line; for Replay and anchors."""
+    """The base's own answers, `{"prompt", "answer", "kind"}` a line; for Replay."""
+    anchors: Path | None
+    """General text; for methods with an `anchor_weight`."""
     output: Path
     """Directory to write the artefact to."""
 
@@ -60,28 +69,10 @@ class Task:
         return float(self.params.get("anchor_weight", 0.0))
 
 
-def _answers(task: Task) -> Path:
-    if task.answers is None:
-        raise ValueError("anchors and replay need the base's answers")
-    return task.answers
-
-
 def general_answers(path: Path, kind: str) -> list[tuple[Any, str]]:
     """Return prompts and the base's answers to them, of the `general` or the `training` prompts."""
     rows = [cast(dict[str, Any], row) for _, row in read_jsonl(str(path))]
     return [(row["prompt"], row["answer"]) for row in rows if row["kind"] == kind]
-
-
-def anchor_texts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the base's answers to general prompts as whole conversations, for anchors."""
-    texts = []
-    for prompt, answer in general_answers(path, "general"):
-        if isinstance(prompt, str):
-            texts.append(prompt + answer)
-        else:
-            messages = [*prompt, {"role": "assistant", "content": answer}]
-            texts.append(str(tokenizer.apply_chat_template(messages, tokenize=False)))
-    return texts
 
 
 # ── ours ────────────────────────────────────────────────────────────────────────────────────────
@@ -90,11 +81,6 @@ def anchor_texts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def train_qadapter(task: Task) -> None:
     """Train a Q-adapter by `run_training`."""
     p = task.params
-    anchors = None
-    if task.anchor_weight():
-        tokenizer = hub.load_tokenizer(task.model)
-        anchors = task.output / "anchors.jsonl"
-        write_jsonl(anchors, [{"text": t} for t in anchor_texts(_answers(task), tokenizer)])
     run_training(
         QAdapterConfig(
             data=str(task.pairs),
@@ -109,7 +95,7 @@ def train_qadapter(task: Task) -> None:
             lora_r=int(p.get("lora_r", 16)),
             lora_alpha=2 * int(p.get("lora_r", 16)),
             trunk=task.trunk(),
-            anchor_data=str(anchors) if anchors else None,
+            anchor_data=str(task.anchors) if task.anchor_weight() else None,
             anchor_weight=task.anchor_weight(),
             learning_rate=float(p["learning_rate"]),
             num_train_epochs=float(p["epochs"]),
@@ -230,7 +216,7 @@ def train_sft(task: Task) -> None:
 def _replayed(task: Task, base: _Base, kind: str) -> list[tuple[list[int], list[int]]]:
     end = cast(int, base.tokenizer.eos_token_id)
     rows = []
-    for prompt, answer in general_answers(_answers(task), kind):
+    for prompt, answer in general_answers(cast(Path, task.answers), kind):
         before = tokenize_prompt(prompt, base.tokenizer)
         after = cast(list[int], base.tokenizer(answer, add_special_tokens=False)["input_ids"])
         # An answer that ran into its length limit does not teach to end there.
@@ -277,7 +263,7 @@ def _anchored(trainer: Any, task: Task, base: _Base) -> Any:
     weight = task.anchor_weight()
     if not weight:
         return trainer
-    rows = anchor_rows(anchor_texts(_answers(task), base.tokenizer), base.tokenizer)
+    rows = anchor_rows(read_texts(str(task.anchors)), base.tokenizer)
     size = base.ours.per_device_train_batch_size
 
     class Anchored(trainer):  # type: ignore[misc,unused-ignore]
