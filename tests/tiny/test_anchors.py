@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
 from qadapter import hub
 from qadapter.anchors import free_texts
+from qadapter.cli import main
+from qadapter.data import read_texts
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +72,28 @@ def test_after_its_first_token_a_text_is_drawn_from_the_base_itself(
     assert abs(float(gap.mean())) < 4 * float(gap.std()) / math.sqrt(gap.numel())
     assert float(entropy.mean()) > 1
     assert max(Counter(drawn[:, 0].tolist()).values()) < len(drawn) / 10
+
+
+def test_the_command_writes_what_training_reads(
+    base: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "new" / "anchors.jsonl"
+    assert main(["anchors", str(file), "--model", base, "--count", "3", "--seed", "5"]) == 0
+    assert capsys.readouterr().out == f"3 texts of {base} in {file}\n"
+    model, tokenizer = hub.load_base(base, dtype=torch.float32), hub.load_tokenizer(base)
+    assert read_texts(str(file)) == free_texts(model, tokenizer, 3, seed=5)
+    words = ["--data", data, "--model", base, "--anchor_data", str(file), "--max_steps", "3"]
+    words += ["--max_length", "200"]
+    assert main(["train", *words, "--output", str(tmp_path / "out")]) == 0
+
+
+def test_the_command_tells_beforehand_that_it_cannot_write(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    where = tmp_path / "file" / "anchors.jsonl"
+    assert main(["anchors", str(where), "--model", base]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert main(["anchors", str(tmp_path / "a"), "--model", str(tmp_path / "none")]) == 2
+    assert "none" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()

@@ -22,7 +22,8 @@ Teach an aligned language model a new preference without losing what it knows.
 
   qadapter demo                                      all of it in ten minutes, on a CPU
   qadapter check prefs.jsonl                         look at the pairs before training
-  qadapter train --data prefs.jsonl --output DIR     learn a Q-adapter from them
+  qadapter anchors F                                 text of the base's own, to hold it to
+  qadapter train --data prefs.jsonl --anchor_data F --output DIR     learn a Q-adapter
   qadapter chat DIR --strength 0.7                   talk to it
   qadapter chat DIR DIR2 --strength 1.0,0.5          to two adapters of one base at once
   qadapter score DIR held_out.jsonl --json           how well it learned, how far it drifted
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="learn a Q-adapter from preference pairs", add_help=False)
     commands.add_parser("evaluate", help="run lm-eval's tasks on a policy", add_help=False)
     pairs.add_check(commands)
+    pairs.add_anchors(commands)
     policy.add_chat(commands)
     policy.add_generate(commands)
     serving.add_serve(commands)

@@ -1,11 +1,12 @@
-"""`qadapter check`: pairs before they are trained on."""
+"""`qadapter check` and `qadapter anchors`: what training reads, before it does."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from qadapter.cli.arguments import Commands, add_trust, count
+from qadapter.cli.arguments import Commands, add_device, add_trust, count, seed
 from qadapter.cli.terminal import printable
 from qadapter.errors import ConfigError, DataError
 
@@ -71,3 +72,39 @@ def _show(args: argparse.Namespace, tokenizer: Any, end_ids: frozenset[int]) -> 
         console.print(Text(prompt, style="dim"))
         console.print(Text("chosen   " + chosen, style="green"))
         console.print(Text("rejected " + rejected, style="red"))
+
+
+def add_anchors(commands: Commands) -> None:
+    """Add the parser of `qadapter anchors`."""
+    anchors = commands.add_parser(
+        "anchors", help="let the base write general text, for --anchor_data"
+    )
+    anchors.add_argument("output", help="JSON Lines file to write, a text a line")
+    anchors.add_argument("--model", help="the base; default the one that training takes")
+    anchors.add_argument("--count", type=count, default=192, help="how many texts")
+    anchors.add_argument("--seed", type=seed, default=0, help="of the sampling")
+    anchors.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    add_trust(anchors)
+    add_device(anchors)
+    anchors.set_defaults(run=_anchors)
+
+
+def _anchors(args: argparse.Namespace) -> None:
+    import torch
+
+    from qadapter import hub
+    from qadapter.anchors import free_texts
+    from qadapter.files import check_writable, write_jsonl
+
+    check_writable(Path(args.output).parent)
+    name, trust = args.model or hub.DEFAULT_BASE, args.trust_remote_code
+    base = hub.load_base(
+        name,
+        dtype=getattr(torch, args.dtype),
+        device=hub.pick_device(args.device),
+        trust_remote_code=trust,
+    )
+    tokenizer = hub.load_tokenizer(name, trust_remote_code=trust)
+    texts = free_texts(base, tokenizer, args.count, seed=args.seed)
+    write_jsonl(args.output, [{"text": text} for text in texts])
+    print(f"{len(texts)} texts of {printable(name)} in {printable(args.output)}")
