@@ -497,7 +497,8 @@ def test_a_comparison_is_made_and_resumed_and_reported(
     path = yaml_file(tmp_path / "run.yaml", settings | {"seeds": [0, 1], "judges": judges})
     assert main(["compare", path, "--vary", "flipped=0.5", "lora_r=2"]) == 0
     # dpo and qadapter: a search cell, which is also seed 0's, seed 1, and two variations.
-    assert Counter(in_process) == {"answers": 1, "train": 8, "measure": 1 + 2 * (1 + 2 + 2)}
+    wanted = {"answers": 1, "anchors": 1, "train": 8, "measure": 1 + 2 * (1 + 2 + 2)}
+    assert Counter(in_process) == wanted
     said = capsys.readouterr().out
     assert "train dpo seed 0" in said
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
@@ -509,7 +510,8 @@ def test_a_comparison_is_made_and_resumed_and_reported(
     assert point["accuracy"] == sum(point["correct"]) / 20
     assert point["ranking_accuracy"] == pytest.approx(sum(point["ranked"]) / 20)
     assert found["pair_prompts"] == [*range(8), *range(8), *range(4)]
-    assert found["data"]["test"] == {"path": settings["test"], "pairs": 20, "prompts": 8}
+    test = {"path": settings["test"], "pairs": 20, "prompts": 8, "within_max_length": 20}
+    assert found["data"]["test"] == test
     assert found["intervals"] == INTERVALS
     assert point["accuracy_ci"] == list(share_interval(point["correct"], found["pair_prompts"]))
     assert point["accuracy_ci"] != list(wilson_interval(sum(point["correct"]), 20))

@@ -17,6 +17,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from qadapter import hub
 from qadapter.compare.cells import Cell, CellFailed
 from qadapter.compare.config import CompareConfig, retrained
 from qadapter.compare.data import (
@@ -29,7 +30,7 @@ from qadapter.compare.data import (
 )
 from qadapter.compare.fanout import Fanout, fanout
 from qadapter.compare.methods import METHODS, Choice, Method, Range
-from qadapter.data import read_prompts, read_texts
+from qadapter.data import Pair, read_prompts, read_texts, tokenize_pairs
 from qadapter.errors import ConfigError
 from qadapter.files import check_writable, write_text
 from qadapter.stats import INTERVALS, share_interval
@@ -132,6 +133,7 @@ def _compare(
 ) -> Path:
     root = Path(config.output).resolve()
     parts = split(config)
+    fit = _within_max_length(config, parts)
     general = {"text": config.text, "prompts": config.prompts}
     if config.anchors:
         general["anchors"] = config.anchors
@@ -184,7 +186,7 @@ def _compare(
     told = ways.map(lambda curve: _retrained(run, curve[0], methods[curve[0]], *curve[1:]), curves)
     for (name, parameter, _), curve in zip(curves, told, strict=True):
         methods[f"{name}.{parameter}"] = curve
-    return _write(run, parts, methods, robustness, command)
+    return _write(run, parts, fit, methods, robustness, command)
 
 
 # ── one method ──────────────────────────────────────────────────────────────────────────────────
@@ -451,7 +453,12 @@ def _robust(
 
 
 def _write(
-    run: _Run, parts: Splits, methods: Mapping[str, Any], robustness: Sequence[Any], command: str
+    run: _Run,
+    parts: Splits,
+    fit: Mapping[str, int],
+    methods: Mapping[str, Any],
+    robustness: Sequence[Any],
+    command: str,
 ) -> Path:
     config = run.config
     runs = [found for method in methods.values() for found in method["runs"]]
@@ -469,6 +476,7 @@ def _write(
                 "path": config.test if name == "test" else config.train,
                 "pairs": len(pairs),
                 "prompts": len(prompts_of(pairs)),
+                "within_max_length": fit[name],
             }
             for name, pairs in vars(parts).items()
         }
@@ -484,6 +492,19 @@ def _write(
     path = run.root / "comparison.json"
     write_text(path, json.dumps(out, indent=1, allow_nan=False) + "\n")
     return path
+
+
+def _within_max_length(config: CompareConfig, parts: Splits) -> dict[str, int]:
+    """Return how many pairs of each part fit; every method leaves the others out."""
+    tokenizer = hub.load_tokenizer(config.model)
+    settings = hub.load_generation_config(config.model)
+    end_ids = hub.end_of_turn_ids(tokenizer, settings)
+
+    def kept(pairs: Sequence[Pair]) -> int:
+        most = config.max_length
+        return len(tokenize_pairs(pairs, tokenizer, end_ids=end_ids, max_length=most)[0])
+
+    return {name: kept(pairs) for name, pairs in vars(parts).items()}
 
 
 def _machine() -> dict[str, str]:
