@@ -175,8 +175,8 @@ class QAdapterConfig(TrainingArguments):
     quantize_base: str | None = field(
         default=None, metadata={"help": "Hold the base in 4bit (NF4) or 8bit, by bitsandbytes."}
     )
-    alpha_0: float = field(default=0.5, metadata={"help": "Weight of the base's log-probs (M2)."})
-    alpha_tilde: float = field(default=0.5, metadata={"help": "Temperature of the policy (M1)."})
+    alpha_0: float = field(default=0.1, metadata={"help": "Weight of the base's log-probs (M2)."})
+    alpha_tilde: float = field(default=0.1, metadata={"help": "Temperature of the policy (M1)."})
     gamma: float = field(default=1.0, metadata={"help": "Discount in (0, 1]."})
     beta: float = field(default=0.1, metadata={"help": "Weight of squared token rewards (M5)."})
     parameterization: str = field(
@@ -226,7 +226,7 @@ class QAdapterConfig(TrainingArguments):
     anchor_data: str | None = field(
         default=None, metadata={"help": "Texts on which the residual is pulled to zero."}
     )
-    anchor_weight: float = field(default=30.0, metadata={"help": "Weight of the anchors' KL."})
+    anchor_weight: float = field(default=100.0, metadata={"help": "Weight of the anchors' KL."})
     max_kl: float | None = field(
         default=None,
         metadata={"help": "Stop inside this KL of base and policy, nats a token of general text."},

@@ -28,7 +28,7 @@ def test_the_artefact_is_a_peft_directory_with_our_config(adapter: str, base: st
     config = json.loads((Path(adapter) / "qadapter_config.json").read_text())
     assert config["base_model"] == base
     assert len(config["base_hash"]) == len(config["tokenizer_hash"]) == 64
-    assert "alpha_tilde 0.5" in (Path(adapter) / "README.md").read_text()
+    assert "alpha_tilde 0.1" in (Path(adapter) / "README.md").read_text()
 
 
 def test_plain_peft_gives_the_policy_at_strength_one(adapter: str, base: str) -> None:
