@@ -2,54 +2,95 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_ROWS = 48
+from qadapter import hub
+from qadapter.errors import ModelError
+
+MAX_TOKENS = 112
+"""Most tokens of a text."""
 _LEAST_TOKENS = 32
+_ROWS = 48
 
 
 def free_texts(
-    base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    count: int,
-    *,
-    max_tokens: int = 112,
-    seed: int = 0,
-) -> list[str]:
-    """Return texts that the base samples at temperature 1, each from a random first token.
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, *, seed: int = 0
+) -> Iterator[str]:
+    """Yield texts that the base samples at temperature 1, each from a random first token.
 
     Data-free distillation samples its text so (LLM-QAT, arXiv:2305.17888): the first token spreads
     the texts over what the base knows, and the rest is drawn from the very distribution that
-    KL(π1 ‖ π) asks about. Special tokens are left out of the texts. The same seed gives the same
-    texts on the same machine.
+    KL(π1 ‖ π) asks about, whatever the base's own generation settings; only that no text ends
+    before 32 tokens. Special tokens are left out of the texts, so they may tokenise a little
+    otherwise than they were drawn. The same seed gives the same texts on the same machine.
 
     Args:
-        count: how many texts.
-        max_tokens: most tokens of each; the base may end one after 32.
+        count: how many texts, of at most `MAX_TOKENS` tokens.
+
+    Raises:
+        ModelError: the tokenizer has no ordinary tokens, or the base writes nothing else.
     """
-    special = set(tokenizer.all_special_ids)
-    ordinary = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
-    training = base.training
-    base.eval()
-    texts: list[str] = []
-    with torch.random.fork_rng():
+    start = cast(list[int], tokenizer("")["input_ids"])
+    ordinary = _ordinary(base, tokenizer)
+    device = base.device
+    with _sampling(base), torch.random.fork_rng([] if device.type == "cpu" else [device]):
         torch.manual_seed(seed)
-        while len(texts) < count:
-            first = ordinary[torch.randint(len(ordinary), (_ROWS, 1))].to(base.device)
-            rows = base.generate(
-                first,
-                attention_mask=torch.ones_like(first),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                repetition_penalty=1.0,
-                max_new_tokens=max_tokens - 1,
-                min_new_tokens=min(_LEAST_TOKENS, max_tokens) - 1,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            made = tokenizer.batch_decode(rows, skip_special_tokens=True)
-            texts += [text for text in made if text.strip()]
-    base.train(training)
-    return texts[:count]
+        left = count
+        while left:
+            first = ordinary[torch.randint(len(ordinary), (_ROWS, 1))]
+            rows = torch.cat([torch.tensor([start] * _ROWS, dtype=torch.long), first], dim=1)
+            made = _continued(base, rows.to(device), len(start))
+            texts = tokenizer.batch_decode(made, skip_special_tokens=True)
+            written = [text for text in texts if text.strip()][:left]
+            if not written:
+                raise ModelError(
+                    f"{base.config.name_or_path}: writes nothing by itself; anchor on a text file."
+                )
+            left -= len(written)
+            yield from written
+
+
+def _ordinary(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Return the ids of tokens that stand for text, `[N]` int64."""
+    rows = cast(Tensor, base.get_input_embeddings().weight).shape[0]
+    added = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    ids = sorted(i for i in tokenizer.get_vocab().values() if i < rows and i not in added)
+    if not ids:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: has no tokens but special ones; anchor on a text file."
+        )
+    return torch.tensor(ids)
+
+
+@contextmanager
+def _sampling(base: PreTrainedModel) -> Iterator[None]:
+    """Let a base sample from π1 itself, without settings of its own; then put all back."""
+    training, settings = base.training, base.generation_config
+    base.eval()
+    base.generation_config = hub.token_ids(settings)
+    try:
+        yield
+    finally:
+        base.generation_config = settings
+        base.train(training)
+
+
+def _continued(base: PreTrainedModel, rows: Tensor, start: int) -> Tensor:
+    """Return rows with what the base samples after them."""
+    ends = base.generation_config.eos_token_id
+    made = base.generate(
+        rows,
+        attention_mask=torch.ones_like(rows),
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=MAX_TOKENS - 1,
+        min_new_tokens=_LEAST_TOKENS - 1,
+        pad_token_id=ends[0] if isinstance(ends, list) else ends,
+    )
+    return cast(Tensor, made)[:, start:]

@@ -29,8 +29,8 @@ STRENGTHS = (0.0, 0.5, 1.0)
 def train_demo(directory: str | Path) -> TrainResult:
     """Train on the shipped pairs into `directory`.
 
-    The anchors, paragraphs beside those that `measure` reads, hold the rest in place, at less weight
-    than is usual: few pairs are to show in the answers.
+    The anchors, paragraphs beside those that `measure` reads, hold the rest in place, at less than
+    the usual weight: few pairs are to show in the answers.
     """
     return run_training(
         QAdapterConfig(

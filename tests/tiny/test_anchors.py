@@ -2,55 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from qadapter import hub
+from qadapter import anchors, hub
 from qadapter.anchors import free_texts
 from qadapter.cli import main
 from qadapter.data import read_texts
 
 
 @pytest.fixture(scope="module")
-def parts(base: str) -> tuple[object, object]:
+def parts(base: str) -> Any:
     return hub.load_base(base, dtype=torch.float32), hub.load_tokenizer(base)
 
 
-def test_the_texts_follow_from_the_seed_and_disturb_no_other_draw(parts: tuple) -> None:
-    model, tokenizer = parts
-    torch.manual_seed(7)
-    undisturbed = torch.rand(3)
-    torch.manual_seed(7)
-    texts = free_texts(model, tokenizer, 5, max_tokens=40)
-    assert torch.equal(torch.rand(3), undisturbed)
-    assert len(texts) == 5
-    assert all(text.strip() for text in texts)
-    assert texts == free_texts(model, tokenizer, 5, max_tokens=40)
-    assert texts != free_texts(model, tokenizer, 5, max_tokens=40, seed=1)
-    assert len(set(texts)) == 5
+def texts_of(parts: Any, count: int, **options: int) -> list[str]:
+    return list(free_texts(*parts, count, **options))
 
 
-def test_no_text_is_longer_than_asked_or_holds_special_tokens(parts: tuple) -> None:
-    model, tokenizer = parts
-    special = set(tokenizer.all_special_tokens)
-    for text in free_texts(model, tokenizer, 60, max_tokens=20):
-        assert not any(token in text for token in special)
-        # A byte that begins no character is told as U+FFFD: three.
-        assert len(tokenizer(text)["input_ids"]) <= 3 * 20
-
-
-def test_after_its_first_token_a_text_is_drawn_from_the_base_itself(
-    parts: tuple, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever the base's own generation config says: temperature, top-k or a penalty."""
-    model, tokenizer = parts
-    monkeypatch.setattr(model.generation_config, "temperature", 0.01)
-    monkeypatch.setattr(model.generation_config, "top_k", 1)
-    monkeypatch.setattr(model.generation_config, "top_p", 0.01)
+def kept_rows(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Return a list that gets whatever the model generates."""
     rows: list[torch.Tensor] = []
     generate = model.generate
 
@@ -59,7 +35,63 @@ def test_after_its_first_token_a_text_is_drawn_from_the_base_itself(
         return rows[-1]
 
     monkeypatch.setattr(model, "generate", kept)
-    free_texts(model, tokenizer, 400, max_tokens=12)
+    return rows
+
+
+def test_the_texts_follow_from_the_seed_and_disturb_no_other_draw(parts: Any) -> None:
+    torch.manual_seed(7)
+    undisturbed = torch.rand(3)
+    torch.manual_seed(7)
+    texts = texts_of(parts, 5)
+    assert torch.equal(torch.rand(3), undisturbed)
+    assert all(text.strip() for text in texts)
+    assert texts == texts_of(parts, 5)
+    assert texts[:3] == texts_of(parts, 3)
+    assert texts != texts_of(parts, 5, seed=1)
+    assert len(set(texts)) == 5
+    assert len(texts_of(parts, 100)) == 100
+
+
+def test_no_text_is_too_long_or_begins_with_or_holds_a_special_token(
+    parts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = parts
+    rows = kept_rows(model, monkeypatch)
+    texts = texts_of(parts, 60)
+    drawn = torch.cat(rows)
+    start = tokenizer("")["input_ids"]
+    assert drawn[:, : len(start)].tolist() == [start] * len(drawn)
+    body = drawn[:, len(start) :]
+    assert body.shape[1] <= anchors.MAX_TOKENS
+    assert not {*body[:, 0].tolist()} & {*tokenizer.all_special_ids}
+    ends = (body == tokenizer.eos_token_id).int()
+    assert not ends[:, :32].any()
+    assert not any(token in text for text in texts for token in tokenizer.all_special_tokens)
+
+
+def test_after_its_first_token_a_text_is_drawn_from_the_base_itself(
+    parts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the base's own generation settings say."""
+    model, _ = parts
+    settings = copy.deepcopy(model.generation_config)
+    settings.update(
+        temperature=0.01,
+        top_k=1,
+        top_p=0.01,
+        min_p=0.9,
+        num_beams=3,
+        num_return_sequences=2,
+        repetition_penalty=3.0,
+        stop_strings=["e"],
+        max_length=5,
+        return_dict_in_generate=True,
+    )
+    monkeypatch.setattr(model, "generation_config", settings)
+    monkeypatch.setattr(anchors, "MAX_TOKENS", 32)
+    rows = kept_rows(model, monkeypatch)
+    texts_of(parts, 400)
+    assert model.generation_config is settings
     drawn = torch.cat(rows)
     with torch.no_grad():
         logits = model(input_ids=drawn[:, :-1]).logits.float()
@@ -67,11 +99,17 @@ def test_after_its_first_token_a_text_is_drawn_from_the_base_itself(
         log_probs = logits.log_softmax(-1)
     entropy = -(log_probs.exp() * log_probs.clamp(min=-100)).sum(-1)
     surprise = -log_probs.gather(-1, drawn[:, 1:, None])[..., 0]
-    # E[−log p] under p is its entropy: at one temperature only.
-    gap = surprise - entropy
+    # E[−log p] under p is its entropy: at temperature 1 only.
+    gap = (surprise - entropy)[:, -31:]
     assert abs(float(gap.mean())) < 4 * float(gap.std()) / math.sqrt(gap.numel())
     assert float(entropy.mean()) > 1
-    assert max(Counter(drawn[:, 0].tolist()).values()) < len(drawn) / 10
+
+
+def test_a_tokenizer_larger_than_the_base_begins_no_text_with_what_it_lacks(base: str) -> None:
+    model, tokenizer = hub.load_base(base, dtype=torch.float32), hub.load_tokenizer(base)
+    tokenizer.add_tokens([f"<new {i}>" for i in range(2000)])
+    assert len(tokenizer) > model.get_input_embeddings().weight.shape[0]
+    assert len(texts_of((model, tokenizer), 50)) == 50
 
 
 def test_the_command_writes_what_training_reads(
@@ -79,21 +117,39 @@ def test_the_command_writes_what_training_reads(
 ) -> None:
     file = tmp_path / "new" / "anchors.jsonl"
     assert main(["anchors", str(file), "--model", base, "--count", "3", "--seed", "5"]) == 0
-    assert capsys.readouterr().out == f"3 texts of {base} in {file}\n"
+    assert f"3 texts of {base} in {file}\n" in capsys.readouterr().out
     model, tokenizer = hub.load_base(base, dtype=torch.float32), hub.load_tokenizer(base)
-    assert read_texts(str(file)) == free_texts(model, tokenizer, 3, seed=5)
+    assert read_texts(str(file)) == texts_of((model, tokenizer), 3, seed=5)
     words = ["--data", data, "--model", base, "--anchor_data", str(file), "--max_steps", "3"]
     words += ["--max_length", "200"]
     assert main(["train", *words, "--output", str(tmp_path / "out")]) == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("file/anchors.jsonl", "cannot be written"),
+        ("anchors.txt", "must end in .jsonl"),
+        ("pairs.jsonl", "is there already"),
+        ("folder.jsonl", "is there already"),
+    ],
+)
 def test_the_command_tells_beforehand_that_it_cannot_write(
-    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, said: str
 ) -> None:
     (tmp_path / "file").write_text("")
-    where = tmp_path / "file" / "anchors.jsonl"
-    assert main(["anchors", str(where), "--model", base]) == 2
-    assert "cannot be written" in capsys.readouterr().err
-    assert main(["anchors", str(tmp_path / "a"), "--model", str(tmp_path / "none")]) == 2
+    (tmp_path / "pairs.jsonl").write_text("mine")
+    (tmp_path / "folder.jsonl").mkdir()
+    # No such base: it is not even looked for.
+    assert main(["anchors", str(tmp_path / name), "--model", str(tmp_path / "none")]) == 2
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "pairs.jsonl").read_text() == "mine"
+
+
+def test_a_missing_base_is_told_and_nothing_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["anchors", str(tmp_path / "a.jsonl"), "--model", str(tmp_path / "none")]
+    assert main(words) == 2
     assert "none" in capsys.readouterr().err
-    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / "a.jsonl").exists()

@@ -91,11 +91,16 @@ def add_anchors(commands: Commands) -> None:
 
 def _anchors(args: argparse.Namespace) -> None:
     import torch
+    from rich.progress import track
 
     from qadapter import hub
     from qadapter.anchors import free_texts
     from qadapter.files import check_writable, write_jsonl
 
+    if Path(args.output).suffix != ".jsonl":
+        raise ConfigError(f"{args.output}: must end in .jsonl, as which it is read; name it so.")
+    if Path(args.output).exists():
+        raise ConfigError(f"{args.output}: is there already; name another file, or remove it.")
     check_writable(Path(args.output).parent)
     name, trust = args.model or hub.DEFAULT_BASE, args.trust_remote_code
     base = hub.load_base(
@@ -106,5 +111,6 @@ def _anchors(args: argparse.Namespace) -> None:
     )
     tokenizer = hub.load_tokenizer(name, trust_remote_code=trust)
     texts = free_texts(base, tokenizer, args.count, seed=args.seed)
-    write_jsonl(args.output, [{"text": text} for text in texts])
-    print(f"{len(texts)} texts of {printable(name)} in {printable(args.output)}")
+    rows = ({"text": text} for text in track(texts, "writing", total=args.count))
+    write_jsonl(args.output, rows)
+    print(f"{args.count} texts of {printable(name)} in {printable(args.output)}")

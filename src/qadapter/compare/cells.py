@@ -167,9 +167,9 @@ def _anchors(work: _Work) -> dict[str, Any]:
 
     name = work.spec["model"]
     base = hub.load_base(name, dtype=torch.float32, device=hub.pick_device())
-    texts = free_texts(base, hub.load_tokenizer(name), work.spec["count"])
-    write_jsonl(work.directory / "anchors.jsonl", [{"text": text} for text in texts])
-    return {"texts": len(texts)}
+    texts = free_texts(base, hub.load_tokenizer(name), work.spec["count"], seed=work.spec["seed"])
+    write_jsonl(work.directory / "anchors.jsonl", ({"text": text} for text in texts))
+    return {"texts": work.spec["count"]}
 
 
 def _train(work: _Work) -> dict[str, Any]:
@@ -194,6 +194,7 @@ def _train(work: _Work) -> dict[str, Any]:
 def _measure(work: _Work) -> dict[str, Any]:
     """Measure an adapter, or the base, on a split: a point for each strength."""
     from qadapter.compare import measure
+    from qadapter.compare.data import part_of
     from qadapter.data import read_pairs, read_texts, tokenize_pairs
 
     spec, policy = work.spec, work.policy()
@@ -205,7 +206,7 @@ def _measure(work: _Work) -> dict[str, Any]:
         max_length=spec["max_length"],
     )
     points = measure.preference(policy, pairs, strengths)
-    texts = read_texts(work.file("text"))
+    texts = part_of(read_texts(work.file("text")), spec["text_part"])
     drifts = measure.drift(policy, texts, strengths, max_tokens=spec["text_tokens"])
     for point, far, strength in zip(points, drifts, strengths, strict=True):
         point |= {**far, "dial": strength}

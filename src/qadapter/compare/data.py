@@ -100,6 +100,18 @@ def prompts_of(pairs: Iterable[Pair]) -> list[Text]:
     return list({prompt_key(p): p.prompt for p in pairs}.values())
 
 
+def part_of(texts: Sequence[str], part: str) -> list[str]:
+    """Return the half of the general text that settings are chosen on, or that is reported.
+
+    Raises:
+        DataError: there are fewer than two texts.
+    """
+    if len(texts) < 2:
+        raise DataError("text: holds one line, and half of it is to choose settings on; give more.")
+    half = len(texts) // 2
+    return list(texts[half:] if part == "search" else texts[:half])
+
+
 def varied(pairs: Sequence[Pair], name: str, value: float) -> list[Pair]:
     """Return training pairs with a share flipped or made irrelevant, or fewer of them.
 

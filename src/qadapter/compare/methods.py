@@ -66,8 +66,7 @@ _OURS_SPACE: Space = {
     "epochs": _EPOCHS,
     "anchor_weight": _WEIGHT,
 }
-_ANCHORED: Params = {"epochs": 2, "anchor_weight": 100.0}
-_OURS: Params = {"alpha": 0.1, "learning_rate": 2e-4, **_ANCHORED}
+_OURS: Params = {"alpha": 0.1, "learning_rate": 2e-4, "epochs": 1, "anchor_weight": 100.0}
 _OURS_FIXED: Params = {"beta": 0.0, "gamma": 1.0, "parameterization": "residual"}
 _BARE_SPACE: Space = {k: v for k, v in _OURS_SPACE.items() if k != "anchor_weight"}
 _BARE: Params = {k: v for k, v in _OURS.items() if k != "anchor_weight"}
@@ -100,7 +99,7 @@ METHODS: dict[str, Method] = {
         "train_sft",
         {},
         {**_SFT_SPACE, **_ANCHOR},
-        {**_SFT, **_ANCHORED},
+        {**_SFT, "anchor_weight": 100.0},
     ),
     "replay": Method(
         "Replay",
@@ -136,7 +135,7 @@ METHODS: dict[str, Method] = {
         "train_dpo",
         {"trunk": 0.0},
         {**_DPO_SPACE, **_ANCHOR},
-        {**_DPO, **_ANCHORED},
+        {**_DPO, "anchor_weight": 100.0},
     ),
     "rloo": Method(
         "RLOO",

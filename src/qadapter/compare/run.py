@@ -18,11 +18,13 @@ from threading import Lock
 from typing import Any
 
 from qadapter import hub
+from qadapter.anchors import MAX_TOKENS
 from qadapter.compare.cells import Cell, CellFailed
 from qadapter.compare.config import CompareConfig, retrained
 from qadapter.compare.data import (
     DATA_VARIATIONS,
     Splits,
+    part_of,
     prompts_of,
     split,
     varied,
@@ -37,6 +39,10 @@ from qadapter.stats import INTERVALS, share_interval
 
 _SEARCH_SEED = 0
 _SEARCH_TEXT_TOKENS = 4000
+_STARTUP = 4
+"""Trials before TPE has enough to go by: the defaults, then random ones."""
+_NOTHING_LEARNED = 1e6
+"""Nats a token for a nat of margin: more than anything that learned."""
 _ANCHORS = 192
 """Texts that the base writes for anchors."""
 _SHARED = ("model", "max_length", "answer_tokens")
@@ -139,9 +145,11 @@ def _compare(
         general["anchors"] = config.anchors
     for name, path in general.items():
         (read_prompts if name == "prompts" else read_texts)(path)  # before anything runs
+    part_of(read_texts(config.text), "report")
     trained = [n for n in config.methods if METHODS[n].trainer]
     # Methods with anchors that are told no text are held to what the base writes.
-    writes = not config.anchors and any("anchor_weight" in METHODS[n].space for n in trained)
+    anchored = any(_has(METHODS[n], "anchor_weight") for n in trained)
+    writes = anchored and not config.anchors
     varied_methods = [n for n in (config.reference, "qadapter") if n in trained]
     variations = [_variation(text, parts.train, varied_methods) for text in config.vary]
     curves = [retrained(text) for text in config.retrain]
@@ -172,7 +180,7 @@ def _compare(
         raise ConfigError(f"the base cannot answer: {run.failures[-1]['error']}.")
     run.add_file("answers", Path(answers["directory"]) / "answers.jsonl")
     if writes:
-        made = run.cell("anchors", "base", files={}, count=_ANCHORS)
+        made = run.cell("anchors", "base", files={}, count=_ANCHORS, seed=0, most=MAX_TOKENS)
         if made is None:
             raise ConfigError(f"the base cannot write anchors: {run.failures[-1]['error']}.")
         run.add_file("anchors", Path(made["directory"]) / "anchors.jsonl")
@@ -250,9 +258,10 @@ def _retrained(
 def _search(run: _Run, name: str, method: Method) -> dict[str, Any]:
     """Search the method's settings on the validation pairs, by Optuna's TPE.
 
-    Two aims, accuracy and a low `kl_of_one_nat`. Chosen is, of the settings whose accuracy is
-    within one standard error of the best, the one with the least of it: a search for accuracy alone
-    would pick among equals by noise, and so make any method's forgetting a matter of luck.
+    It begins with the method's defaults, each number of epochs in turn. Two aims, accuracy and a
+    low `kl_of_one_nat`. Chosen is, of the settings whose accuracy is within one standard error of
+    the best, the one with the least of it: a search for accuracy alone would pick among equals by
+    noise, and so make any method's forgetting a matter of luck.
     """
     if run.config.trials == 0:
         return {"sampler": None, "space": {}, "trials": [], "best": dict(method.defaults)}
@@ -261,9 +270,10 @@ def _search(run: _Run, name: str, method: Method) -> dict[str, Any]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         directions=["maximize", "minimize"],
-        sampler=optuna.samplers.TPESampler(seed=_SEARCH_SEED, n_startup_trials=4),
+        sampler=optuna.samplers.TPESampler(seed=_SEARCH_SEED, n_startup_trials=_STARTUP),
     )
-    study.enqueue_trial(dict(method.defaults))
+    for epochs in getattr(method.space.get("epochs"), "values", (None,)):
+        study.enqueue_trial({**method.defaults, **({"epochs": epochs} if epochs else {})})
     trials = []
     for i in range(run.config.trials):
         trial = study.ask({k: _distribution(v) for k, v in method.space.items()})
@@ -280,7 +290,7 @@ def _search(run: _Run, name: str, method: Method) -> dict[str, Any]:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             trials.append({"params": params, "state": "failed", "seconds": 0.0})
     return {
-        "sampler": "optuna TPESampler",
+        "sampler": f"optuna TPESampler, the first {_STARTUP} trials without it",
         "space": {k: str(v) for k, v in method.space.items()},
         "trials": trials,
         "best": one_standard_error(trials),
@@ -290,12 +300,12 @@ def _search(run: _Run, name: str, method: Method) -> dict[str, Any]:
 def kl_of_one_nat(kl: float, margin: float) -> float:
     """Return KL/margin², what a margin of one nat costs along the dial.
 
-    KL grows with the square of the adapter's weight where the margin grows with the weight, so the
-    size that a setting happens to be trained to does not matter to it; KL alone would choose the
-    most timid settings, and a method would be judged by how far they can be turned up. A margin
-    below a hundredth of a nat counts as that.
+    To second order KL grows with the square of the adapter's weight where the margin grows with the
+    weight, so the size that a setting happens to be trained to hardly matters to it. KL alone would
+    choose the most timid settings, and a method would be judged by how far those can be turned up.
+    What learned nothing, or the contrary, costs `_NOTHING_LEARNED`.
     """
-    return kl / max(margin, 0.01) ** 2
+    return min(kl / margin**2, _NOTHING_LEARNED) if margin > 0 else _NOTHING_LEARNED
 
 
 def one_standard_error(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -378,7 +388,10 @@ def _points(
 ) -> dict[str, Any] | None:
     config = run.config
     files = {"pairs": split, "text": "text"}
-    more: dict[str, Any] = {"text_tokens": config.text_tokens if long else _SEARCH_TEXT_TOKENS}
+    more: dict[str, Any] = {
+        "text_tokens": config.text_tokens if long else _SEARCH_TEXT_TOKENS,
+        "text_part": "search" if split == "validation" else "report",
+    }
     if whole:
         files |= {name: name for name in ("judge", "validation", "answers")}
         names = ("suite", "suite_limit", "answers", "judges")
