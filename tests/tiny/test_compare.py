@@ -18,9 +18,9 @@ from qadapter import hub
 from qadapter.cli import main
 from qadapter.compare import METHODS, CompareConfig, cells, fanout, measure, run
 from qadapter.compare import train as training
-from qadapter.compare.data import Splits, prompts_of, split, varied
+from qadapter.compare.data import Splits, part_of, prompts_of, split, varied
 from qadapter.data import prompt_key, read_pairs, read_texts, tokenize_pairs
-from qadapter.errors import ConfigError, DataError
+from qadapter.errors import DataError
 from qadapter.files import shipped
 from qadapter.model import QAdapterModel
 from qadapter.policy import Policy
@@ -128,9 +128,21 @@ def test_a_missing_file_is_told_before_anything_runs(
     assert not list(tmp_path.glob("out/cells/*"))
 
 
-def test_text_that_drift_is_measured_on_is_no_anchor(settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="anchors: is `text` too"):
-        CompareConfig(**settings | {"anchors": settings["text"]})
+def test_text_that_drift_is_measured_on_is_no_anchor(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "copy.txt").write_bytes(Path(settings["text"]).read_bytes())
+    path = yaml_file(tmp_path / "run.yaml", settings | {"anchors": str(tmp_path / "copy.txt")})
+    assert main(["compare", path]) == 2
+    assert "anchors: is `text` too" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/cells/*"))
+
+
+def test_settings_are_searched_on_other_text_than_is_reported() -> None:
+    lines = [f"line {i}" for i in range(7)]
+    assert part_of(lines, "report") + part_of(lines, "search") == lines
+    with pytest.raises(DataError, match="holds one line"):
+        part_of(lines[:1], "report")
 
 
 @pytest.mark.parametrize(
@@ -482,8 +494,14 @@ def test_kl_of_one_nat_does_not_know_how_far_a_setting_is_turned_up(
     found = run.kl_of_one_nat(kl, margin)
     assert found == pytest.approx(kl / margin / margin)
     assert run.kl_of_one_nat(kl * turned**2, margin * turned) == pytest.approx(found)
-    # What learned nothing, or the contrary, is dearer than whatever learned something.
-    assert run.kl_of_one_nat(kl, -margin) == run.kl_of_one_nat(kl, 0.0) > found
+
+
+@given(st.floats(0.0, 10.0), st.floats(0.0, 10.0), st.floats(-10.0, 0.0), st.floats(1e-3, 10.0))
+def test_what_learned_nothing_or_the_contrary_is_never_cheaper(
+    kl: float, other_kl: float, wrong: float, right: float
+) -> None:
+    assert run.kl_of_one_nat(kl, wrong) >= run.kl_of_one_nat(other_kl, right)
+    assert run.kl_of_one_nat(kl, wrong) > run.kl_of_one_nat(1.0, 0.01)
 
 
 def test_a_comparison_is_made_and_resumed_and_reported(

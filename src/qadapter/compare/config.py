@@ -91,11 +91,6 @@ class CompareConfig:
             named_judge(name)
         if self.reference not in self.methods:
             raise ConfigError(f"reference: {self.reference!r} must be among the methods; add it.")
-        if self.anchors and Path(self.anchors).resolve() == Path(self.text).resolve():
-            raise ConfigError(
-                "anchors: is `text` too, on which methods with anchors would look better than they "
-                "are; give another text."
-            )
         if 1.0 not in self.strengths or min(self.strengths) < 0:
             raise ConfigError("strengths: must not be negative, with 1 among them.")
         if not self.seeds:

@@ -37,8 +37,8 @@ Space = Mapping[str, Range | Choice]
 class Method:
     """One row of the report.
 
-    Each method's search has the same number of trials and begins at its library's defaults, or
-    ours; every parameter that the search leaves alone is in `fixed`.
+    Each method's search has the same number of trials and begins at `defaults`, its library's or
+    ours, with one rate for every LoRA; what the search leaves alone is in `fixed`.
     """
 
     label: str
@@ -147,10 +147,24 @@ METHODS: dict[str, Method] = {
         {"beta": Range(0.01, 0.3), "learning_rate": Range(2e-5, 5e-4)},
         {"beta": 0.05, "learning_rate": 1e-4},
     ),
-    "qadapter": _ours("Q-Adapter", "Ours: residual Q, shared trunk, anchors.", _OURS_SPACE, _OURS),
-    "qadapter_bare": _ours("Q-Adapter, no anchors", "Ours without anchors.", _BARE_SPACE, _BARE),
+    "qadapter": _ours(
+        "Q-Adapter",
+        "Ours: residual Q on the last layers, and anchors. γ = 1 and β = 0 make its loss DPO's.",
+        _OURS_SPACE,
+        _OURS,
+    ),
+    "qadapter_bare": _ours(
+        "Q-Adapter, no anchors",
+        "Ours without anchors: DPO's loss on the last layers.",
+        _BARE_SPACE,
+        _BARE,
+    ),
     "qadapter_all_layers": _ours(
-        "Q-Adapter, all layers", "Ours with adapters on all layers.", _OURS_SPACE, _OURS, trunk=0.0
+        "Q-Adapter, all layers",
+        "Ours on all layers: DPO's loss and anchors (METHOD I3).",
+        _OURS_SPACE,
+        _OURS,
+        trunk=0.0,
     ),
     "qadapter_half": _ours(
         "Q-Adapter, half the layers", "Ours on half of the layers.", _OURS_SPACE, _OURS, trunk=0.5

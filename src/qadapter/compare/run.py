@@ -34,7 +34,7 @@ from qadapter.compare.fanout import Fanout, fanout
 from qadapter.compare.methods import METHODS, Choice, Method, Range
 from qadapter.data import Pair, read_prompts, read_texts, tokenize_pairs
 from qadapter.errors import ConfigError
-from qadapter.files import check_writable, write_text
+from qadapter.files import check_writable, sha256, write_text
 from qadapter.stats import INTERVALS, share_interval
 
 _SEARCH_SEED = 0
@@ -146,6 +146,11 @@ def _compare(
     for name, path in general.items():
         (read_prompts if name == "prompts" else read_texts)(path)  # before anything runs
     part_of(read_texts(config.text), "report")
+    if config.anchors and sha256(config.anchors) == sha256(config.text):
+        raise ConfigError(
+            "anchors: is `text` too, where methods with anchors would look better than they are; "
+            "give another text."
+        )
     trained = [n for n in config.methods if METHODS[n].trainer]
     # Methods with anchors that are told no text are held to what the base writes.
     anchored = any(_has(METHODS[n], "anchor_weight") for n in trained)

@@ -23,9 +23,9 @@ from qadapter.data import (
     TokenizedPair,
     read_pairs,
     read_texts,
-    tokenize_pairs,
     tokenize_prompt,
 )
+from qadapter.data.tokens import kept_pairs
 from qadapter.files import read_jsonl
 from qadapter.judge.verdicts import plain
 from qadapter.model import QAdapterModel, lora_config
@@ -128,13 +128,14 @@ def _load(task: Task) -> _Base:
     dtype = torch.bfloat16 if ours.bf16 else torch.float32
     model = hub.load_base(task.model, dtype=dtype)
     tokenizer = hub.load_tokenizer(task.model)
-    raw = list(read_pairs(str(task.pairs)))
-    pairs, _ = tokenize_pairs(
-        raw,
+    kept = kept_pairs(
+        read_pairs(str(task.pairs)),
         tokenizer,
+        {},
         end_ids=hub.end_of_turn_ids(tokenizer, model.generation_config),
         max_length=task.max_length,
     )
+    raw, pairs = map(list, zip(*kept, strict=True))
     rank = int(task.params.get("lora_r", ours.lora_r))
     lora = lora_config(model, lora_r=rank, lora_alpha=2 * rank, trunk=task.trunk())
     return _Base(model, tokenizer, pairs, raw, lora, hub.weights_hash(model), ours)
