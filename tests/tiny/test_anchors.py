@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from qadapter import anchors, hub
 from qadapter.anchors import free_texts
@@ -103,6 +104,24 @@ def test_after_its_first_token_a_text_is_drawn_from_the_base_itself(
     gap = (surprise - entropy)[:, -31:]
     assert abs(float(gap.mean())) < 4 * float(gap.std()) / math.sqrt(gap.numel())
     assert float(entropy.mean()) > 1
+
+
+def test_a_text_begins_as_the_tokenizer_begins_one(
+    base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = hub.load_base(base, dtype=torch.float32), hub.load_tokenizer(base)
+    bos, token = tokenizer.bos_token_id, tokenizer.bos_token
+    assert tokenizer("")["input_ids"] == []
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{token} $A", special_tokens=[(token, bos)]
+    )
+    assert tokenizer("")["input_ids"] == [bos]
+    rows = kept_rows(model, monkeypatch)
+    texts_of((model, tokenizer), 5)
+    drawn = torch.cat(rows)
+    assert (drawn[:, 0] == bos).all()
+    assert not (drawn[:, 1] == bos).any()
+    assert drawn.shape[1] <= 1 + anchors.MAX_TOKENS
 
 
 def test_a_tokenizer_larger_than_the_base_begins_no_text_with_what_it_lacks(base: str) -> None:
