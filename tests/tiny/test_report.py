@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -555,6 +556,20 @@ def test_without_a_q_adapter_nothing_is_claimed(tmp_path: Path) -> None:
 def test_the_base_alone(tmp_path: Path) -> None:
     page = written(comparison(base=base()), tmp_path)
     assert [row["Method"] for row in page.table("Method", "Verdict")] == ["Base"]
+
+
+def test_without_the_base_its_place_is_a_dial_at_which_nothing_moves(tmp_path: Path) -> None:
+    made = copy.deepcopy(comparison(dpo=DPO, qadapter=BETTER))
+    for method in made["methods"].values():
+        for run in method["runs"]:
+            still = point(0.0, 0.5, 0.0, run["seed"], 0.0)
+            # As `qadapter compare` leaves all points but those of the own setting.
+            for name in ("tasks", "win_rates", "kl_generations", "greedy_changed"):
+                del still[name]
+            run["points"].insert(0, still)
+    page = written(made, tmp_path)
+    assert [row["Method"] for row in page.table("Method", "Verdict")] == ["DPO", "Q-Adapter"]
+    assert "No task was measured on it and on the base." in page.text
 
 
 def test_only_dials_of_all_seeds_count() -> None:

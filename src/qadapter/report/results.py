@@ -162,7 +162,8 @@ class Results:
         if "base" in self.methods:
             return self.methods["base"].own_points[0]
         points = (p for m in self.methods.values() for run in m.runs for p in run.values())
-        still = [point for point in points if point["kl"] < KL_FLOOR]
+        # Beside a method's own setting tasks are not measured.
+        still = [{"tasks": {}, **point} for point in points if point["kl"] < KL_FLOOR]
         return max(still, key=lambda point: len(point["tasks"]), default=None)
 
     def equal_learning(self, reference: Method) -> dict[str, EqualLearning]:
