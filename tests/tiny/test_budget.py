@@ -564,7 +564,7 @@ def test_rows_are_thinned_evenly(n: int, width: int, tokens: int) -> None:
         ("--max_drop 1 --drop_task odd.jsonl", "odd.jsonl: has neither 'choices' nor"),
         ("--max_drop 1 --drop_task F.txt", "F.txt is scored by word_perplexity, which is no share"),
         ("--max_drop 1 --drop_task no_such_task", "no_such_task"),
-        ("--max_drop 1 --drop_task piqa --alpha_0 0.1", "alpha_0 0.1 is not alpha_tilde 0.5"),
+        ("--max_drop 1 --drop_task piqa --alpha_0 0.2", "alpha_0 0.2 is not alpha_tilde 0.1"),
     ],
 )
 def test_settings_that_cannot_be_kept_are_told_in_a_sentence(

@@ -28,7 +28,7 @@ def test_the_artefact_is_a_peft_directory_with_our_config(adapter: str, base: st
     config = json.loads((Path(adapter) / "qadapter_config.json").read_text())
     assert config["base_model"] == base
     assert len(config["base_hash"]) == len(config["tokenizer_hash"]) == 64
-    assert "alpha_tilde 0.1" in (Path(adapter) / "README.md").read_text()
+    assert "alpha_tilde 0.5" in (Path(adapter) / "README.md").read_text()
 
 
 def test_plain_peft_gives_the_policy_at_strength_one(adapter: str, base: str) -> None:
@@ -221,7 +221,9 @@ def test_help_reads_and_debug_shows_the_traceback(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
-    assert "qadapter train --data prefs.jsonl --output DIR" in capsys.readouterr().out
+    assert (
+        "qadapter train --data prefs.jsonl --anchor_data F --output DIR" in capsys.readouterr().out
+    )
     with pytest.raises(DataError):
         main(["--debug", "check", "missing.jsonl"])
 

@@ -53,6 +53,7 @@ def test_early_stopping_goes_back_to_the_best_checkpoint(
     # What is learned from the pairs is wrong for the swapped ones, more so every epoch.
     watch = "--eval_strategy epoch --save_strategy epoch --load_best_model_at_end true"
     metric = "--metric_for_best_model rewards/margins --greater_is_better true"
+    watch += " --alpha_0 0.5 --alpha_tilde 0.5"
     options = (watch, metric, "--num_train_epochs 6 --early_stopping_patience 2 --eval_data")
     assert train(base, data, tmp_path / "out", *options, swapped(data, tmp_path)) == 0
     checkpoints = sorted((tmp_path / "out").glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
