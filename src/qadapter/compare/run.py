@@ -102,6 +102,17 @@ class _Run:
             self.done += 1
             self.fresh += fresh
 
+    def add_written(self, kind: str, **spec: Any) -> None:
+        """Let cells read what the base writes in a cell of that kind.
+
+        Raises:
+            ConfigError: it fails; nothing could go on.
+        """
+        made = self.cell(kind, "base", **spec)
+        if made is None:
+            raise ConfigError(f"the base cannot write {kind}: {self.failures[-1]['error']}.")
+        self.add_file(kind, Path(made["directory"]) / f"{kind}.jsonl")
+
     def add_file(self, name: str, path: Path) -> None:
         """Let cells read a file; those under the comparison's directory are told relative to it."""
         path = path.resolve()
@@ -141,16 +152,17 @@ def _compare(
     parts = split(config)
     fit = _within_max_length(config, parts)
     general = {"text": config.text, "prompts": config.prompts}
+    # Told before anything runs, and not hours later.
+    part_of(read_texts(config.text), "report")
+    read_prompts(config.prompts)
     if config.anchors:
         general["anchors"] = config.anchors
-    for name, path in general.items():
-        (read_prompts if name == "prompts" else read_texts)(path)  # before anything runs
-    part_of(read_texts(config.text), "report")
-    if config.anchors and sha256(config.anchors) == sha256(config.text):
-        raise ConfigError(
-            "anchors: is `text` too, where methods with anchors would look better than they are; "
-            "give another text."
-        )
+        read_texts(config.anchors)
+        if sha256(config.anchors) == sha256(config.text):
+            raise ConfigError(
+                "anchors: is `text` too, where methods with anchors would look better than they "
+                "are; give another text."
+            )
     trained = [n for n in config.methods if METHODS[n].trainer]
     # Methods with anchors that are told no text are held to what the base writes.
     anchored = any(_has(METHODS[n], "anchor_weight") for n in trained)
@@ -174,21 +186,14 @@ def _compare(
     for name, path in general.items():
         run.add_file(name, Path(path))
     names = ("prompts", "train", "test")
-    answers = run.cell(
+    run.add_written(
         "answers",
-        "base",
         files={name: name for name in names},
         replay_prompts=config.replay_prompts,
         answers=config.answers,
     )
-    if answers is None:
-        raise ConfigError(f"the base cannot answer: {run.failures[-1]['error']}.")
-    run.add_file("answers", Path(answers["directory"]) / "answers.jsonl")
     if writes:
-        made = run.cell("anchors", "base", files={}, count=_ANCHORS, seed=0, most=MAX_TOKENS)
-        if made is None:
-            raise ConfigError(f"the base cannot write anchors: {run.failures[-1]['error']}.")
-        run.add_file("anchors", Path(made["directory"]) / "anchors.jsonl")
+        run.add_written("anchors", files={}, count=_ANCHORS, seed=0, most=MAX_TOKENS)
     told = ways.map(lambda name: _method(run, name, METHODS[name]), config.methods)
     methods = dict(zip(config.methods, told, strict=True))
     rows = ways.map(

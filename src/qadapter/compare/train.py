@@ -18,13 +18,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from qadapter import hub
 from qadapter.compare.data import prompts_of
 from qadapter.config import QAdapterConfig, QConfig
-from qadapter.data import (
-    Pair,
-    TokenizedPair,
-    read_pairs,
-    read_texts,
-    tokenize_prompt,
-)
+from qadapter.data import Pair, TokenizedPair, read_pairs, read_texts, tokenize_prompt
 from qadapter.data.tokens import kept_pairs
 from qadapter.files import read_jsonl
 from qadapter.judge.verdicts import plain

@@ -192,9 +192,10 @@ def trials(results: Results) -> Table:
                     fields["label"],
                     _settings(trial["params"]),
                     percent(trial["accuracy"]) if good else NONE,
-                    number(trial["kl"]) if good else NONE,
-                    number(trial["margin"]) if good else NONE,
-                    number(trial["kl_of_one_nat"]) if good else NONE,
+                    *(
+                        number(trial[f]) if good else NONE
+                        for f in ("kl", "margin", "kl_of_one_nat")
+                    ),
                     trial["state"],
                     f"{trial['seconds']:,.0f} s",
                 ]
