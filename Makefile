@@ -4,7 +4,7 @@ STAMP := $(VENV)/.installed
 VLLM_VENV ?= .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: install demo test test-fleet chaos fuzz test-vllm check audit bench compare
+.PHONY: install demo test test-fleet test-gguf chaos fuzz test-vllm check audit bench compare
 
 install: $(STAMP)
 
@@ -49,6 +49,25 @@ test-fleet: $(QUANT)/.installed $(SPLIT)/.installed
 	PYTHONPATH=$(QUANT) $(BIN)/python -m pytest -q tests/tiny/test_quantised.py
 	PATH=$(SPLIT)/bin:$$PATH PYTHONPATH=$(SPLIT) TORCH_EXTENSIONS_DIR=$(SPLIT)/compiled \
 		$(BIN)/python -m pytest -q tests/tiny/test_deepspeed.py
+
+# llama.cpp's own converter, as the source of its Python binding carries it.
+LLAMA := $(abspath $(VENV))/llama.cpp
+$(LLAMA)/.installed: constraints.txt $(STAMP)
+	rm -rf $(LLAMA)
+	$(BIN)/python -m pip download --no-deps -c constraints.txt --no-binary llama-cpp-python \
+		--dest $(LLAMA) llama-cpp-python
+	tar -xzf $(LLAMA)/llama_cpp_python-*.tar.gz -C $(LLAMA) --strip-components=3 --wildcards \
+		'*/vendor/llama.cpp/convert_hf_to_gguf.py' '*/vendor/llama.cpp/conversion' \
+		'*/vendor/llama.cpp/gguf-py'
+	rm $(LLAMA)/llama_cpp_python-*.tar.gz
+	$(BIN)/python -m pip install --no-deps -c constraints.txt --target $(LLAMA)/lib sentencepiece
+	touch $@
+
+test-gguf: export HF_HUB_OFFLINE := 1
+test-gguf: export OMP_NUM_THREADS := 1
+test-gguf: $(LLAMA)/.installed
+	LLAMA_CPP=$(LLAMA) PYTHONPATH=$(LLAMA)/lib $(BIN)/python -m pytest -q \
+		tests/slow/test_real_model.py -k gguf
 
 # The whole fault suite; `make test` runs a few of each.
 chaos: export HF_HUB_OFFLINE := 1

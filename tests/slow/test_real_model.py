@@ -99,7 +99,7 @@ def test_training_and_tuning_keep_to_a_budget(
 
 @pytest.mark.skipif(
     "LLAMA_CPP" not in os.environ,
-    reason="llama.cpp's converter is not here; $LLAMA_CPP says where a checkout is",
+    reason="llama.cpp is not here, whose converter `make test-gguf` fetches",
 )
 def test_gguf_by_llama_cpps_own_converter(tmp_path: Path) -> None:
     base = hub.load_base(hub.DEFAULT_BASE, dtype=torch.float32)
