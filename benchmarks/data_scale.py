@@ -104,6 +104,7 @@ def measured(count: int, directory: Path, base: Path) -> dict[str, dict[str, flo
     command = [sys.executable, "-m", "qadapter.cli"]
     options = "--max_steps 20 --max_length 64 --tokens_per_batch 512 --dataloader_num_workers 2"
     quiet = "--bf16 false --use_cpu true --save_strategy no --disable_tqdm true --lora_r 4"
+    quiet += " --anchor_weight 0"
     out = str(directory / f"out{count}")
     both = {
         "check": f"check {data} --model {base} --max-length 64",

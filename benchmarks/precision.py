@@ -44,6 +44,7 @@ def run(pairs: int, held_out: int, **settings: Any) -> dict[str, Any]:
             logging_steps=1,
             save_strategy="no",
             disable_tqdm=True,
+            anchor_weight=0,
             **settings,
         )
         trainer = prepare(config).trainer(config)

@@ -28,7 +28,7 @@ STEPS = 4
 SETTINGS = (
     "--max_length 128 --truncate true --learning_rate 2e-3 --warmup_steps 0 --max_pairs 8 "
     "--trunk 0.9 --lora_r 4 --bf16 false --logging_steps 1 --disable_tqdm true --seed 3 "
-    f"--save_steps {STEPS // 2} --cache_trunk false --max_steps {STEPS}"
+    f"--save_steps {STEPS // 2} --cache_trunk false --max_steps {STEPS} --anchor_weight 0"
 )
 
 

@@ -149,6 +149,7 @@ def our_config(
         disable_tqdm=True,
         seed=seed,
         cache_trunk=False if two_pass else None,
+        anchor_weight=0,  # which the others have not
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -11,8 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter import hub
+from qadapter.data import read_texts
 from qadapter.errors import ModelError
+from qadapter.files import cache_dir, write_jsonl
 
+_log = logging.getLogger(__name__)
+
+COUNT = 192
+"""Texts where no other number is asked for."""
 MAX_TOKENS = 112
 """Most tokens of a text."""
 _LEAST_TOKENS = 32
@@ -54,6 +63,28 @@ def free_texts(
                 )
             left -= len(written)
             yield from written
+
+
+def own_texts(
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, base_hash: str
+) -> list[str]:
+    """Return `COUNT` texts of a base's own, written once and then kept in the user cache.
+
+    Args:
+        base_hash: of its weights (`hub.weights_hash`).
+
+    Raises:
+        ModelError: as `free_texts`.
+        UserError: the cache cannot be written or read.
+    """
+    about = [base_hash, hub.quantization_of(base), str(base.dtype), hub.tokenizer_hash(tokenizer)]
+    about += [str(number) for number in (COUNT, MAX_TOKENS, _LEAST_TOKENS)]
+    name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    path = cache_dir() / "anchors" / f"{name}.jsonl"
+    if not path.is_file():
+        _log.info("the base writes %d texts to be held to, once; they are kept in %s", COUNT, path)
+        write_jsonl(path, ({"text": text} for text in free_texts(base, tokenizer, COUNT)))
+    return read_texts(str(path))
 
 
 def _ordinary(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:

@@ -224,9 +224,15 @@ class QAdapterConfig(TrainingArguments):
         default=False, metadata={"help": "Cut long responses (non-terminal) instead of dropping."}
     )
     anchor_data: str | None = field(
-        default=None, metadata={"help": "Texts on which the residual is pulled to zero."}
+        default=None,
+        metadata={
+            "help": "General text on which the policy is held to its base; default texts that the "
+            "base writes by itself."
+        },
     )
-    anchor_weight: float = field(default=100.0, metadata={"help": "Weight of the anchors' KL."})
+    anchor_weight: float = field(
+        default=100.0, metadata={"help": "Weight of the anchors' KL; 0 trains without them."}
+    )
     max_kl: float | None = field(
         default=None,
         metadata={"help": "Stop inside this KL of base and policy, nats a token of general text."},
@@ -234,7 +240,7 @@ class QAdapterConfig(TrainingArguments):
     budget_text: str | None = field(
         default=None,
         metadata={
-            "help": "General text that max_kl is measured on; default a part of anchor_data that "
+            "help": "General text that max_kl is measured on; default a part of the anchors that "
             "is then not trained on."
         },
     )
@@ -340,11 +346,6 @@ class QAdapterConfig(TrainingArguments):
             raise ConfigError(f"max_kl: {self.max_kl} must be above 0 and finite.")
         if self.max_drop is not None and not 0 <= self.max_drop < math.inf:
             raise ConfigError(f"max_drop: {self.max_drop} must be from 0 and finite.")
-        if self.max_kl is not None and not (self.budget_text or self.anchor_data):
-            raise ConfigError(
-                "max_kl: there is no general text to measure it on; add --budget_text F, or "
-                "--anchor_data F, a part of which is then held out."
-            )
         if self.budget_text and self.max_kl is None:
             raise ConfigError("budget_text: nothing is measured on it; add --max_kl 0.05.")
         if self.budget_text and self.anchor_data and _same(self.budget_text, self.anchor_data):
@@ -384,6 +385,22 @@ class QAdapterConfig(TrainingArguments):
     def wants_trunk_cache(self, batches: int) -> bool:
         """Return whether a trunk cache is asked for, or pays: the second epoch reads it."""
         return self.epochs(batches) > 1 if self.cache_trunk is None else self.cache_trunk
+
+    @property
+    def anchored(self) -> bool:
+        """Whether the policy is held to its base on general text.
+
+        Unasked only where the untrained policy is the base (METHOD M2): anchors would pull another
+        α0/α̃, or raw logits, away from what was asked for.
+        """
+        untrained = self.parameterization == "residual" and self.alpha_0 == self.alpha_tilde
+        return self.anchor_weight > 0 and (self.anchor_data is not None or untrained)
+
+    @property
+    def needs_own_text(self) -> bool:
+        """Whether the base writes general text: for anchors, or for max_kl to be measured on."""
+        measured = self.max_kl is not None and self.budget_text is None
+        return self.anchor_data is None and (self.anchored or measured)
 
     def q_config(self, **identity: str) -> QConfig:
         """Return the artefact's part of this run; `identity` fills base and tokenizer fields."""

@@ -124,6 +124,12 @@ def check(config: QAdapterConfig) -> str:
         _check_fsdp(config)
     if name in ("zero2", "zero3"):
         _check_deepspeed(config)
+    if name in ("fsdp2", "zero3") and config.needs_own_text:
+        raise ConfigError(
+            f"anchor_data: a base that {name} splits does not write general text to be held to; "
+            "let `qadapter anchors F.jsonl` write it and add --anchor_data F.jsonl, or train "
+            "without by --anchor_weight 0."
+        )
     return name
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +15,7 @@ import torch
 from transformers import set_seed
 
 from qadapter import alarms, engines, files, hub, ranks
+from qadapter.anchors import own_texts
 from qadapter.budget import Budget, DropMeter, KLMeter, Meter, hold_out
 from qadapter.checkpoints import newest_sound
 from qadapter.config import QAdapterConfig
@@ -26,6 +27,9 @@ from qadapter.policy import Policy
 from qadapter.trainer import QAdapterTrainer, anchor_rows
 
 _log = logging.getLogger(__name__)
+
+OWN = "the base's own texts"
+"""What anchors are told to come from where no file is named."""
 
 
 def _tell(alarm: str | None) -> None:
@@ -135,7 +139,7 @@ def prepare(config: QAdapterConfig) -> Prepared:
     if config.eval_data:
         eval_set = held_out = table(config.eval_data)[0]
         _tell(alarms.shared_prompts(train_set.prompts, held_out.prompts, held_out.source))
-    anchor_texts, meters = _budgeted(config)
+    named = {path: read_texts(path) for path in (config.anchor_data, config.budget_text) if path}
     # The base comes after the data: a bad row is told in a second, not in a minute.
     base = hub.load_base(
         config.model,
@@ -148,10 +152,17 @@ def prepare(config: QAdapterConfig) -> Prepared:
         raise ConfigError(
             f"max_length: {config.max_length} exceeds the model's context of {context}; lower it."
         )
-    anchors = anchor_rows(anchor_texts, tokenizer) if anchor_texts else []
+    base_hash = hub.weights_hash(base)
+    if config.needs_own_text:
+        if not config.quantize_base:  # which lies there already
+            base.to(cast(Any, config.device))
+        with ranks.first_alone():
+            named[OWN] = own_texts(base, tokenizer, base_hash=base_hash)
+    anchor_texts, meters = _budgeted(config, named)
+    anchors = anchor_rows(anchor_texts, tokenizer) if config.anchored else []
     q_config = config.q_config(
         base_model=hub.portable_name(config.model),
-        base_hash=hub.weights_hash(base),
+        base_hash=base_hash,
         base_quantization=hub.quantization_of(base),
         tokenizer_hash=tokenizer_hash,
     )
@@ -175,17 +186,20 @@ def prepare(config: QAdapterConfig) -> Prepared:
     )
 
 
-def _budgeted(config: QAdapterConfig) -> tuple[list[str], list[Meter]]:
+def _budgeted(
+    config: QAdapterConfig, named: Mapping[str, list[str]]
+) -> tuple[list[str], list[Meter]]:
     """Return the texts to anchor on, and what reads the budgets, on none of those texts."""
-    anchors = read_texts(config.anchor_data) if config.anchor_data else []
+    source = config.anchor_data or OWN
+    anchors = named.get(source, [])
     meters: list[Meter] = []
     if config.max_kl is not None:
         if config.budget_text:
-            general, source = read_texts(config.budget_text), config.budget_text
+            general, told = named[config.budget_text], config.budget_text
         else:
             anchors, general = hold_out(anchors)
-            source = f"{len(general)} texts held out of {config.anchor_data}"
-        meters.append(KLMeter(config.max_kl, general, source))
+            told = f"{len(general)} texts held out of {source}"
+        meters.append(KLMeter(config.max_kl, general, told))
     if config.max_drop is not None and config.drop_task is not None:
         meters.append(DropMeter(config.max_drop, config.drop_task, config.drop_limit))
     return anchors, meters
@@ -290,13 +304,16 @@ def model_card(config: QAdapterConfig, result: TrainResult) -> str:
     figures = "\n".join(f"| {k} | {v:.4g} |" for k, v in sorted(result.metrics.items()))
     drops = ", ".join(f"{len(v)} {k}" for k, v in result.dropped.items()) or "none"
     budget = f"\n\nForgetting budget: {result.budget}." if result.budget else ""
+    source = f"`{config.anchor_data}`" if config.anchor_data else OWN
+    anchors = f"{config.anchor_weight:g} on {source}" if config.anchored else "none"
     head = f"---\nlibrary_name: peft\nbase_model: {config.model}\ntags: [qadapter, lora]\n---\n"
     return (
         f"{head}\n# Q-adapter on {config.model}\n\n"
         f"Trained by `qadapter train` on {result.pairs} preference pairs from `{config.data}` "
         f"(dropped: {drops}), seed {config.seed}.\n\n"
         f"alpha_0 {config.alpha_0}, alpha_tilde {config.alpha_tilde}, gamma {config.gamma}, "
-        f"beta {config.beta}, {config.parameterization}; {result.trainable:,} trained parameters."
+        f"beta {config.beta}, {config.parameterization}; anchors {anchors}; "
+        f"{result.trainable:,} trained parameters."
         f"{budget}\n\n| figure | value |\n|---|---|\n{figures}\n\n"
         f"Use it: `qadapter chat {config.output_dir}`.\n"
     )

@@ -27,7 +27,7 @@ TARGETS = re.findall(r"(?:^    |`)make (\w+)", README, flags=re.MULTILINE)
 
 def test_the_commands_are_found() -> None:
     verbs = {shlex.split(command)[1] for command in COMMANDS}
-    trained = {"check", "anchors", "train", "chat", "generate", "score", "explain"}
+    trained = {"check", "train", "chat", "generate", "score", "explain"}
     assert verbs == {*trained, "tune", "evaluate", "export", "serve", "play"}
     assert set(TARGETS) == {"install", "demo", "check", "test"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from qadapter import anchors, hub
-from qadapter.anchors import free_texts
+from qadapter import anchors, engines, hub
+from qadapter.anchors import COUNT, free_texts
 from qadapter.cli import main
+from qadapter.config import QAdapterConfig
 from qadapter.data import read_texts
+from qadapter.errors import ConfigError, UserError
+from qadapter.train import Prepared, prepare
+from qadapter.trainer import anchor_rows
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +177,146 @@ def test_a_missing_base_is_told_and_nothing_written(
     assert main(words) == 2
     assert "none" in capsys.readouterr().err
     assert not (tmp_path / "a.jsonl").exists()
+
+
+# ── unasked ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user cache without texts."""
+    monkeypatch.setenv("QADAPTER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def run_for(base: str, data: str, tmp_path: Path, **fields: Any) -> Prepared:
+    fixed: dict[str, Any] = {"max_length": 200, "bf16": False, "trunk": 0.5}
+    config = QAdapterConfig(
+        data=data, model=base, output_dir=str(tmp_path / "out"), **{**fixed, **fields}
+    )
+    return prepare(config)
+
+
+def test_training_anchors_on_the_bases_own_texts_and_writes_them_once(
+    base: str,
+    data: str,
+    parts: Any,
+    own_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(3)
+    run = run_for(base, data, tmp_path)
+    assert run.anchors == anchor_rows(texts_of(parts, COUNT), parts[1])
+    without = run_for(base, data, tmp_path, anchor_weight=0)
+    assert without.anchors == []
+    fresh, plain = run.model.adapter_state(), without.model.adapter_state()
+    assert all(torch.equal(fresh[name], tensor) for name, tensor in plain.items())
+
+    def again(*_: object, **__: object) -> None:
+        raise AssertionError("written twice")
+
+    monkeypatch.setattr(anchors, "free_texts", again)
+    assert run_for(base, data, tmp_path).anchors == run.anchors
+    assert len(list((own_cache / "anchors").iterdir())) == 1
+
+
+def test_another_base_has_texts_of_its_own(
+    base: str, data: str, own_cache: Path, tmp_path: Path
+) -> None:
+    model, tokenizer = hub.load_base(base, dtype=torch.float32), hub.load_tokenizer(base)
+    model.get_input_embeddings().weight.data.mul_(1.5)
+    model.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    one = run_for(base, data, tmp_path)
+    other = run_for(str(tmp_path / "other"), data, tmp_path)
+    assert one.anchors != other.anchors
+    assert len(list((own_cache / "anchors").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"anchor_weight": 0},
+        {"alpha_0": 0.2, "alpha_tilde": 0.5},
+        {"parameterization": "raw"},
+        {"max_kl": 0.1, "budget_text": "TEXT", "anchor_weight": 0},
+    ],
+)
+def test_where_the_untrained_policy_is_not_the_base_there_are_none_unasked(
+    base: str, data: str, own_cache: Path, tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    (tmp_path / "general.txt").write_text("a line of text\nand another\n")
+    text = str(tmp_path / "general.txt")
+    fields = {name: text if value == "TEXT" else value for name, value in fields.items()}
+    assert run_for(base, data, tmp_path, **fields).anchors == []
+    assert not (own_cache / "anchors").exists()
+
+
+def test_anchors_that_are_asked_for_are_there_for_any_policy(
+    base: str, data: str, own_cache: Path, tmp_path: Path, parts: Any
+) -> None:
+    (tmp_path / "general.txt").write_text("a line of text\n")
+    text = str(tmp_path / "general.txt")
+    run = run_for(base, data, tmp_path, anchor_data=text, parameterization="raw")
+    assert run.anchors == [parts[1]("a line of text")["input_ids"]]
+    assert not own_cache.joinpath("anchors").exists()
+
+
+@pytest.mark.parametrize("weight", [0.0, 10.0])
+def test_a_budget_is_measured_on_texts_that_are_not_trained_on(
+    base: str, data: str, parts: Any, tmp_path: Path, weight: float
+) -> None:
+    run = run_for(base, data, tmp_path, max_kl=0.1, anchor_weight=weight)
+    texts = texts_of(parts, COUNT)
+    assert run.budget is not None
+    (meter,) = run.budget._meters
+    held_out = meter._texts  # type: ignore[attr-defined]
+    assert held_out == texts[::5]
+    trained = anchor_rows([t for i, t in enumerate(texts) if i % 5], parts[1])
+    assert run.anchors == (trained if weight else [])
+
+
+def test_a_run_unasked_stays_nearer_to_its_base(
+    base: str, data: str, parts: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unseen = texts_of(parts, COUNT + 48)[COUNT:]
+    text = tmp_path / "general.txt"
+    text.write_text("\n".join(" ".join(one.split()) for one in unseen))
+    kl = {}
+    for weight in ("0", "100"):
+        out = tmp_path / weight
+        words = ["--data", data, "--model", base, "--output", str(out), "--max_length", "200"]
+        words += ["--bf16", "false", "--learning_rate", "0.01", "--num_train_epochs", "6"]
+        words += ["--save_strategy", "no", "--disable_tqdm", "true", "--anchor_weight", weight]
+        assert main(["train", *words]) == 0
+        capsys.readouterr()
+        assert main(["score", str(out), data, "--json", "--text", str(text)]) == 0
+        kl[weight] = json.loads(capsys.readouterr().out)["text_kl"]
+    assert kl["100"] < kl["0"] / 2
+
+
+def test_a_cache_that_cannot_be_written_is_told(
+    base: str, data: str, own_cache: Path, tmp_path: Path
+) -> None:
+    own_cache.mkdir()
+    (own_cache / "anchors").write_text("")
+    with pytest.raises(UserError, match=r"anchors.*cannot be written"):
+        run_for(base, data, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("weight", [0, 100])
+def test_a_base_that_is_split_writes_none_and_says_so(
+    base: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: float
+) -> None:
+    shard = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    shard |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    for name, value in shard.items():
+        monkeypatch.setenv(name, value)
+    config = QAdapterConfig(data=data, output_dir=str(tmp_path), bf16=False, anchor_weight=weight)
+    if weight:
+        with pytest.raises(ConfigError, match=r"a base that fsdp2 splits .* anchors F"):
+            engines.check(config)
+    else:
+        assert engines.check(config) == "fsdp2"

@@ -50,6 +50,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def train(base: str, data: str, output: Path, *words: str) -> int:
     fixed = "--max_length 200 --learning_rate 0.01 --disable_tqdm true --bf16 false --trunk 0.5"
+    fixed += " --anchor_weight 0"
     options = ["--data", data, "--model", base, "--output", str(output), *fixed.split()]
     return main(["train", *options, *" ".join(words).split()])
 
@@ -295,6 +296,7 @@ def scripted(base: str, data: str, out: Path, *values: float) -> tuple[QAdapterT
         save_strategy="no",
         disable_tqdm=True,
         num_train_epochs=4,
+        anchor_weight=0,
     )
     run = prepare(config)
     found = Budget(Policy(run.model, hub.load_tokenizer(base)), [Scripted(*values)])
@@ -514,7 +516,7 @@ def test_texts_are_trained_on_or_held_out(n: int) -> None:
 def test_anchors_that_are_held_out_are_not_trained_on(
     base: str, data: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = f"--anchor_data {text} --max_kl 50 --save_strategy no"
+    options = f"--anchor_data {text} --anchor_weight 5 --max_kl 50 --save_strategy no"
     assert train(base, data, tmp_path / "out", options) == 0
     assert f"tokens of 4 texts held out of {text}" in capsys.readouterr().out
     config = QAdapterConfig(
@@ -549,7 +551,6 @@ def test_rows_are_thinned_evenly(n: int, width: int, tokens: int) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--max_kl 0.05", "max_kl: there is no general text to measure it on; add --budget_text F"),
         ("--max_kl 0 --budget_text F", "max_kl: 0.0 must be above 0"),
         ("--max_kl nan --budget_text F", "max_kl: nan must be above 0"),
         ("--max-kl 0.05 --budget-text missing.txt", "missing.txt: cannot be read"),

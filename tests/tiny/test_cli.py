@@ -221,9 +221,7 @@ def test_help_reads_and_debug_shows_the_traceback(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
-    assert (
-        "qadapter train --data prefs.jsonl --anchor_data F --output DIR" in capsys.readouterr().out
-    )
+    assert "qadapter train --data prefs.jsonl --output DIR" in capsys.readouterr().out
     with pytest.raises(DataError):
         main(["--debug", "check", "missing.jsonl"])
 

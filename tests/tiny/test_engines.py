@@ -27,7 +27,8 @@ from qadapter.errors import ConfigError
 ROOT = Path(__file__).parents[2]
 SHARED = (
     "--max_length 200 --learning_rate 0.01 --num_train_epochs 2 --bf16 false --trunk 0.5 "
-    "--logging_steps 1 --disable_tqdm true --save_steps 3 --per_device_eval_batch_size 5"
+    "--logging_steps 1 --disable_tqdm true --save_steps 3 --per_device_eval_batch_size 5 "
+    "--anchor_weight 0"
 )
 FLEET = {
     "one": ("", 1, "--per_device_train_batch_size 4 --cache_trunk false"),

@@ -29,7 +29,7 @@ def own_trunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def config_for(base: str, data: str, output: Path, **fields: Any) -> QAdapterConfig:
     fixed: dict[str, Any] = {"max_length": 200, "bf16": False, "trunk": 0.5, "num_train_epochs": 2}
-    fixed |= {"report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    fixed |= {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "anchor_weight": 0}
     return QAdapterConfig(data=data, model=base, output_dir=str(output), **{**fixed, **fields})
 
 

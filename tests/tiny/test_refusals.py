@@ -36,6 +36,7 @@ def code(words: Sequence[str]) -> int:
 
 def train(base: str, data: str, output: Path, *words: str) -> int:
     fixed = "--max_length 200 --learning_rate 0.01 --disable_tqdm true --bf16 false --trunk 0.5"
+    fixed += " --anchor_weight 0"
     options = ["--data", data, "--model", base, "--output", str(output), *fixed.split()]
     return code(["train", *options, *" ".join(words).split()])
 

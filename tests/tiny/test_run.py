@@ -25,6 +25,7 @@ from qadapter.trainer import QAdapterTrainer
 
 def train(base: str, data: str, output: Path, *words: str) -> int:
     fixed = "--max_length 200 --learning_rate 0.01 --disable_tqdm true --bf16 false --trunk 0.5"
+    fixed += " --anchor_weight 0"
     options = ["--data", data, "--model", base, "--output", str(output), *fixed.split()]
     return main(["train", *options, *" ".join(words).split()])
 
@@ -325,7 +326,7 @@ def cut(base: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--learning_rate 0.02", "of a run with learning_rate 0.01 and not 0.02;"),
         ("--per_device_train_batch_size 2", "of a run with pairs of a step 4 and not 2;"),
         ("--lora_alpha 8 --lora_dropout 0.1", "lora_alpha 32 and not 8, lora_dropout 0.0 and"),
-        ("--anchor_data TEXT", "of a run with anchors "),
+        ("--anchor_data TEXT --anchor_weight 1", "of a run with anchors "),
         ("--max_steps 2", "3 steps are done and the run has only 2;"),
     ],
 )

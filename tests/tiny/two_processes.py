@@ -26,6 +26,7 @@ def main(base: str, data: str, text: str, out: str, limit: str) -> None:
         num_train_epochs=6,
         save_strategy="no",
         cache_trunk=False,
+        anchor_weight=0,
         disable_tqdm=True,
         max_kl=float(limit),
         budget_text=text,

@@ -22,8 +22,7 @@ Teach an aligned language model a new preference without losing what it knows.
 
   qadapter demo                                      all of it in ten minutes, on a CPU
   qadapter check prefs.jsonl                         look at the pairs before training
-  qadapter anchors F                                 text of the base's own, to hold it to
-  qadapter train --data prefs.jsonl --anchor_data F --output DIR     learn a Q-adapter
+  qadapter train --data prefs.jsonl --output DIR     learn a Q-adapter
   qadapter chat DIR --strength 0.7                   talk to it
   qadapter chat DIR DIR2 --strength 1.0,0.5          to two adapters of one base at once
   qadapter score DIR held_out.jsonl --json           how well it learned, how far it drifted

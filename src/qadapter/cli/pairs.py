@@ -81,7 +81,7 @@ def add_anchors(commands: Commands) -> None:
     )
     anchors.add_argument("output", help="JSON Lines file to write, a text a line")
     anchors.add_argument("--model", help="the base; default the one that training takes")
-    anchors.add_argument("--count", type=count, default=192, help="how many texts")
+    anchors.add_argument("--count", type=count, help="how many texts; default 192")
     anchors.add_argument("--seed", type=seed, default=0, help="of the sampling")
     anchors.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     add_trust(anchors)
@@ -94,7 +94,7 @@ def _anchors(args: argparse.Namespace) -> None:
     from rich.progress import track
 
     from qadapter import hub
-    from qadapter.anchors import free_texts
+    from qadapter.anchors import COUNT, free_texts
     from qadapter.files import check_writable, write_jsonl
 
     if Path(args.output).suffix != ".jsonl":
@@ -110,7 +110,8 @@ def _anchors(args: argparse.Namespace) -> None:
         trust_remote_code=trust,
     )
     tokenizer = hub.load_tokenizer(name, trust_remote_code=trust)
-    texts = free_texts(base, tokenizer, args.count, seed=args.seed)
-    rows = ({"text": text} for text in track(texts, "writing", total=args.count))
+    count = args.count or COUNT
+    texts = free_texts(base, tokenizer, count, seed=args.seed)
+    rows = ({"text": text} for text in track(texts, "writing", total=count))
     write_jsonl(args.output, rows)
-    print(f"{args.count} texts of {printable(name)} in {printable(args.output)}")
+    print(f"{count} texts of {printable(name)} in {printable(args.output)}")

@@ -18,7 +18,7 @@ from threading import Lock
 from typing import Any
 
 from qadapter import hub
-from qadapter.anchors import MAX_TOKENS
+from qadapter.anchors import COUNT, MAX_TOKENS
 from qadapter.compare.cells import Cell, CellFailed
 from qadapter.compare.config import CompareConfig, retrained
 from qadapter.compare.data import (
@@ -43,8 +43,6 @@ _STARTUP = 4
 """Trials before TPE has enough to go by: the defaults, then random ones."""
 _NOTHING_LEARNED = 1e6
 """Nats a token for a nat of margin: more than anything that learned."""
-_ANCHORS = 192
-"""Texts that the base writes for anchors."""
 _SHARED = ("model", "max_length", "answer_tokens")
 """Settings that every cell depends on."""
 _PACKAGES = ("qadapter", "torch", "transformers", "peft", "trl", "datasets", "lm_eval", "optuna")
@@ -193,7 +191,7 @@ def _compare(
         answers=config.answers,
     )
     if writes:
-        run.add_written("anchors", files={}, count=_ANCHORS, seed=0, most=MAX_TOKENS)
+        run.add_written("anchors", files={}, count=COUNT, seed=0, most=MAX_TOKENS)
     told = ways.map(lambda name: _method(run, name, METHODS[name]), config.methods)
     methods = dict(zip(config.methods, told, strict=True))
     rows = ways.map(
