@@ -6,6 +6,7 @@ one a `Cell` of its own process, kept on disk → figures (`measure`) → `compa
 
 from qadapter.compare.config import CompareConfig
 from qadapter.compare.methods import METHODS, Method
-from qadapter.compare.run import Progress, compare
+from qadapter.compare.run import compare
+from qadapter.compare.running import Progress
 
 __all__ = ["METHODS", "CompareConfig", "Method", "Progress", "compare"]

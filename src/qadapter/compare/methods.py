@@ -52,6 +52,10 @@ class Method:
     knobs: tuple[str, ...] = ("lora_r", "trunk")
     """Parameters beside these that robustness may vary."""
 
+    def has(self, parameter: str) -> bool:
+        """Return whether the method is trained with a parameter of that name."""
+        return parameter in {*self.fixed, *self.space, *self.knobs}
+
 
 _RATE = Range(5e-5, 8e-4)
 _WEIGHT = Range(1.0, 300.0)

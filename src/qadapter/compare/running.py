@@ -1,0 +1,174 @@
+"""A comparison as it runs: cells asked for by what they read, settings trained and measured."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from qadapter.compare.cells import Cell, CellFailed
+from qadapter.compare.config import CompareConfig
+from qadapter.compare.fanout import Fanout
+from qadapter.compare.methods import METHODS
+from qadapter.errors import ConfigError
+from qadapter.stats import share_interval
+
+_SEARCH_TEXT_TOKENS = 4000
+_SHARED = ("model", "max_length", "answer_tokens")
+"""Settings that every cell depends on."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the comparison tells while it runs."""
+
+    done: int
+    total: int
+    label: str
+    """The cell that begins now."""
+    seconds_left: float | None
+    """From the pace of the cells run so far; None before the first."""
+
+
+@dataclass
+class Run:
+    config: CompareConfig
+    root: Path
+    tell: Callable[[Progress], None]
+    total: int
+    fanout: Fanout
+    files: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Every file that cells read, with a digest, so that other data make other cells."""
+    done: int = 0
+    fresh: int = 0
+    """Of those done, the ones that had no result before."""
+    began: float = field(default_factory=time.perf_counter)
+    failures: list[dict[str, str]] = field(default_factory=list)
+    locks: defaultdict[Path, Lock] = field(default_factory=lambda: defaultdict(Lock))
+    """One a cell: two askers of the same one get the same result."""
+
+    def cell(self, kind: str, label: str, **spec: Any) -> dict[str, Any] | None:
+        """Return a cell's result with its `directory`, or None if it failed."""
+        files = {name: self.files[of] for name, of in spec.pop("files").items()}
+        shared = {name: getattr(self.config, name) for name in _SHARED}
+        cell = Cell(self.root, kind, label, {"files": files, **shared, **spec})
+        with self.locks[cell.directory]:
+            return self._run(cell)
+
+    def _run(self, cell: Cell) -> dict[str, Any] | None:
+        pace = (time.perf_counter() - self.began) / self.fresh if self.fresh else None
+        left = None if pace is None else pace * (self.total - self.done)
+        label = f"{cell.kind} {cell.label}"
+        self.tell(Progress(self.done, self.total, label, left))
+        fresh = cell.result is None
+        try:
+            return {**cell.run(self.fanout.launch), "directory": str(cell.directory)}
+        except CellFailed as error:
+            self.failures.append({"cell": label, "error": str(error)})
+            return None
+        finally:
+            self.done += 1
+            self.fresh += fresh
+
+    def add_written(self, kind: str, **spec: Any) -> None:
+        """Let cells read what the base writes in a cell of that kind.
+
+        Raises:
+            ConfigError: it fails; nothing could go on.
+        """
+        made = self.cell(kind, "base", **spec)
+        if made is None:
+            raise ConfigError(f"the base cannot write {kind}: {self.failures[-1]['error']}.")
+        self.add_file(kind, Path(made["directory"]) / f"{kind}.jsonl")
+
+    def add_file(self, name: str, path: Path) -> None:
+        """Let cells read a file; those under the comparison's directory are told relative to it."""
+        path = path.resolve()
+        told = path.relative_to(self.root) if path.is_relative_to(self.root) else path
+        self.files[name] = {
+            "path": str(told),
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
+        }
+
+
+def tried(
+    run: Run,
+    name: str,
+    params: Mapping[str, Any],
+    seed: int,
+    label: str,
+    *,
+    train: str = "train",
+    split: str = "validation",
+    strengths: Sequence[float] = (1.0,),
+    whole: bool = False,
+    long: bool = False,
+) -> dict[str, Any] | None:
+    """Train a method and measure it; return its points and cost, or None if either cell failed.
+
+    `whole` measures everything, `long` drift on as much text.
+    """
+    method = METHODS[name]
+    params = {**method.fixed, **params}
+    files = {"train": train}
+    if params.get("anchor_weight"):
+        files["anchors"] = "anchors"
+    if "replay" in params:
+        files["answers"] = "answers"
+    trained = run.cell(
+        "train",
+        f"{name} seed {seed}",
+        files=files,
+        trainer=method.trainer,
+        params=params,
+        seed=seed,
+        rl_prompts=run.config.rl_prompts,
+        common_trunk=run.config.trunk,
+    )
+    if trained is None:
+        return None
+    adapter, options = trained["directory"], {"whole": whole, "long": whole or long}
+    found = points(run, label, adapter, strengths=strengths, split=split, **options)
+    return found and {**{k: trained[k] for k in ("seconds", "peak_gib")}, **found}
+
+
+def points(
+    run: Run,
+    label: str,
+    trained: str | None,
+    *,
+    strengths: Sequence[float],
+    split: str,
+    whole: bool,
+    long: bool = True,
+) -> dict[str, Any] | None:
+    """Measure the base, or what a training cell left, on a split; None if the cell failed."""
+    config = run.config
+    files = {"pairs": split, "text": "text"}
+    more: dict[str, Any] = {
+        "text_tokens": config.text_tokens if long else _SEARCH_TEXT_TOKENS,
+        "text_part": "search" if split == "validation" else "report",
+    }
+    if whole:
+        files |= {name: name for name in ("judge", "validation", "answers")}
+        names = ("suite", "suite_limit", "answers", "judges")
+        more |= {n: getattr(config, n) for n in names}
+    found = run.cell(
+        "measure",
+        label,
+        files=files,
+        adapter=str(Path(trained, "adapter").relative_to(run.root)) if trained else None,
+        strengths=list(strengths),
+        whole=whole,
+        **more,
+    )
+    if found is None:
+        return None
+    for point in found["points"]:
+        point["accuracy_ci"] = share_interval(point["correct"], found["prompts"])
+    return {name: found[name] for name in ("points", "length_baseline", "prompts")}

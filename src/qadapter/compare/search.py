@@ -1,0 +1,96 @@
+"""How a comparison chooses a method's settings: as many trials for each, judged by one rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qadapter.compare.methods import Choice, Method, Range
+from qadapter.compare.running import Run, tried
+
+SEED = 0
+"""Of the search, and of what it trains."""
+_STARTUP = 4
+"""Trials before TPE has enough to go by: the defaults, then random ones."""
+_NOTHING_LEARNED = 1e6
+"""Nats a token for a nat of margin: more than anything that learned."""
+
+
+def searched(run: Run, name: str, method: Method) -> dict[str, Any]:
+    """Search the method's settings on the validation pairs, by Optuna's TPE.
+
+    It begins with the method's defaults, each number of epochs in turn. Two aims, accuracy and a
+    low `kl_of_one_nat`. Chosen is, of the settings whose accuracy is within one standard error of
+    the best, the one with the least of it: a search for accuracy alone would pick among equals by
+    noise, and so make any method's forgetting a matter of luck.
+    """
+    if run.config.trials == 0:
+        return {"sampler": None, "space": {}, "trials": [], "best": dict(method.defaults)}
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        directions=["maximize", "minimize"],
+        sampler=optuna.samplers.TPESampler(seed=SEED, n_startup_trials=_STARTUP),
+    )
+    for epochs in getattr(method.space.get("epochs"), "values", (None,)):
+        study.enqueue_trial({**method.defaults, **({"epochs": epochs} if epochs else {})})
+    trials = []
+    for i in range(run.config.trials):
+        trial = study.ask({k: _distribution(v) for k, v in method.space.items()})
+        params = {k: _rounded(v) for k, v in trial.params.items()}
+        if found := tried(run, name, params, SEED, f"{name} trial {i}"):
+            point = found["points"][0]
+            figures = {k: point[k] for k in ("accuracy", "accuracy_ci", "kl", "margin")}
+            figures["kl_of_one_nat"] = kl_of_one_nat(point["kl"], point["margin"])
+            study.tell(trial, (point["accuracy"], figures["kl_of_one_nat"]))
+            trials.append(
+                {"params": params, "state": "complete", "seconds": found["seconds"], **figures}
+            )
+        else:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            trials.append({"params": params, "state": "failed", "seconds": 0.0})
+    return {
+        "sampler": f"optuna TPESampler, the first {_STARTUP} trials without it",
+        "space": {k: str(v) for k, v in method.space.items()},
+        "trials": trials,
+        "best": one_standard_error(trials),
+    }
+
+
+def kl_of_one_nat(kl: float, margin: float) -> float:
+    """Return KL/margin², what a margin of one nat costs along the dial.
+
+    To second order KL grows with the square of the adapter's weight where the margin grows with the
+    weight, so the size that a setting happens to be trained to hardly matters to it. KL alone would
+    choose the most timid settings, and a method would be judged by how far those can be turned up.
+    What learned nothing, or the contrary, costs `_NOTHING_LEARNED`.
+    """
+    return min(kl / margin**2, _NOTHING_LEARNED) if margin > 0 else _NOTHING_LEARNED
+
+
+def one_standard_error(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return the settings with the least `kl_of_one_nat` within one SE of the best accuracy.
+
+    The standard error is what the accuracy lies above its 95% interval's lower end, over 1.96.
+    """
+    done = [t for t in trials if t["state"] == "complete"]
+    if not done:
+        return None
+    best = max(done, key=lambda t: t["accuracy"])
+    mark = best["accuracy"] - (best["accuracy"] - best["accuracy_ci"][0]) / 1.96
+    good = (t for t in done if t["accuracy"] >= mark)
+    return dict(min(good, key=lambda t: t["kl_of_one_nat"])["params"])
+
+
+def _distribution(space: Range | Choice) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    if isinstance(space, Range):
+        return FloatDistribution(space.low, space.high, log=True)
+    return CategoricalDistribution(space.values)
+
+
+def _rounded(value: Any) -> Any:
+    """Return a searched number in three digits, as the report shows it."""
+    return float(f"{value:.3g}") if isinstance(value, float) else value

@@ -1,0 +1,81 @@
+"""What a comparison varies beside its methods: the pairs, a parameter, a parameter trained anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qadapter.compare.data import DATA_VARIATIONS, varied, write_pairs
+from qadapter.compare.methods import METHODS
+from qadapter.compare.running import Run, tried
+from qadapter.errors import ConfigError
+
+Variation = tuple[str, str, float, list[Any] | None]
+"""Its text, name and value, and its pairs where it changes them."""
+
+
+def read_variation(text: str, train: Sequence[Any], methods: Sequence[str]) -> Variation:
+    """Return what `NAME=NUMBER` asks for.
+
+    Raises:
+        ConfigError: it changes neither the pairs nor a parameter of those methods.
+    """
+    name, _, value = text.partition("=")
+    if name in DATA_VARIATIONS:
+        return text, name, float(value), varied(train, name, float(value))
+    if not any(METHODS[method].has(name) for method in methods):
+        raise ConfigError(
+            f"vary: {name!r} is neither of {', '.join(DATA_VARIATIONS)} nor a parameter of "
+            f"{' or '.join(methods)}."
+        )
+    return text, name, float(value), None
+
+
+def robust(
+    run: Run, name: str, told: Mapping[str, Any], variation: Variation
+) -> dict[str, Any] | None:
+    """Return a method's figures under a variation, at its chosen setting; None if it has none."""
+    text, what, value, pairs = variation
+    best = (told["search"] or {}).get("best")
+    if best is None or (pairs is None and not METHODS[name].has(what)):
+        return None
+    train, params = "train", dict(best)
+    if pairs is None:
+        params[what] = value
+    else:
+        train = f"train.{text.replace('=', '-')}"
+        path = run.root / "data" / f"{train}.jsonl"
+        write_pairs(path, pairs)
+        run.add_file(train, path)
+    seed = run.config.seeds[0]
+    found = tried(run, name, params, seed, f"{name} {text}", split="test", train=train)
+    if not found:
+        return None
+    point = found["points"][0]
+    figures = {k: point[k] for k in ("accuracy", "accuracy_ci", "kl", "margin")}
+    return {"variation": text, "method": name, "seed": seed, **figures}
+
+
+def retrained_curve(
+    run: Run, name: str, told: Mapping[str, Any], parameter: str, values: Sequence[float]
+) -> dict[str, Any]:
+    """Return a method's curve along a parameter: its runs, and its chosen setting with others."""
+    curve = {
+        **told,
+        "label": f"{told['label']}, {parameter} retrained",
+        "dial": f"{parameter}, trained anew for each value",
+        "search": None,
+        "runs": [],
+    }
+    for chosen in told["runs"]:
+        own, seed = float(chosen["params"][parameter]), chosen["seed"]
+        points = {own: next(p for p in chosen["points"] if p["dial"] == 1.0)}
+        for value in sorted({*values} - {own}):
+            params = {**chosen["params"], parameter: value}
+            label = f"{name} {parameter}={value:g} seed {seed}"
+            if found := tried(run, name, params, seed, label, split="test", long=True):
+                points[value] = {**found["points"][0], "tasks": {}, "win_rates": []}
+        curve["own_dial"] = own
+        along = [{**points[value], "dial": value} for value in sorted(points)]
+        curve["runs"].append({**chosen, "points": along})
+    return curve
