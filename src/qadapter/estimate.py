@@ -150,6 +150,18 @@ def _spread(rows: Rows) -> list[list[TokenizedPair]]:
     return [rows[int(i)] for i in (by_size[-1], *middles)]
 
 
+def _few(anchors: list[list[int]], count: int) -> list[list[int]]:
+    """Return one micro-batch of anchors, of lengths spread as all are.
+
+    After the step that warms up the base has read them, as it has read all after the first few
+    steps of a run.
+    """
+    if not anchors:
+        return []
+    by_size = sorted(anchors, key=len)
+    return [by_size[(2 * i + 1) * len(anchors) // (2 * count)] for i in range(count)]
+
+
 def step_flops(trainer: Trainer, inputs: dict[str, Any]) -> int:
     """Return the operations of one training step: matrix products, two for a multiply-add."""
 
@@ -219,8 +231,10 @@ def _tried(
     for name, value in settings.items():
         setattr(short, name, value)
     clock, afresh = Clock(), _Afresh(spread)
-    hooks = [afresh, clock]
-    trainer = run.trainer(short, train_dataset=flat(spread), budget=None, callbacks=hooks)
+    hooks, anchors = [afresh, clock], _few(run.anchors, config.per_device_train_batch_size)
+    trainer = run.trainer(
+        short, train_dataset=flat(spread), anchors=anchors, budget=None, callbacks=hooks
+    )
     trainer.rows, trainer.cache_root, afresh.trainer = spread, directory, trainer
     trainer.train()
     peak = peak_memory()

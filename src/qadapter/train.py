@@ -22,9 +22,10 @@ from qadapter.config import QAdapterConfig
 from qadapter.data import Sources, TokenTable, file_identity, read_pairs, read_texts, token_table
 from qadapter.errors import ArtefactError, ConfigError
 from qadapter.files import alone_in, check_writable, write_text
+from qadapter.held import anchor_rows
 from qadapter.model import QAdapterModel
 from qadapter.policy import Policy
-from qadapter.trainer import QAdapterTrainer, anchor_rows
+from qadapter.trainer import QAdapterTrainer
 
 _log = logging.getLogger(__name__)
 

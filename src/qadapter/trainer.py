@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import TrainerCallback
 
 from qadapter import alarms, files, hub, ranks
 from qadapter.budget import Budget
@@ -27,8 +27,9 @@ from qadapter.data import (
     pairs_digest,
 )
 from qadapter.engines import EngineTrainer
-from qadapter.errors import ConfigError, DataError, TrainingError, UserError
+from qadapter.errors import ConfigError, TrainingError, UserError
 from qadapter.figures import Figures
+from qadapter.held import AnchorKL
 from qadapter.model import BaseScalars, QAdapterModel
 from qadapter.objective import (
     PairLoss,
@@ -37,7 +38,7 @@ from qadapter.objective import (
     packable,
     pair_loss,
 )
-from qadapter.packing import PairCollator, collate_rows, fill_rows, pack_pairs, pad_rows
+from qadapter.packing import PairCollator, collate_rows, fill_rows, pack_pairs
 
 _log = logging.getLogger(__name__)
 
@@ -196,7 +197,8 @@ class QAdapterTrainer(EngineTrainer):
         # Both say: compute_loss has already divided by the whole accumulation window.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self._anchors, self._pad_id = anchors, pad_id
+        self._anchors = anchors
+        self._anchor_kl = AnchorKL(anchors, pad_id, keep=not self.shards)
         self._micro_step = 0
         self.cache: TrunkCache | None = None
         """Opened when training starts, where the settings and the base allow."""
@@ -268,7 +270,7 @@ class QAdapterTrainer(EngineTrainer):
         else:
             self._figures["eval"].add(out, inner.kl_from_base(out.states.at(out.taken)))
         if self._anchors and model.training:
-            kl = self._anchor_kl(model, inner)
+            kl = self._held(model, inner)
             self._figures["train"].add_anchors(kl.detach())
             loss = loss + self.args.anchor_weight * kl * sums.n_pairs / pairs
         if not bool(torch.isfinite(loss)):
@@ -365,17 +367,14 @@ class QAdapterTrainer(EngineTrainer):
             _log.warning("training without a trunk cache: %s", error)
             return None
 
-    def _anchor_kl(self, model: nn.Module, inner: QAdapterModel) -> Tensor:
+    def _held(self, model: nn.Module, inner: QAdapterModel) -> Tensor:
         """Return the mean per token of KL(π1 ‖ π̃) on this micro-batch's anchors (METHOD §6)."""
-        rows = self.args.per_device_train_batch_size
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         step = self.state.global_step * self.args.gradient_accumulation_steps + self._micro_step
         self._micro_step += 1
         # Counted from the step, so a resumed run sees the same anchors.
-        picked = anchor_batch(self._anchors, step * world + rank, rows)
-        ids, mask = (t.to(inner.device) for t in pad_rows(picked, self._pad_id))
-        streams = model(input_ids=ids, attention_mask=mask, output_streams=True)
-        return inner.kl_from_base(streams.at(mask.bool())).mean()
+        turn, count = step * world + rank, self.args.per_device_train_batch_size
+        return self._anchor_kl(model, inner, turn, count)
 
     # ── figures ─────────────────────────────────────────────────────────────────────────────────
 
@@ -467,23 +466,3 @@ class QAdapterTrainer(EngineTrainer):
         if alarm := alarms.flat_loss(self.state.log_history):
             _log.warning("%s", alarm)
         return result
-
-
-def anchor_rows(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int = 128
-) -> list[list[int]]:
-    """Return token ids of texts, each cut to `max_tokens`; texts of under two tokens are left out.
-
-    Raises:
-        DataError: nothing is left.
-    """
-    rows = [cast(list[int], tokenizer(t)["input_ids"])[:max_tokens] for t in texts]
-    rows = [r for r in rows if len(r) > 1]
-    if not rows:
-        raise DataError("anchor_data: no text of at least two tokens; give longer texts.")
-    return rows
-
-
-def anchor_batch(anchors: Sequence[Sequence[int]], turn: int, rows: int) -> list[Sequence[int]]:
-    """Return the anchors of one micro-batch: so many a turn, and from the first again after all."""
-    return [anchors[(turn * rows + i) % len(anchors)] for i in range(rows)]

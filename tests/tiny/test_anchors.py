@@ -18,8 +18,8 @@ from qadapter.cli import main
 from qadapter.config import QAdapterConfig
 from qadapter.data import read_texts
 from qadapter.errors import ConfigError, UserError
+from qadapter.held import anchor_rows
 from qadapter.train import Prepared, prepare
-from qadapter.trainer import anchor_rows
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,11 @@ from qadapter.config import QAdapterConfig, QConfig
 from qadapter.data import Pair, TokenizedPair, read_pairs, read_texts, tokenize_prompt
 from qadapter.data.tokens import kept_pairs
 from qadapter.files import read_jsonl
+from qadapter.held import anchor_rows, anchor_turn
 from qadapter.judge.verdicts import plain
 from qadapter.model import QAdapterModel, lora_config
 from qadapter.packing import pad_rows
 from qadapter.train import run_training
-from qadapter.trainer import anchor_batch, anchor_rows
 
 Params = Mapping[str, Any]
 
@@ -266,7 +266,7 @@ def _anchored(trainer: Any, task: Task, base: _Base) -> Any:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
             if not model.training:
                 return loss
-            picked = anchor_batch(rows, self.state.global_step, size)
+            picked = [rows[i] for i in anchor_turn(len(rows), self.state.global_step, size)]
             kl = anchor_kl(self.accelerator.unwrap_model(model), picked)
             return (
                 (loss[0] + weight * kl, *loss[1:])
