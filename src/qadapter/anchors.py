@@ -15,13 +15,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter import hub
 from qadapter.data import read_texts
-from qadapter.errors import ModelError
-from qadapter.files import cache_dir, write_jsonl
+from qadapter.errors import ModelError, UserError
+from qadapter.files import cache_dir, check_writable, damage, seal, whole_directory, write_jsonl
 
 _log = logging.getLogger(__name__)
 
 COUNT = 192
 """Texts where no other number is asked for."""
+_FILE = "texts.jsonl"
+_FORMAT = 1
+"""Raised when texts come to be written otherwise, so that old ones are no longer found."""
 MAX_TOKENS = 112
 """Most tokens of a text."""
 _LEAST_TOKENS = 32
@@ -48,7 +51,7 @@ def free_texts(
     start = cast(list[int], tokenizer("")["input_ids"])
     ordinary = _ordinary(base, tokenizer)
     device = base.device
-    with _sampling(base), torch.random.fork_rng([] if device.type == "cpu" else [device]):
+    with _sampling(base), _own_draws(device):
         torch.manual_seed(seed)
         left = count
         while left:
@@ -70,21 +73,36 @@ def own_texts(
 ) -> list[str]:
     """Return `COUNT` texts of a base's own, written once and then kept in the user cache.
 
+    What is kept is sealed, and written anew where it is damaged.
+
     Args:
         base_hash: of its weights (`hub.weights_hash`).
 
     Raises:
         ModelError: as `free_texts`.
-        UserError: the cache cannot be written or read.
+        UserError: the cache cannot be written.
     """
     about = [base_hash, hub.quantization_of(base), str(base.dtype), hub.tokenizer_hash(tokenizer)]
-    about += [str(number) for number in (COUNT, MAX_TOKENS, _LEAST_TOKENS)]
+    ends = base.generation_config.eos_token_id if base.generation_config else None
+    about += [json.dumps(ends), *map(str, (_FORMAT, COUNT, MAX_TOKENS, _LEAST_TOKENS, _ROWS))]
     name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-    path = cache_dir() / "anchors" / f"{name}.jsonl"
-    if not path.is_file():
-        _log.info("the base writes %d texts to be held to, once; they are kept in %s", COUNT, path)
-        write_jsonl(path, ({"text": text} for text in free_texts(base, tokenizer, COUNT)))
-    return read_texts(str(path))
+    place = cache_dir() / "anchors" / name
+    if damage(place) is None:
+        return read_texts(str(place / _FILE))
+    try:
+        check_writable(place)
+    except UserError as error:
+        raise UserError(
+            f"{place.parent}: cannot be written, and the base's own texts are kept there; set "
+            "QADAPTER_CACHE to another disk, or name a text by --anchor_data F."
+        ) from error
+    _log.info("the base writes %d texts to be held to, once; they are kept in %s", COUNT, place)
+    texts = list(free_texts(base, tokenizer, COUNT))
+    if damage(place) is not None:  # or another run has written them meanwhile
+        with whole_directory(place) as partial:
+            write_jsonl(partial / _FILE, ({"text": text} for text in texts))
+            seal(partial)
+    return texts
 
 
 def _ordinary(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -97,6 +115,17 @@ def _ordinary(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tens
             f"{tokenizer.name_or_path}: has no tokens but special ones; anchor on a text file."
         )
     return torch.tensor(ids)
+
+
+@contextmanager
+def _own_draws(device: torch.device) -> Iterator[None]:
+    """Put the random state of the CPU, and of the device, back afterwards."""
+    if device.type == "cpu":
+        with torch.random.fork_rng([]):
+            yield
+    else:
+        with torch.random.fork_rng([device], device_type=device.type):
+            yield
 
 
 @contextmanager
@@ -115,13 +144,22 @@ def _sampling(base: PreTrainedModel) -> Iterator[None]:
 def _continued(base: PreTrainedModel, rows: Tensor, start: int) -> Tensor:
     """Return rows with what the base samples after them."""
     ends = base.generation_config.eos_token_id
-    made = base.generate(
-        rows,
-        attention_mask=torch.ones_like(rows),
-        do_sample=True,
-        top_k=0,
-        max_new_tokens=MAX_TOKENS - 1,
-        min_new_tokens=_LEAST_TOKENS - 1,
-        pad_token_id=ends[0] if isinstance(ends, list) else ends,
-    )
+    context = getattr(base.config, "max_position_embeddings", None) or MAX_TOKENS + start
+    most = max(2, min(MAX_TOKENS, context - start))
+    try:
+        made = base.generate(
+            rows,
+            attention_mask=torch.ones_like(rows),
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=most - 1,
+            min_new_tokens=min(_LEAST_TOKENS, most) - 1,
+            pad_token_id=ends[0] if isinstance(ends, list) else ends,
+        )
+    except RuntimeError as error:  # what sampling says of logits that are not finite, or of memory
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{base.config.name_or_path}: cannot write text by itself ({reason}); anchor on a text "
+            "file by --anchor_data F, or train without by --anchor_weight 0."
+        ) from error
     return cast(Tensor, made)[:, start:]

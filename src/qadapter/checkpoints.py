@@ -7,10 +7,11 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -55,6 +56,8 @@ class SealingTrainer(Trainer):
 
     stopped = False
     """Whether SIGTERM ended the last run."""
+    beside: Mapping[str, str] = MappingProxyType({})
+    """What checkpoints hold beside, as text by file name."""
 
     def identity(self) -> dict[str, Any]:
         """Return what a run must share with a checkpoint to go on from it, as JSON holds it."""
@@ -87,6 +90,8 @@ class SealingTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                for name, text in self.beside.items():
+                    write_text(checkpoint / name, text)
                 write_text(checkpoint / RUN, json.dumps(self.identity(), indent=1) + "\n")
                 seal(checkpoint)
         except Exception as error:

@@ -124,13 +124,24 @@ def check(config: QAdapterConfig) -> str:
         _check_fsdp(config)
     if name in ("zero2", "zero3"):
         _check_deepspeed(config)
-    if name in ("fsdp2", "zero3") and config.needs_own_text:
-        raise ConfigError(
-            f"anchor_data: a base that {name} splits does not write general text to be held to; "
-            "let `qadapter anchors F.jsonl` write it and add --anchor_data F.jsonl, or train "
-            "without by --anchor_weight 0."
-        )
     return name
+
+
+def check_own_text(config: QAdapterConfig) -> None:
+    """Refuse to let a base write general text where layers are to be split over processes.
+
+    It lies whole in the memory of the host then, where writing would take the others' patience.
+
+    Raises:
+        ConfigError: with what to do instead.
+    """
+    if (name := engine(config)) in ("fsdp2", "zero3") and config.needs_own_text:
+        raise ConfigError(
+            f"anchor_data: under {name} the base does not write the general text that it is held "
+            f"to; let `qadapter anchors F.jsonl --model {config.model} --dtype bfloat16` (and "
+            "`--device cpu` where it does not fit one) write it beforehand and add --anchor_data "
+            "F.jsonl, or train without by --anchor_weight 0."
+        )
 
 
 def load_whole(config: QAdapterConfig) -> None:

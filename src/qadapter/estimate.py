@@ -180,7 +180,7 @@ def step_flops(trainer: Trainer, inputs: dict[str, Any]) -> int:
 
 
 def estimate(config: QAdapterConfig) -> Estimate:
-    """Return what `run_training(config)` will take, from a few of its own steps; nothing is kept.
+    """Return what `run_training(config)` will take, from a few of its own steps; no run is left.
 
     Time and operations are those of the steps tried, scaled by tokens; memory is the peak with the
     run's largest micro-batch.

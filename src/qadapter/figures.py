@@ -20,7 +20,7 @@ class Figures:
 
     def __init__(self) -> None:
         self._batches: list[Tensor] = []
-        self._anchors: list[float] = []
+        self._anchors: list[tuple[float, int]] = []
 
     def add(self, out: PairLoss, kl: Tensor | None = None) -> None:
         """Keep a batch's pairs; `kl` is `[N]`, nats of each response token."""
@@ -34,9 +34,9 @@ class Figures:
         far = torch.full_like(chosen, math.nan) if kl is None else summed(kl)
         self._batches.append(torch.stack([chosen, rejected, squares, tokens, far], dim=1).cpu())
 
-    def add_anchors(self, kl: Tensor) -> None:
-        """Keep the mean KL of a micro-batch's anchors."""
-        self._anchors.append(float(kl))
+    def add_anchors(self, kl: Tensor, tokens: int) -> None:
+        """Keep the sum of KL over the tokens of a micro-batch's anchors."""
+        self._anchors.append((float(kl), tokens))
 
     def take(self, pairs: int | None = None, *, beta: float = 0.0) -> dict[str, float]:
         """Return the means over all processes, and forget; each process must call it.
@@ -68,5 +68,5 @@ class Figures:
         if not bool(kl.isnan().any()):
             means["kl"] = float(kl.sum() / tokens.sum())
         if pulled := list(chain.from_iterable(anchors)):
-            means["kl"] = math.fsum(pulled) / len(pulled)
+            means["kl"] = math.fsum(kl for kl, _ in pulled) / sum(n for _, n in pulled)
         return means

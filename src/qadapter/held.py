@@ -39,7 +39,9 @@ def anchor_turn(anchors: int, turn: int, count: int) -> list[int]:
 
 
 class AnchorKL:
-    """The mean per token of KL(π1 ‖ π̃) on a few anchors a turn (METHOD §6).
+    """The sum over tokens of KL(π1 ‖ π̃) on a few anchors a turn (METHOD §6).
+
+    A sum, for its mean is over all the micro-batches of a step, of all processes.
 
     The base never changes, so what it makes of a text, the trunk and its final states, is computed
     once and kept in memory where that takes little.
@@ -55,10 +57,14 @@ class AnchorKL:
         self._rows, self._pad_id, self._keep = rows, pad_id, keep
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
+    def tokens(self, turn: int, count: int) -> int:
+        """Return how many tokens `count` anchors of a turn have."""
+        return sum(len(self._rows[i]) for i in anchor_turn(len(self._rows), turn, count))
+
     def __call__(
         self, model: Callable[..., Streams], inner: QAdapterModel, turn: int, count: int
     ) -> Tensor:
-        """Return the KL, a scalar, of `count` anchors; `model` may be a wrapped `inner`."""
+        """Return the sum, a scalar, of `count` anchors; `model` may be a wrapped `inner`."""
         picked = anchor_turn(len(self._rows), turn, count)
         ids, mask = pad_rows([self._rows[i] for i in picked], self._pad_id)
         row = {"input_ids": ids.to(inner.device), "attention_mask": mask.to(inner.device)}
@@ -76,7 +82,7 @@ class AnchorKL:
                 for i, states, taken in zip(picked, zip(*both, strict=True), mask, strict=True):
                     trunk, base = (s[: int(taken.sum())].detach().cpu() for s in states)
                     self._kept[i] = trunk, base
-        return inner.kl_from_base(streams.at(row["attention_mask"].bool())).mean()
+        return inner.kl_from_base(streams.at(row["attention_mask"].bool())).sum()
 
     def _may_keep(self, model: QAdapterModel) -> bool:
         bytes_of_both = torch.finfo(model.dtype).bits // 8 + 4

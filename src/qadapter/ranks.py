@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
+
+Made = TypeVar("Made")
 
 LAUNCHED = "QADAPTER_LAUNCHED"
 """Set in the environment of what `--launch` starts."""
@@ -50,6 +52,18 @@ def first_alone() -> Iterator[None]:
 
     with PartialState().local_main_process_first():
         yield
+
+
+def from_first(make: Callable[[], Made]) -> Made:
+    """Return in every process what the first of all makes; every process must come here."""
+    import torch.distributed as dist
+
+    if not (several() and dist.is_initialized()):
+        return make()
+    from accelerate.utils import broadcast_object_list
+
+    made: list[Any] = [make() if number() == 0 else None]
+    return cast(Made, broadcast_object_list(made)[0])
 
 
 def all_agree(accelerator: Any, here: bool) -> bool:

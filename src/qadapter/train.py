@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from transformers import set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from qadapter import alarms, engines, files, hub, ranks
 from qadapter.anchors import own_texts
@@ -31,6 +32,8 @@ _log = logging.getLogger(__name__)
 
 OWN = "the base's own texts"
 """What anchors are told to come from where no file is named."""
+OWN_FILE = "own_texts.jsonl"
+"""Where checkpoints hold them: a run goes on with the same ones."""
 
 
 def _tell(alarm: str | None) -> None:
@@ -70,6 +73,8 @@ class Prepared:
     """From which to go on."""
     passed: Sequence[str] = ()
     """What is told of newer checkpoints that are damaged."""
+    own: Sequence[str] = ()
+    """The base's own texts, where the run reads some."""
 
     @property
     def tables(self) -> list[TokenTable]:
@@ -83,7 +88,7 @@ class Prepared:
 
     def trainer(self, config: QAdapterConfig, **kwargs: Any) -> QAdapterTrainer:
         """Return a trainer of these; `kwargs` are passed on to it."""
-        return QAdapterTrainer(
+        trainer = QAdapterTrainer(
             self.model,
             config,
             **{
@@ -95,10 +100,17 @@ class Prepared:
                 **kwargs,
             },
         )
+        if self.own:
+            rows = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in self.own)
+            trainer.beside = {OWN_FILE: "".join(rows)}
+        return trainer
 
 
 def prepare(config: QAdapterConfig) -> Prepared:
-    """Read data, tokenizer and base, and put an untrained adapter on it; nothing is written.
+    """Read data, tokenizer and base, and put an untrained adapter on it.
+
+    Nothing is written but to the user cache: pairs, and texts of the base's own where it is to be
+    held to some and none are named.
 
     Raises:
         UserError: any of its kinds.
@@ -110,6 +122,7 @@ def prepare(config: QAdapterConfig) -> Prepared:
     if not config.output_dir:
         raise ConfigError("output_dir: missing; name a directory with --output.")
     engines.check(config)
+    engines.check_own_text(config)
     engines.load_whole(config)
     check_writable(config.output_dir)
     checkpoint, passed = _checkpoint(config)
@@ -140,7 +153,8 @@ def prepare(config: QAdapterConfig) -> Prepared:
     if config.eval_data:
         eval_set = held_out = table(config.eval_data)[0]
         _tell(alarms.shared_prompts(train_set.prompts, held_out.prompts, held_out.source))
-    named = {path: read_texts(path) for path in (config.anchor_data, config.budget_text) if path}
+    drop = _drop_meter(config)
+    general = None if config.needs_own_text else _general(config, [])
     # The base comes after the data: a bad row is told in a second, not in a minute.
     base = hub.load_base(
         config.model,
@@ -154,13 +168,11 @@ def prepare(config: QAdapterConfig) -> Prepared:
             f"max_length: {config.max_length} exceeds the model's context of {context}; lower it."
         )
     base_hash = hub.weights_hash(base)
-    if config.needs_own_text:
-        if not config.quantize_base:  # which lies there already
-            base.to(cast(Any, config.device))
-        with ranks.first_alone():
-            named[OWN] = own_texts(base, tokenizer, base_hash=base_hash)
-    anchor_texts, meters = _budgeted(config, named)
-    anchors = anchor_rows(anchor_texts, tokenizer) if config.anchored else []
+    own: list[str] = []
+    if general is None:
+        own = _own(config, checkpoint, base, tokenizer, base_hash)
+        general = _general(config, own)
+    anchors = anchor_rows(general.anchors, tokenizer) if config.anchored else []
     q_config = config.q_config(
         base_model=hub.portable_name(config.model),
         base_hash=base_hash,
@@ -181,29 +193,60 @@ def prepare(config: QAdapterConfig) -> Prepared:
     pad_id = cast(int, tokenizer.pad_token_id)
     # Made in any case: it ends training mode, in which trying the model out would draw dropout.
     policy = Policy(model, tokenizer)
+    meters: list[Meter] = []
+    if config.max_kl is not None:
+        meters.append(KLMeter(config.max_kl, general.measured, general.source))
+    meters += drop
     budget = Budget(policy, meters) if meters else None
     return Prepared(
-        model, train_set, eval_set, anchors, pad_id, dropped, budget, checkpoint, passed
+        model, train_set, eval_set, anchors, pad_id, dropped, budget, checkpoint, passed, own
     )
 
 
-def _budgeted(
-    config: QAdapterConfig, named: Mapping[str, list[str]]
-) -> tuple[list[str], list[Meter]]:
-    """Return the texts to anchor on, and what reads the budgets, on none of those texts."""
-    source = config.anchor_data or OWN
-    anchors = named.get(source, [])
-    meters: list[Meter] = []
-    if config.max_kl is not None:
-        if config.budget_text:
-            general, told = named[config.budget_text], config.budget_text
-        else:
-            anchors, general = hold_out(anchors)
-            told = f"{len(general)} texts held out of {source}"
-        meters.append(KLMeter(config.max_kl, general, told))
-    if config.max_drop is not None and config.drop_task is not None:
-        meters.append(DropMeter(config.max_drop, config.drop_task, config.drop_limit))
-    return anchors, meters
+class _General(NamedTuple):
+    """The general text of a run."""
+
+    anchors: list[str]
+    measured: list[str]
+    """What max_kl is read on, none of which is trained on."""
+    source: str
+    """Where that comes from, as told."""
+
+
+def _general(config: QAdapterConfig, own: list[str]) -> _General:
+    """Return a run's general text, `own` where it names none."""
+    texts = read_texts(config.anchor_data) if config.anchor_data else own
+    if config.budget_text:
+        return _General(texts, read_texts(config.budget_text), config.budget_text)
+    if config.max_kl is None:
+        return _General(texts, [], "")
+    anchors, measured = hold_out(texts)
+    source = f"{len(measured)} texts held out of {config.anchor_data or OWN}"
+    return _General(anchors, measured, source)
+
+
+def _drop_meter(config: QAdapterConfig) -> list[Meter]:
+    if config.max_drop is None or config.drop_task is None:
+        return []
+    return [DropMeter(config.max_drop, config.drop_task, config.drop_limit)]
+
+
+def _own(
+    config: QAdapterConfig,
+    checkpoint: str | None,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    base_hash: str,
+) -> list[str]:
+    """Return the base's own texts: those of the run that goes on, else written, or written before.
+
+    The same in every process; the first of all writes them, on the device that will train.
+    """
+    if checkpoint and (kept := Path(checkpoint) / OWN_FILE).is_file():
+        return read_texts(str(kept))
+    if not hub.quantization_of(base):  # or it lies there already
+        base.to(cast(Any, config.device))
+    return ranks.from_first(lambda: own_texts(base, tokenizer, base_hash=base_hash))
 
 
 @contextmanager

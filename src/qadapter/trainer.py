@@ -128,6 +128,7 @@ class QAdapterTrainer(EngineTrainer):
         eval_dataset: the same, or None.
         pad_id: token id that fills rows; its value never matters.
         anchors: token ids of general texts on which the residual is pulled to zero (METHOD §6).
+            None are made here: `qadapter.train.prepare` lets the base write some.
         budget: what ends the run before the policy is too far from its base, on this same model.
 
     Raises:
@@ -199,7 +200,7 @@ class QAdapterTrainer(EngineTrainer):
         self.loss_is_scaled_for_ga = True
         self._anchors = anchors
         self._anchor_kl = AnchorKL(anchors, pad_id, keep=not self.shards)
-        self._micro_step = 0
+        self._micro_step = self._anchor_tokens = 0
         self.cache: TrunkCache | None = None
         """Opened when training starts, where the settings and the base allow."""
         self.cache_root = files.cache_dir() / "trunk"
@@ -242,9 +243,16 @@ class QAdapterTrainer(EngineTrainer):
         for batch in samples:
             counts[0] += len(batch["terminal"]) // 2
             counts[1] += len(batch_transitions(self.model.q_config, batch).response)
-        if self.accelerator.num_processes > 1:
+        world = self.accelerator.num_processes
+        if world > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
         self._micro_step = 0
+        if self._anchors:
+            self._anchor_tokens = sum(
+                self._anchor_kl.tokens(self._turn(i, rank), self.args.per_device_train_batch_size)
+                for i in range(len(samples))
+                for rank in range(world)
+            )
         return samples, counts
 
     # ── loss ────────────────────────────────────────────────────────────────────────────────────
@@ -270,9 +278,12 @@ class QAdapterTrainer(EngineTrainer):
         else:
             self._figures["eval"].add(out, inner.kl_from_base(out.states.at(out.taken)))
         if self._anchors and model.training:
-            kl = self._held(model, inner)
-            self._figures["train"].add_anchors(kl.detach())
-            loss = loss + self.args.anchor_weight * kl * sums.n_pairs / pairs
+            kl, tokens_here = self._held(model, inner)
+            self._figures["train"].add_anchors(kl.detach(), tokens_here)
+            whole = isinstance(num_items_in_batch, Tensor)
+            loss = loss + self.args.anchor_weight * kl / (
+                self._anchor_tokens if whole else tokens_here
+            )
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
                 f"step {self.state.global_step}: the loss is {loss.item()}; checkpoints up to here "
@@ -367,14 +378,17 @@ class QAdapterTrainer(EngineTrainer):
             _log.warning("training without a trunk cache: %s", error)
             return None
 
-    def _held(self, model: nn.Module, inner: QAdapterModel) -> Tensor:
-        """Return the mean per token of KL(π1 ‖ π̃) on this micro-batch's anchors (METHOD §6)."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        step = self.state.global_step * self.args.gradient_accumulation_steps + self._micro_step
+    def _held(self, model: nn.Module, inner: QAdapterModel) -> tuple[Tensor, int]:
+        """Return the sum of KL(π1 ‖ π̃) over the tokens of this micro-batch's anchors, and those."""
+        turn = self._turn(self._micro_step, self.accelerator.process_index)
         self._micro_step += 1
-        # Counted from the step, so a resumed run sees the same anchors.
-        turn, count = step * world + rank, self.args.per_device_train_batch_size
-        return self._anchor_kl(model, inner, turn, count)
+        count = self.args.per_device_train_batch_size
+        return self._anchor_kl(model, inner, turn, count), self._anchor_kl.tokens(turn, count)
+
+    def _turn(self, micro_step: int, rank: int) -> int:
+        """Return a micro-batch's number, from the step, so that a resumed run goes on with it."""
+        micro_steps = self.state.global_step * self.args.gradient_accumulation_steps + micro_step
+        return int(micro_steps * self.accelerator.num_processes + rank)
 
     # ── figures ─────────────────────────────────────────────────────────────────────────────────
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 
 from qadapter import anchors, engines, hub
@@ -17,7 +20,7 @@ from qadapter.anchors import COUNT, free_texts
 from qadapter.cli import main
 from qadapter.config import QAdapterConfig
 from qadapter.data import read_texts
-from qadapter.errors import ConfigError, UserError
+from qadapter.errors import ConfigError, ModelError, UserError
 from qadapter.held import anchor_rows
 from qadapter.train import Prepared, prepare
 
@@ -182,6 +185,10 @@ def test_a_missing_base_is_told_and_nothing_written(
 # ── unasked ─────────────────────────────────────────────────────────────────────────────────────
 
 
+def never(*_: object, **__: object) -> Any:
+    raise AssertionError("not to be called")
+
+
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user cache without texts."""
@@ -213,10 +220,7 @@ def test_training_anchors_on_the_bases_own_texts_and_writes_them_once(
     fresh, plain = run.model.adapter_state(), without.model.adapter_state()
     assert all(torch.equal(fresh[name], tensor) for name, tensor in plain.items())
 
-    def again(*_: object, **__: object) -> None:
-        raise AssertionError("written twice")
-
-    monkeypatch.setattr(anchors, "free_texts", again)
+    monkeypatch.setattr(anchors, "free_texts", never)
     assert run_for(base, data, tmp_path).anchors == run.anchors
     assert len(list((own_cache / "anchors").iterdir())) == 1
 
@@ -237,10 +241,9 @@ def test_another_base_has_texts_of_its_own(
 @pytest.mark.parametrize(
     "fields",
     [
-        {"anchor_weight": 0},
         {"alpha_0": 0.2, "alpha_tilde": 0.5},
         {"parameterization": "raw"},
-        {"max_kl": 0.1, "budget_text": "TEXT", "anchor_weight": 0},
+        {"parameterization": "raw", "max_kl": 0.1, "budget_text": "TEXT"},
     ],
 )
 def test_where_the_untrained_policy_is_not_the_base_there_are_none_unasked(
@@ -296,27 +299,131 @@ def test_a_run_unasked_stays_nearer_to_its_base(
     assert kl["100"] < kl["0"] / 2
 
 
-def test_a_cache_that_cannot_be_written_is_told(
-    base: str, data: str, own_cache: Path, tmp_path: Path
+def test_a_cache_that_cannot_be_written_is_told_before_any_is_written(
+    base: str, data: str, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own_cache.mkdir()
     (own_cache / "anchors").write_text("")
-    with pytest.raises(UserError, match=r"anchors.*cannot be written"):
+    monkeypatch.setattr(anchors, "free_texts", never)
+    with pytest.raises(UserError, match=r"anchors: cannot be written, and .* set QADAPTER_CACHE"):
         run_for(base, data, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("weight", [0, 100])
-def test_a_base_that_is_split_writes_none_and_says_so(
-    base: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: float
+@pytest.mark.parametrize("damage", ["a line less", "another letter", "gone"])
+def test_damaged_texts_are_written_anew(
+    base: str, data: str, own_cache: Path, tmp_path: Path, damage: str
 ) -> None:
+    whole = run_for(base, data, tmp_path).anchors
+    (place,) = (own_cache / "anchors").iterdir()
+    file = place / "texts.jsonl"
+    kept = file.read_text()
+    lines = kept.splitlines(keepends=True)
+    if damage == "gone":
+        file.unlink()
+    elif damage == "a line less":
+        file.write_text("".join(lines[:-1]))
+    else:
+        file.write_text(kept.replace("e", "a", 1))
+    assert run_for(base, data, tmp_path).anchors == whole
+    assert file.read_text() == kept
+
+
+def test_a_run_goes_on_with_its_texts_where_the_cache_has_others(
+    base: str, data: str, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train", "--data", data, "--model", base, "--max_length", "200", "--bf16", "false"]
+    words += ["--learning_rate", "0.01", "--num_train_epochs", "2", "--disable_tqdm", "true"]
+    words += ["--save_strategy", "steps", "--save_steps", "3"]
+    assert main([*words, "--output", str(tmp_path / "whole")]) == 0
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "cut" / "checkpoint-3")
+    shutil.rmtree(own_cache)
+    monkeypatch.setattr(anchors, "free_texts", never)
+    resumed = ["--output", str(tmp_path / "cut"), "--resume_from_checkpoint", "true"]
+    assert main([*words, *resumed]) == 0
+    one, other = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("whole", "cut"))
+    assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
+
+
+def test_what_a_named_text_lacks_is_told_before_the_base_is_loaded(
+    base: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "short.txt").write_text("one text\n")
+    monkeypatch.setattr(hub, "load_base", never)
+    with pytest.raises(ConfigError, match="one text is too few"):
+        run_for(base, data, tmp_path, anchor_data=str(tmp_path / "short.txt"), max_kl=0.1)
+    missing = str(tmp_path / "missing.jsonl")
+    with pytest.raises(UserError, match=r"missing\.jsonl"):
+        run_for(base, data, tmp_path, max_drop=1.0, drop_task=missing)
+
+
+def test_a_dry_run_writes_them_and_says_so(
+    base: str, data: str, own_cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["train", "--data", data, "--model", base, "--max_length", "200", "--bf16", "false"]
+    words += ["--disable_tqdm", "true", "--output", str(tmp_path / "out"), "--dry-run"]
+    assert main(words) == 0
+    assert len(list((own_cache / "anchors").iterdir())) == 1
+    assert "the base writes 192 texts to be held to, once" in caplog.text
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_card_says_what_a_run_was_held_to(base: str, data: str, tmp_path: Path) -> None:
+    (tmp_path / "general.txt").write_text("a line of text\n")
+    words = ["train", "--data", data, "--model", base, "--max_length", "200", "--bf16", "false"]
+    words += ["--disable_tqdm", "true", "--save_strategy", "no", "--learning_rate", "0.01"]
+    text = str(tmp_path / "general.txt")
+    for flags, said in (
+        ([], "anchors 100 on the base's own texts;"),
+        (["--anchor_weight", "0"], "anchors none;"),
+        (["--anchor_weight", "3", "--anchor_data", text], f"anchors 3 on `{text}`;"),
+    ):
+        out = tmp_path / str(len(flags))
+        assert main([*words, "--output", str(out), *flags]) == 0
+        assert said in (out / "README.md").read_text()
+
+
+def test_a_base_of_a_short_context_writes_shorter_texts(
+    parts: Any, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = hub.load_base(base, dtype=torch.float32)
+    model.config.max_position_embeddings = 40
+    rows = kept_rows(model, monkeypatch)
+    assert len(texts_of((model, parts[1]), 5)) == 5
+    assert [made.shape[1] for made in rows] == [40]
+
+
+def test_a_base_that_writes_nothing_finite_is_told(parts: Any, base: str) -> None:
+    model = hub.load_base(base, dtype=torch.float32)
+    model.get_output_embeddings().weight.data.fill_(math.nan)
+    with pytest.raises(ModelError, match=r"cannot write text by itself .* --anchor_weight 0"):
+        texts_of((model, parts[1]), 3)
+
+
+@pytest.fixture
+def under_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
     shard = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     shard |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
     for name, value in shard.items():
         monkeypatch.setenv(name, value)
-    config = QAdapterConfig(data=data, output_dir=str(tmp_path), bf16=False, anchor_weight=weight)
-    if weight:
-        with pytest.raises(ConfigError, match=r"a base that fsdp2 splits .* anchors F"):
-            engines.check(config)
-    else:
-        assert engines.check(config) == "fsdp2"
+
+
+@pytest.mark.usefixtures("under_fsdp")
+def test_a_base_that_is_split_writes_none_and_says_what_to_do(
+    base: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "load_base", never)
+    command = re.escape(f"qadapter anchors F.jsonl --model {base} --dtype bfloat16")
+    with pytest.raises(ConfigError, match=f"anchor_data: under fsdp2 .*{command}"):
+        run_for(base, data, tmp_path)
+
+
+@pytest.mark.usefixtures("under_fsdp")
+@pytest.mark.parametrize("fields", [{"anchor_weight": 0}, {"anchor_data": "F"}, {}])
+def test_who_names_a_text_or_makes_a_trainer_is_not_refused(
+    data: str, tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    config = QAdapterConfig(data=data, output_dir=str(tmp_path), bf16=False, **fields)
+    assert engines.check(config) == "fsdp2"
+    if fields:
+        engines.check_own_text(config)

@@ -388,7 +388,7 @@ def test_a_dry_run_takes_no_notice(
 ) -> None:
     words = f"--max_kl 1e-9 --budget_text {text} --dry-run"
     assert train(base, data, tmp_path / "out", words) == 0
-    assert "nothing was written" in capsys.readouterr().out
+    assert "no run was started" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 

@@ -76,6 +76,9 @@ def runs(base: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> dict
     """Each engine's run, and for two processes the same run cut in the middle and gone on with."""
     work = tmp_path_factory.mktemp("engines")
     words = ["train", "--data", data, "--eval_data", data, "--model", base, *SHARED.split()]
+    # Of unlike lengths, so that means of means would differ.
+    (work / "anchors.txt").write_text("".join("some text\n" + "text " * i for i in range(9)))
+    words += ["--anchor_data", str(work / "anchors.txt"), "--anchor_weight", "2"]
 
     def job(name: str, out: Path, *more: str) -> dict[str, Any]:
         engine, processes, own = FLEET[name]
@@ -128,6 +131,23 @@ def test_two_processes_learn_what_one_learns(runs: dict[str, Path], engine: str)
 
 
 @pytest.mark.fleet
+def test_two_processes_are_held_to_what_the_first_lets_the_base_write(
+    base: str, data: str, tmp_path: Path
+) -> None:
+    words = ["train", "--data", data, "--model", base, *SHARED.split(), "--save_strategy", "no"]
+    jobs = []
+    for name, processes, rows in (("ddp", 2, 2), ("", 1, 4)):
+        out, cache = tmp_path / f"out{processes}", tmp_path / f"cache{processes}"
+        own = ["--per_device_train_batch_size", str(rows), "--anchor_weight", "2"]
+        job = {"words": [*words, *own, "--output", str(out)], "processes": processes}
+        jobs.append(job | {"engine": name, "env": {"QADAPTER_CACHE": str(cache)}})
+    for ended in started(jobs):
+        assert not any(ended["codes"]), told(ended)
+    assert len(list((tmp_path / "cache2" / "anchors").iterdir())) == 1
+    close(tmp_path / "out1", tmp_path / "out2", 1e-4)
+
+
+@pytest.mark.fleet
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_the_log_is_that_of_all_processes(runs: dict[str, Path], engine: str) -> None:
     ones, twos = logged(runs["one"]), logged(runs[engine])
@@ -175,6 +195,7 @@ def test_one_process_goes_on_from_two_where_their_checkpoint_is_whole(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ["train", "--data", data, "--eval_data", data, "--model", base, *SHARED.split()]
+    words += ["--anchor_data", str(runs["one"].parent / "anchors.txt"), "--anchor_weight", "2"]
     words += [*FLEET["one"][2].split(), "--output", str(tmp_path / "out")]
     again = [*words, "--resume_from_checkpoint"]
     assert main([*again, str(runs["fsdp"] / "checkpoint-3")]) == 2

@@ -200,7 +200,7 @@ def test_nothing_is_written(
     assert not out.exists()
     told = capsys.readouterr().out
     assert "12 (0 dropped)" in told
-    assert "nothing was written" in told
+    assert "no run was started" in told
 
 
 def test_bad_data_is_told_as_in_a_run(

@@ -88,6 +88,15 @@ def test_the_bound_counts_both_states_of_every_token(monkeypatch: pytest.MonkeyP
             assert passes.count == runs
 
 
+def test_it_is_a_sum_over_tokens_which_it_counts() -> None:
+    model = tiny_adapter()
+    kl = AnchorKL(ROWS, 0, keep=False)
+    alone = [found(AnchorKL([row], 0, keep=False), model, 0, 1)[0] for row in ROWS]
+    assert found(kl, model, 0, 5)[0] == pytest.approx(sum(alone), rel=1e-4)
+    assert kl.tokens(0, 5) == sum(map(len, ROWS))
+    assert kl.tokens(1, 2) == len(ROWS[2]) + len(ROWS[3])
+
+
 def test_each_turn_takes_the_next_and_all_come_again() -> None:
     assert [anchor_turn(5, turn, 2) for turn in range(4)] == [[0, 1], [2, 3], [4, 0], [1, 2]]
     assert anchor_turn(2, 1, 5) == [1, 0, 1, 0, 1]

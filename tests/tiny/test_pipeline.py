@@ -235,12 +235,14 @@ def test_explain_colours_rewarded_tokens_blue_and_penalised_ones_orange(adapter:
 def test_the_anchors_share_of_the_loss_does_not_depend_on_micro_batches(
     tmp_path: Path, rows: int, steps: int
 ) -> None:
-    pairs, anchor = PAIRS * 2, [5, 11, 61, 12, 30]
+    pairs, anchors = PAIRS * 2, [[5, 11, 61, 12, 30], [9, 10], [40, 8, 7]]
     model = tiny_adapter("llama", beta=0.3)
     q, plain = model.q_config, plain_peft(model, tiny_base("llama"), tmp_path)
     # A policy's KL on all of a text: every token of it but the last is followed by a state.
-    response = seen(plain, anchor[:1], [*anchor[1:], 0], False, q, 1.0)
-    kl = math.fsum(kl_from_base(response, q)) / len(anchor)
+    responses = [seen(plain, a[:1], [*a[1:], 0], False, q, 1.0) for a in anchors]
+    sums = [math.fsum(kl_from_base(response, q)) for response in responses]
+    drawn = [i % 3 for i in range(rows * steps)]
+    kl = math.fsum(sums[i] for i in drawn) / sum(len(anchors[i]) for i in drawn)
     config = settings(
         tmp_path,
         per_device_train_batch_size=rows,
@@ -248,7 +250,7 @@ def test_the_anchors_share_of_the_loss_does_not_depend_on_micro_batches(
         anchor_weight=20.0,
         beta=0.3,
     )
-    run = QAdapterTrainer(model, config, train_dataset=pairs, anchors=[anchor])
+    run = QAdapterTrainer(model, config, train_dataset=pairs, anchors=anchors)
     run.train()
     first = run.state.log_history[0]
     assert first["kl"] == pytest.approx(kl, rel=1e-3)

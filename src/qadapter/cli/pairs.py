@@ -110,8 +110,8 @@ def _anchors(args: argparse.Namespace) -> None:
         trust_remote_code=trust,
     )
     tokenizer = hub.load_tokenizer(name, trust_remote_code=trust)
-    count = args.count or COUNT
-    texts = free_texts(base, tokenizer, count, seed=args.seed)
-    rows = ({"text": text} for text in track(texts, "writing", total=count))
+    wanted = args.count or COUNT
+    texts = free_texts(base, tokenizer, wanted, seed=args.seed)
+    rows = ({"text": text} for text in track(texts, "writing", total=wanted))
     write_jsonl(args.output, rows)
-    print(f"{count} texts of {printable(name)} in {printable(args.output)}")
+    print(f"{wanted} texts of {printable(name)} in {printable(args.output)}")

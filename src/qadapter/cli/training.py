@@ -48,12 +48,12 @@ def train(argv: Sequence[str]) -> int:
     file, processes = values.pop("launch"), values.pop("processes")
     if file and not ranks.launched():
         return launch(file, ["train", *argv], processes=processes)
-    if values.pop("dry_run"):
-        _estimate(QAdapterConfig(**values))
-        return 0
     logging.basicConfig(format="%(message)s")
     first = ranks.number() == 0
     logging.getLogger("qadapter").setLevel(logging.INFO if first else logging.ERROR)
+    if values.pop("dry_run"):
+        _estimate(QAdapterConfig(**values))
+        return 0
     result = run_training(QAdapterConfig(**values))
     if first:
         _told(result, argv)
@@ -99,7 +99,7 @@ def _estimate(config: QAdapterConfig) -> None:
         print(f"trunk cache      {found.cache / 2**30:.2f} GiB{there}")
     print(f"training         {duration(found.seconds)} for {found.epochs:g} epochs")
     print(f"peak memory      {found.peak:.1f} GiB")
-    print("nothing was written; leave out --dry-run to start")
+    print("no run was started; leave out --dry-run to start it")
 
 
 def _told(result: TrainResult, argv: Sequence[str]) -> None:
