@@ -16,7 +16,7 @@ from models import tiny_adapter
 
 from qadapter import hub
 from qadapter.cli import main
-from qadapter.compare import METHODS, CompareConfig, cells, fanout, measure, run
+from qadapter.compare import METHODS, CompareConfig, cells, fanout, measure, search
 from qadapter.compare import train as training
 from qadapter.compare.data import Splits, part_of, prompts_of, split, varied
 from qadapter.data import prompt_key, read_pairs, read_texts, tokenize_pairs
@@ -479,29 +479,29 @@ def test_the_setting_with_least_kl_of_a_nat_within_one_standard_error_is_chosen(
     def chosen(prompts: int, pairs: int) -> Any:
         right = [1.0] * round(0.8 * prompts) + [0.0] * round(0.2 * prompts)
         ci = share_interval(right * pairs, [*range(prompts)] * pairs)
-        return run.one_standard_error([{**t, "accuracy_ci": ci} for t in trials])
+        return search.one_standard_error([{**t, "accuracy_ci": ci} for t in trials])
 
     # One standard error of 0.80 is 0.04 on 100 prompts and 0.013 on 1000, whatever pairs they have.
     assert chosen(100, 1) == chosen(100, 10) == {"a": 2}
     assert chosen(1000, 1) == {"a": 1}
-    assert run.one_standard_error(trials[3:]) is None
+    assert search.one_standard_error(trials[3:]) is None
 
 
 @given(st.floats(1e-8, 1.0), st.floats(0.02, 10.0), st.floats(1.0, 3.0))
 def test_kl_of_one_nat_does_not_know_how_far_a_setting_is_turned_up(
     kl: float, margin: float, turned: float
 ) -> None:
-    found = run.kl_of_one_nat(kl, margin)
+    found = search.kl_of_one_nat(kl, margin)
     assert found == pytest.approx(kl / margin / margin)
-    assert run.kl_of_one_nat(kl * turned**2, margin * turned) == pytest.approx(found)
+    assert search.kl_of_one_nat(kl * turned**2, margin * turned) == pytest.approx(found)
 
 
 @given(st.floats(0.0, 10.0), st.floats(0.0, 10.0), st.floats(-10.0, 0.0), st.floats(1e-3, 10.0))
 def test_what_learned_nothing_or_the_contrary_is_never_cheaper(
     kl: float, other_kl: float, wrong: float, right: float
 ) -> None:
-    assert run.kl_of_one_nat(kl, wrong) >= run.kl_of_one_nat(other_kl, right)
-    assert run.kl_of_one_nat(kl, wrong) > run.kl_of_one_nat(1.0, 0.01)
+    assert search.kl_of_one_nat(kl, wrong) >= search.kl_of_one_nat(other_kl, right)
+    assert search.kl_of_one_nat(kl, wrong) > search.kl_of_one_nat(1.0, 0.01)
 
 
 def test_a_comparison_is_made_and_resumed_and_reported(
