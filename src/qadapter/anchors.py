@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -82,27 +83,40 @@ def own_texts(
         ModelError: as `free_texts`.
         UserError: the cache cannot be written.
     """
-    about = [base_hash, hub.quantization_of(base), str(base.dtype), hub.tokenizer_hash(tokenizer)]
+    config = base.config.to_dict()
+    config.pop("_name_or_path", None)
     ends = base.generation_config.eos_token_id if base.generation_config else None
-    about += [json.dumps(ends), *map(str, (_FORMAT, COUNT, MAX_TOKENS, _LEAST_TOKENS, _ROWS))]
-    name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-    place = cache_dir() / "anchors" / name
+    about: list[object] = [
+        base_hash,
+        hub.quantization_of(base),
+        str(base.dtype),
+        hub.tokenizer_hash(tokenizer),
+    ]
+    about += [config, ends, _FORMAT, COUNT, MAX_TOKENS, _LEAST_TOKENS, _ROWS]
+    told = json.dumps(about, sort_keys=True, default=str)
+    place = cache_dir() / "anchors" / hashlib.sha256(told.encode()).hexdigest()[:16]
     if damage(place) is None:
         return read_texts(str(place / _FILE))
-    try:
+    with _cache_told(place.parent):
         check_writable(place)
-    except UserError as error:
-        raise UserError(
-            f"{place.parent}: cannot be written, and the base's own texts are kept there; set "
-            "QADAPTER_CACHE to another disk, or name a text by --anchor_data F."
-        ) from error
     _log.info("the base writes %d texts to be held to, once; they are kept in %s", COUNT, place)
     texts = list(free_texts(base, tokenizer, COUNT))
     if damage(place) is not None:  # or another run has written them meanwhile
-        with whole_directory(place) as partial:
+        with _cache_told(place.parent), whole_directory(place) as partial:
             write_jsonl(partial / _FILE, ({"text": text} for text in texts))
             seal(partial)
     return texts
+
+
+@contextmanager
+def _cache_told(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(
+            f"{place}: cannot be written ({error}) and the base's own texts are kept there; set "
+            "QADAPTER_CACHE to another disk, or name a text by --anchor_data F."
+        ) from error
 
 
 def _ordinary(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:

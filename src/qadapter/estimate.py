@@ -8,8 +8,8 @@ import sys
 import tempfile
 import time
 from array import array
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +25,7 @@ from qadapter.config import QAdapterConfig
 from qadapter.data import TokenizedPair
 from qadapter.engines import engine
 from qadapter.errors import ConfigError, UserError
+from qadapter.held import AnchorKL
 from qadapter.packing import Rows, flat, pack_pairs
 from qadapter.train import Prepared, prepare
 from qadapter.trainer import QAdapterTrainer
@@ -40,6 +41,10 @@ class Epoch:
     seconds: float
     flops: float
     """Floating-point operations of matrix products and attention, two for a multiply-add."""
+
+    def more(self, other: Epoch) -> Epoch:
+        """Return what both take together."""
+        return Epoch(self.seconds + other.seconds, self.flops + other.flops)
 
     def mixed(self, other: Epoch, share: float) -> Epoch:
         """Return what a pass takes of which this share goes as another one."""
@@ -153,8 +158,7 @@ def _spread(rows: Rows) -> list[list[TokenizedPair]]:
 def _few(anchors: list[list[int]], count: int) -> list[list[int]]:
     """Return one micro-batch of anchors, of lengths spread as all are.
 
-    After the step that warms up the base has read them, as it has read all after the first few
-    steps of a run.
+    Where they are kept the base reads them in the step that warms up; `_reading` is for the others.
     """
     if not anchors:
         return []
@@ -162,8 +166,28 @@ def _few(anchors: list[list[int]], count: int) -> list[list[int]]:
     return [by_size[(2 * i + 1) * len(anchors) // (2 * count)] for i in range(count)]
 
 
-def step_flops(trainer: Trainer, inputs: dict[str, Any]) -> int:
-    """Return the operations of one training step: matrix products, two for a multiply-add."""
+def _reading(anchors: AnchorKL, count: float) -> Epoch:
+    """Return what the base takes to read `count` anchors once; nothing where none are kept."""
+    if not (anchors.keeps and count):
+        return Epoch(0.0, 0.0)
+
+    def read_all() -> None:
+        anchors.forget()
+        for i in range(len(anchors)):
+            anchors.read(i)
+
+    start = time.perf_counter()
+    read_all()
+    seconds = time.perf_counter() - start
+    with _counted() as counter:
+        read_all()
+    share = count / len(anchors)
+    return Epoch(seconds * share, counter.get_total_flops() * share)
+
+
+@contextmanager
+def _counted() -> Iterator[FlopCounterMode]:
+    """Count the operations of the block: matrix products, two for a multiply-add."""
 
     def products(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return int(sdpa_flop_count(query, key, value))
@@ -175,6 +199,12 @@ def step_flops(trainer: Trainer, inputs: dict[str, Any]) -> int:
         sdpa_kernel(SDPBackend.MATH),
         FlopCounterMode(display=False, custom_mapping={cpu_attention: products}) as counter,
     ):
+        yield counter
+
+
+def step_flops(trainer: Trainer, inputs: dict[str, Any]) -> int:
+    """Return the operations of one training step: matrix products, two for a multiply-add."""
+    with _counted() as counter:
         trainer.training_step(cast(nn.Module, trainer.model), inputs)
     return int(counter.get_total_flops())
 
@@ -199,7 +229,7 @@ def estimate(config: QAdapterConfig) -> Estimate:
         trainer = run.trainer(elsewhere)
         rows = _rows(trainer, run.train_set)
         kept = _kept(trainer) if config.wants_trunk_cache(len(rows)) else None
-        return _tried(config, run, rows, Path(directory), kept)
+        return _tried(config, run, rows, Path(directory), kept, trainer.anchor_kl)
 
 
 def _tried(
@@ -208,8 +238,9 @@ def _tried(
     rows: Rows,
     directory: Path,
     kept: float | None,
+    whole_anchors: AnchorKL,
 ) -> Estimate:
-    """`kept` as `_kept` has it."""
+    """`kept` as `_kept` has it, `whole_anchors` the run's own."""
     spread = _spread(rows)
     short = copy.copy(config)
     settings = {
@@ -236,8 +267,11 @@ def _tried(
         short, train_dataset=flat(spread), anchors=anchors, budget=None, callbacks=hooks
     )
     trainer.rows, trainer.cache_root, afresh.trainer = spread, directory, trainer
+    trainer.anchor_kl.keeps = whole_anchors.keeps
     trainer.train()
     peak = peak_memory()
+    if not torch.cuda.is_available():  # they are kept by the host
+        peak += (whole_anchors.size if whole_anchors.keeps else 0) / 2**30
     cached = trainer.cache is not None
     share = kept if cached and kept else 0.0
     batch = trainer.data_collator(spread[len(spread) // 2])
@@ -252,15 +286,23 @@ def _tried(
         Epoch(sum(seconds) / timed * whole, count / tokens * whole)
         for seconds, count in zip(passes, flops, strict=True)
     )
+    first = first.mixed(later, share)
+    # An epoch has so many anchors, until all were there.
+    turns, epochs = len(anchors) * len(rows), config.epochs(len(rows))
+    once = min(turns, len(run.anchors))
+    first = first.more(_reading(trainer.anchor_kl, once))
+    if epochs > 1:
+        more = min(turns * epochs, len(run.anchors)) - once
+        later = later.more(_reading(trainer.anchor_kl, more / (epochs - 1)))
     pairs = run.train_set
     return Estimate(
         pairs=len(pairs),
         dropped=sum(len(v) for v in run.dropped.values()),
         tokens=whole,
         response_tokens=sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs),
-        epochs=config.epochs(len(rows)),
+        epochs=epochs,
         batches=len(rows),
-        first=first.mixed(later, share),
+        first=first,
         later=later if cached else None,
         cache=trainer.layout.size(whole) if cached else 0,
         kept=share,

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
+from qadapter.errors import UserError
+
 Made = TypeVar("Made")
 
 LAUNCHED = "QADAPTER_LAUNCHED"
@@ -55,15 +57,27 @@ def first_alone() -> Iterator[None]:
 
 
 def from_first(make: Callable[[], Made]) -> Made:
-    """Return in every process what the first of all makes; every process must come here."""
+    """Return in every process what the first of all makes; every process must come here.
+
+    Raises:
+        UserError: what it raises, in every process, so that none waits for it.
+    """
     import torch.distributed as dist
 
     if not (several() and dist.is_initialized()):
         return make()
     from accelerate.utils import broadcast_object_list
 
-    made: list[Any] = [make() if number() == 0 else None]
-    return cast(Made, broadcast_object_list(made)[0])
+    made: list[Any] = [None, None]
+    if number() == 0:
+        try:
+            made[0] = make()
+        except UserError as error:
+            made[1] = error
+    value, failure = broadcast_object_list(made)
+    if failure is not None:
+        raise cast(UserError, failure)
+    return cast(Made, value)
 
 
 def all_agree(accelerator: Any, here: bool) -> bool:

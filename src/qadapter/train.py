@@ -154,7 +154,8 @@ def prepare(config: QAdapterConfig) -> Prepared:
         eval_set = held_out = table(config.eval_data)[0]
         _tell(alarms.shared_prompts(train_set.prompts, held_out.prompts, held_out.source))
     drop = _drop_meter(config)
-    general = None if config.needs_own_text else _general(config, [])
+    measured = read_texts(config.budget_text) if config.budget_text else []
+    general = None if config.needs_own_text else _general(config, [], measured)
     # The base comes after the data: a bad row is told in a second, not in a minute.
     base = hub.load_base(
         config.model,
@@ -171,7 +172,7 @@ def prepare(config: QAdapterConfig) -> Prepared:
     own: list[str] = []
     if general is None:
         own = _own(config, checkpoint, base, tokenizer, base_hash)
-        general = _general(config, own)
+        general = _general(config, own, measured)
     anchors = anchor_rows(general.anchors, tokenizer) if config.anchored else []
     q_config = config.q_config(
         base_model=hub.portable_name(config.model),
@@ -213,13 +214,11 @@ class _General(NamedTuple):
     """Where that comes from, as told."""
 
 
-def _general(config: QAdapterConfig, own: list[str]) -> _General:
-    """Return a run's general text, `own` where it names none."""
+def _general(config: QAdapterConfig, own: list[str], measured: list[str]) -> _General:
+    """Return a run's general text, `own` and `measured` where it names none."""
     texts = read_texts(config.anchor_data) if config.anchor_data else own
-    if config.budget_text:
-        return _General(texts, read_texts(config.budget_text), config.budget_text)
-    if config.max_kl is None:
-        return _General(texts, [], "")
+    if config.max_kl is None or config.budget_text:
+        return _General(texts, measured, config.budget_text or "")
     anchors, measured = hold_out(texts)
     source = f"{len(measured)} texts held out of {config.anchor_data or OWN}"
     return _General(anchors, measured, source)
@@ -240,13 +239,17 @@ def _own(
 ) -> list[str]:
     """Return the base's own texts: those of the run that goes on, else written, or written before.
 
-    The same in every process; the first of all writes them, on the device that will train.
+    The same in every process; the first of all reads or writes them, on the device that will train.
     """
-    if checkpoint and (kept := Path(checkpoint) / OWN_FILE).is_file():
-        return read_texts(str(kept))
-    if not hub.quantization_of(base):  # or it lies there already
-        base.to(cast(Any, config.device))
-    return ranks.from_first(lambda: own_texts(base, tokenizer, base_hash=base_hash))
+
+    def made() -> list[str]:
+        if checkpoint and (kept := Path(checkpoint) / OWN_FILE).is_file():
+            return read_texts(str(kept))
+        if not hub.quantization_of(base):  # or it lies there already
+            base.to(cast(Any, config.device))
+        return own_texts(base, tokenizer, base_hash=base_hash)
+
+    return ranks.from_first(made)
 
 
 @contextmanager

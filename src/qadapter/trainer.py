@@ -199,7 +199,7 @@ class QAdapterTrainer(EngineTrainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._anchors = anchors
-        self._anchor_kl = AnchorKL(anchors, pad_id, keep=not self.shards)
+        self.anchor_kl = AnchorKL(anchors, model, pad_id=pad_id, split=self.shards)
         self._micro_step = self._anchor_tokens = 0
         self.cache: TrunkCache | None = None
         """Opened when training starts, where the settings and the base allow."""
@@ -249,7 +249,7 @@ class QAdapterTrainer(EngineTrainer):
         self._micro_step = 0
         if self._anchors:
             self._anchor_tokens = sum(
-                self._anchor_kl.tokens(self._turn(i, rank), self.args.per_device_train_batch_size)
+                self.anchor_kl.tokens(self._turn(i, rank), self.args.per_device_train_batch_size)
                 for i in range(len(samples))
                 for rank in range(world)
             )
@@ -278,7 +278,7 @@ class QAdapterTrainer(EngineTrainer):
         else:
             self._figures["eval"].add(out, inner.kl_from_base(out.states.at(out.taken)))
         if self._anchors and model.training:
-            kl, tokens_here = self._held(model, inner)
+            kl, tokens_here = self._held(model)
             self._figures["train"].add_anchors(kl.detach(), tokens_here)
             whole = isinstance(num_items_in_batch, Tensor)
             loss = loss + self.args.anchor_weight * kl / (
@@ -378,12 +378,12 @@ class QAdapterTrainer(EngineTrainer):
             _log.warning("training without a trunk cache: %s", error)
             return None
 
-    def _held(self, model: nn.Module, inner: QAdapterModel) -> tuple[Tensor, int]:
+    def _held(self, model: nn.Module) -> tuple[Tensor, int]:
         """Return the sum of KL(π1 ‖ π̃) over the tokens of this micro-batch's anchors, and those."""
         turn = self._turn(self._micro_step, self.accelerator.process_index)
         self._micro_step += 1
         count = self.args.per_device_train_batch_size
-        return self._anchor_kl(model, inner, turn, count), self._anchor_kl.tokens(turn, count)
+        return self.anchor_kl(model, turn, count), self.anchor_kl.tokens(turn, count)
 
     def _turn(self, micro_step: int, rank: int) -> int:
         """Return a micro-batch's number, from the step, so that a resumed run goes on with it."""

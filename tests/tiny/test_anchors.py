@@ -352,6 +352,9 @@ def test_what_a_named_text_lacks_is_told_before_the_base_is_loaded(
     monkeypatch.setattr(hub, "load_base", never)
     with pytest.raises(ConfigError, match="one text is too few"):
         run_for(base, data, tmp_path, anchor_data=str(tmp_path / "short.txt"), max_kl=0.1)
+    missing = str(tmp_path / "missing.txt")
+    with pytest.raises(UserError, match=r"missing\.txt"):
+        run_for(base, data, tmp_path, budget_text=missing, max_kl=0.1)
     missing = str(tmp_path / "missing.jsonl")
     with pytest.raises(UserError, match=r"missing\.jsonl"):
         run_for(base, data, tmp_path, max_drop=1.0, drop_task=missing)

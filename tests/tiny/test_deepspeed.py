@@ -55,7 +55,7 @@ def runs(
     pytest.importorskip("deepspeed")
     work, split = tmp_path_factory.mktemp(request.param), request.param
     words = ["train", "--data", data, "--eval_data", data, "--model", base, *SHARED.split()]
-    (work / "anchors.txt").write_text("".join(f"some text of number {i}\n" for i in range(9)))
+    (work / "anchors.txt").write_text("".join("some text\n" + "text " * i for i in range(9)))
     best = f"{BEST} --anchor_data {work / 'anchors.txt'}"
 
     def job(name: str, engine: str, own: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from qadapter import held
 from qadapter.cache import TrunkCache
 from qadapter.cli import main
 from qadapter.config import QAdapterConfig
@@ -86,6 +87,24 @@ def test_operations_are_those_that_the_run_then_does(
     assert found.first.flops == pytest.approx(first, rel=0.25)
     assert found.later.flops == pytest.approx(both - first, rel=0.25)
     assert found.later.flops < 0.9 * found.first.flops
+
+
+@pytest.mark.parametrize("most", [2**30, 0])
+def test_operations_with_anchors_are_those_that_the_run_then_does(
+    base: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(held, "_MOST_KEPT", most)
+    fields = {"anchor_weight": 10.0, "cache_trunk": False}
+    found = estimate(config_for(base, data, tmp_path / "out", **fields))
+    first = counted(config_for(base, data, tmp_path / "out", **fields), tmp_path / "cache", 1)
+    both = counted(config_for(base, data, tmp_path / "out", **fields), tmp_path / "cache", 2)
+    without = estimate(config_for(base, data, tmp_path / "out", cache_trunk=False))
+    assert found.first.flops == pytest.approx(first, rel=0.1)
+    assert found.seconds > 0
+    again = estimate(config_for(base, data, tmp_path / "out", **fields, num_train_epochs=2))
+    assert again.later is None
+    assert 2 * again.first.flops == pytest.approx(both, rel=0.1)
+    assert found.first.flops > 1.2 * without.first.flops
 
 
 def test_more_epochs_take_more_time_by_the_later_ones(found: Estimate) -> None:

@@ -367,6 +367,29 @@ def test_resume_gives_the_same_adapter_bit_for_bit(tmp_path: Path) -> None:
     assert all(torch.equal(a[n], b[n]) for n in a)
 
 
+def test_resume_is_bit_for_bit_beside_anchors_of_any_length_and_with_dropout(
+    tmp_path: Path,
+) -> None:
+    # Five anchors, two a turn: in the second round each stands beside another.
+    pairs, anchors = random_pairs(24), [[3 + i % 9 for i in range(n)] for n in (9, 40, 5, 70, 17)]
+    options = {"save_strategy": "steps", "save_steps": 4, "num_train_epochs": 1}
+
+    def run(name: str) -> QAdapterTrainer:
+        base = tiny_base("llama")
+        torch.manual_seed(3)
+        q_config = QConfig(alpha_0=0.5, alpha_tilde=0.5)
+        model = QAdapterModel.create(base, q_config, lora_r=4, lora_dropout=0.1, trunk=0.5)
+        fields = settings(tmp_path / name, **options, per_device_train_batch_size=2)
+        return QAdapterTrainer(model, fields, train_dataset=pairs, anchors=anchors)
+
+    whole, resumed = run("whole"), run("resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    a, b = weights(whole.model), weights(resumed.model)
+    assert whole.state.global_step == resumed.state.global_step == 12
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
 def test_a_checkpoint_holds_no_pickled_arguments(tmp_path: Path) -> None:
     run = trainer(tmp_path, random_pairs(8), save_strategy="steps", save_steps=1)
     run.train()

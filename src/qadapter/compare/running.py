@@ -37,6 +37,8 @@ class Progress:
 
 @dataclass
 class Run:
+    """One comparison: where its cells lie, what they read, and how far it has come."""
+
     config: CompareConfig
     root: Path
     tell: Callable[[Progress], None]

@@ -51,11 +51,17 @@ def searched(run: Run, name: str, method: Method) -> dict[str, Any]:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             trials.append({"params": params, "state": "failed", "seconds": 0.0})
     return {
-        "sampler": f"optuna TPESampler, the first {_STARTUP} trials without it",
+        "sampler": _sampler(run.config.trials),
         "space": {k: str(v) for k, v in method.space.items()},
         "trials": trials,
         "best": one_standard_error(trials),
     }
+
+
+def _sampler(trials: int) -> str:
+    if trials <= _STARTUP:
+        return "the defaults, then random settings"
+    return f"optuna TPESampler, the first {_STARTUP} trials without it"
 
 
 def kl_of_one_nat(kl: float, margin: float) -> float:

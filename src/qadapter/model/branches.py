@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import version
@@ -79,6 +79,9 @@ class Branches(Stacked):
     if TYPE_CHECKING:
         config: Any
         dtype: torch.dtype
+        training: bool
+        eval: Callable[[], Any]
+        train: Callable[[bool], Any]
         shares_trunk: bool
         _base: PreTrainedModel
         _tuned: list[Any]
@@ -98,6 +101,17 @@ class Branches(Stacked):
             self._off = meant
             for layer, disabled in zip(self._tuned, was, strict=True):
                 layer._disable_adapters = disabled
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Run the block without gradient and dropout, so that it moves no random numbers."""
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(training)
 
     @contextmanager
     def _only(self, adapter: Adapter) -> Iterator[None]:
@@ -266,7 +280,7 @@ class Branches(Stacked):
         ids = torch.tensor([[*prompt, *chosen, *rejected]], device=self.device)
         positions = torch.tensor([[0, 1, 2, 3, 2, 3, 4]], device=self.device)
         spans = torch.tensor([[0, 2, 2, 3]], device=self.device)
-        with torch.no_grad():
+        with self.evaluating():
             try:
                 row = self.streams(ids, position_ids=positions, spans=spans).base[0]
             except (TypeError, ValueError, RuntimeError):  # an argument or a shape it does not take
@@ -281,17 +295,17 @@ class Branches(Stacked):
     def caches_trunk(self) -> bool:
         """Whether the branch can start from a kept trunk, tried on a small packed row.
 
-        False where pairs cannot be packed or the decoder does more between its layers than call
-        them one after another.
+        False where pairs cannot be packed, there are several adapters, or the decoder does more
+        between its layers than call them one after another.
         """
-        if not (self.shares_trunk and self.packs):
+        if not (self.shares_trunk and self.packs and len(self.adapters) == 1):
             return False
         row: dict[str, Any] = {
             "input_ids": torch.tensor([[1, 2, 3, 1, 2]], device=self.device),
             "position_ids": torch.tensor([[0, 1, 2, 2, 3]], device=self.device),
             "spans": torch.tensor([[0, 2, 1, 2]], device=self.device),
         }
-        with torch.no_grad():
+        with self.evaluating():
             whole = self.streams(**row)
             try:
                 alone = self.streams(**row, trunk=whole.trunk).adapted
