@@ -114,7 +114,7 @@ def _cache_told(place: Path) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(
-            f"{place}: cannot be written ({error}) and the base's own texts are kept there; set "
+            f"{place}: cannot be written, and the base's own texts are kept there; make room, set "
             "QADAPTER_CACHE to another disk, or name a text by --anchor_data F."
         ) from error
 

@@ -305,7 +305,7 @@ def test_a_cache_that_cannot_be_written_is_told_before_any_is_written(
     own_cache.mkdir()
     (own_cache / "anchors").write_text("")
     monkeypatch.setattr(anchors, "free_texts", never)
-    with pytest.raises(UserError, match=r"anchors: cannot be written, and .* set QADAPTER_CACHE"):
+    with pytest.raises(UserError, match=r"anchors: cannot be written, and .* QADAPTER_CACHE"):
         run_for(base, data, tmp_path)
     assert not (tmp_path / "out").exists()
 
