@@ -79,9 +79,8 @@ class Branches(Stacked):
     if TYPE_CHECKING:
         config: Any
         dtype: torch.dtype
-        training: bool
         eval: Callable[[], Any]
-        train: Callable[[bool], Any]
+        modules: Callable[[], Iterator[nn.Module]]
         shares_trunk: bool
         _base: PreTrainedModel
         _tuned: list[Any]
@@ -105,13 +104,14 @@ class Branches(Stacked):
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Run the block without gradient and dropout, so that it moves no random numbers."""
-        training = self.training
+        modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.train(training)
+            for module, training in modes:  # a base in evaluation stays so where its adapter trains
+                module.training = training
 
     @contextmanager
     def _only(self, adapter: Adapter) -> Iterator[None]:
