@@ -358,7 +358,7 @@ def test_a_shelf_holds_so_many_and_counts_those_that_left_and_still_answer(
 
     assert load(one, "new", "deep").status_code == 200
     monkeypatch.setattr(model, "policy_logits", wait)
-    asking = threading.Thread(target=lambda: one.chat(model="new", max_tokens=60))
+    asking = threading.Thread(target=lambda: one.chat(model="new", max_tokens=60, temperature=0))
     asking.start()
     until(lambda: one.engine.running == 1)
     assert unload(one, "new").status_code == 200
