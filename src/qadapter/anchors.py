@@ -52,7 +52,8 @@ def free_texts(
     start = cast(list[int], tokenizer("")["input_ids"])
     ordinary = _ordinary(base, tokenizer)
     device = base.device
-    with _sampling(base), _own_draws(device):
+    devices = [] if device.type == "cpu" else [device]
+    with _sampling(base), torch.random.fork_rng(devices, device_type=device.type):
         torch.manual_seed(seed)
         left = count
         while left:
@@ -83,8 +84,6 @@ def own_texts(
         ModelError: as `free_texts`.
         UserError: the cache cannot be written.
     """
-    config = base.config.to_dict()
-    config.pop("_name_or_path", None)
     ends = base.generation_config.eos_token_id if base.generation_config else None
     about: list[object] = [
         base_hash,
@@ -92,8 +91,8 @@ def own_texts(
         str(base.dtype),
         hub.tokenizer_hash(tokenizer),
     ]
-    about += [config, ends, _FORMAT, COUNT, MAX_TOKENS, _LEAST_TOKENS, _ROWS]
-    told = json.dumps(about, sort_keys=True, default=str)
+    about += [hub.config_key(base), ends, _FORMAT, COUNT, MAX_TOKENS, _LEAST_TOKENS, _ROWS]
+    told = json.dumps(about, sort_keys=True)
     place = cache_dir() / "anchors" / hashlib.sha256(told.encode()).hexdigest()[:16]
     if damage(place) is None:
         return read_texts(str(place / _FILE))
@@ -129,17 +128,6 @@ def _ordinary(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tens
             f"{tokenizer.name_or_path}: has no tokens but special ones; anchor on a text file."
         )
     return torch.tensor(ids)
-
-
-@contextmanager
-def _own_draws(device: torch.device) -> Iterator[None]:
-    """Put the random state of the CPU, and of the device, back afterwards."""
-    if device.type == "cpu":
-        with torch.random.fork_rng([]):
-            yield
-    else:
-        with torch.random.fork_rng([device], device_type=device.type):
-            yield
 
 
 @contextmanager

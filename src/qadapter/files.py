@@ -167,13 +167,18 @@ def write_text(path: str | Path, text: str) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
+def jsonl(rows: Iterable[object]) -> str:
+    """Return rows as JSON Lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def write_jsonl(path: str | Path, rows: Iterable[object]) -> None:
     """Write rows as JSON Lines, as `write_text` writes.
 
     Raises:
         UserError: the directory cannot be written or the disk is full.
     """
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, jsonl(rows))
 
 
 def read_fields(path: str | Path) -> dict[str, Any]:

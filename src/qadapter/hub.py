@@ -328,6 +328,13 @@ def _fingerprint(named: Iterable[tuple[str, Tensor]], *, rounded: bool = False) 
     return total.hexdigest()
 
 
+def config_key(base: PreTrainedModel) -> dict[str, Any]:
+    """Return a base's config as JSON holds it, but for where it was loaded from."""
+    config = base.config.to_dict()
+    config.pop("_name_or_path", None)
+    return cast(dict[str, Any], json.loads(json.dumps(config, default=str)))
+
+
 def weights_hash(model: nn.Module) -> str:
     """Return the identity of a model's weights, the same in float32 and in bfloat16.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -101,8 +100,7 @@ class Prepared:
             },
         )
         if self.own:
-            rows = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in self.own)
-            trainer.beside = {OWN_FILE: "".join(rows)}
+            trainer.beside = {OWN_FILE: files.jsonl({"text": text} for text in self.own)}
         return trainer
 
 

@@ -281,9 +281,8 @@ class QAdapterTrainer(EngineTrainer):
             kl, tokens_here = self._held(model)
             self._figures["train"].add_anchors(kl.detach(), tokens_here)
             whole = isinstance(num_items_in_batch, Tensor)
-            loss = loss + self.args.anchor_weight * kl / (
-                self._anchor_tokens if whole else tokens_here
-            )
+            of_step = self._anchor_tokens if whole else tokens_here
+            loss = loss + self.args.anchor_weight * kl / of_step
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
                 f"step {self.state.global_step}: the loss is {loss.item()}; checkpoints up to here "

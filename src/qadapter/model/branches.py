@@ -11,7 +11,6 @@ taken apart so, each branch is a pass over all its layers.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from qadapter import hub
 from qadapter.attention import PackedPairs
 from qadapter.decoder import by_layer, final_norm
 from qadapter.errors import ModelError
@@ -316,10 +316,8 @@ class Branches(Stacked):
     @property
     def trunk_key(self) -> dict[str, Any]:
         """What trunk activations and base scalars depend on besides weights and tokens."""
-        config = self._base.config.to_dict()
-        config.pop("_name_or_path", None)
         return {
-            "config": json.loads(json.dumps(config, default=str)),
+            "config": hub.config_key(self._base),
             "attention": self._base.config._attn_implementation,
             "first_layer": self._first,
             "dtype": str(self.dtype),
