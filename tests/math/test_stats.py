@@ -439,6 +439,25 @@ def test_least_kl_against_a_walk_along_the_curve(
     assert found == expected or abs(found - expected) <= step + 1e-9
 
 
+@property_test
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.integers(0, 50)), min_size=1, max_size=6),
+    st.integers(0, 20),
+)
+def test_the_dial_of_a_target_is_where_the_least_kl_is(
+    points: list[tuple[int, int]], target: int
+) -> None:
+    accuracy, kl = [a / 20 for a, _ in points], [k / 100 for _, k in points]
+    dials = [0.5 * i**1.5 for i in range(len(points))]
+    found = stats.dial_at(dials, accuracy, kl, target / 20)
+    if found is None:
+        assert max(accuracy) < target / 20
+        return
+    assert np.interp(found, dials, accuracy) >= target / 20 - 1e-9
+    least = stats._least_kl(Curve(np.array([accuracy]), np.array([kl])), np.array([target / 20]))
+    assert np.interp(found, dials, kl) == pytest.approx(least[0], abs=1e-9)
+
+
 @st.composite
 def studies(draw: st.DrawFn) -> dict[str, Study]:
     n_items = draw(st.sampled_from([1, 3, 31]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,36 @@ def second(tmp_path_factory: pytest.TempPathFactory, adapter: str, base: str) ->
     directory = tmp_path_factory.mktemp("second") / "second"
     model.save_pretrained(directory)
     return str(directory)
+
+
+def write_rows(path: Path, rows: Sequence[object]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="session")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with a file for each task of the local suite."""
+    directory = tmp_path_factory.mktemp("suite")
+    choices = ["a short one", "quite a longer one it is", "é"]
+    queries = ["Question: dresser\n", "Question: Which?", "Question: é🙂"]
+    rows = [
+        {"query": q, "choices": choices[: 2 + i % 2], "gold": i % 2} for i, q in enumerate(queries)
+    ]
+    write_rows(directory / "piqa.jsonl", rows)
+    write_rows(directory / "arc_easy.jsonl", rows)
+    rest = {"Once upon a": "time", "He said it to": "her", "[1,": "2]"}
+    rows = [{"context": context, "continuation": word} for context, word in rest.items()]
+    write_rows(directory / "lambada.dev.jsonl", rows)
+    (directory / "other.txt").write_text(" = Title = \n \n A line , of words . \n[1, 2]\n\nLast\n")
+    instruction = ["punctuation:no_comma", "length_constraints:number_sentences"]
+    row = {
+        "key": 1,
+        "prompt": "Say it.",
+        "instruction_id_list": instruction,
+        "kwargs": [{}, {"relation": "at least", "num_sentences": 1}],
+    }
+    write_rows(directory / "ifeval.jsonl", [row, {**row, "key": 2, "prompt": "Say it again."}])
+    return directory
 
 
 @pytest.fixture(scope="session")

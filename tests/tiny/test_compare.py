@@ -21,11 +21,13 @@ from qadapter.compare import train as training
 from qadapter.compare.data import Splits, part_of, prompts_of, split, varied
 from qadapter.data import prompt_key, read_pairs, read_texts, tokenize_pairs
 from qadapter.errors import DataError
+from qadapter.evaluate import evaluate_tasks
 from qadapter.files import shipped
 from qadapter.model import QAdapterModel
 from qadapter.policy import Policy
 from qadapter.report.results import Results
 from qadapter.stats import INTERVALS, share_interval, wilson_interval
+from qadapter.suite import local_suite
 
 WORDS = ["red", "green", "blue", "pink", "grey", "black", "white", "brown", "gold", "teal"]
 
@@ -566,6 +568,44 @@ def test_a_comparison_is_made_and_resumed_and_reported(
         "qadapter": 1,
     }
     assert found["command"].endswith("run.yaml --methods base dpo qadapter")
+
+
+@pytest.mark.usefixtures("one_index")
+def test_the_suite_is_measured_at_the_margin_of_the_reference(
+    settings: dict[str, Any], tmp_path: Path, suite: Path, in_process: list[str]
+) -> None:
+    """Of the greater margin the part that the other has; the other does not reach all of it."""
+    settings |= {"suite": str(suite), "suite_limit": 2, "answers": 2, "strengths": [0.0, 1.0, 2.0]}
+    comparisons = []
+    for reference in ("dpo", "qadapter_all_layers"):
+        names = ["base", "dpo", "qadapter_all_layers"]
+        changed = {"methods": names, "reference": reference, "pairs": 32, "trials": 0}
+        assert main(["compare", yaml_file(tmp_path / "run.yaml", settings | changed)]) == 0
+        comparisons.append(json.loads((tmp_path / "out" / "comparison.json").read_text()))
+    run_of = {n: comparisons[0]["methods"][n]["runs"][0] for n in ("dpo", "qadapter_all_layers")}
+    ones = {name: run["points"][1]["margin"] for name, run in run_of.items()}
+    less, more = sorted(ones, key=lambda name: ones[name])
+    assert 0 < ones[less] < 0.99 * ones[more]
+    towards_less = next(c for c in comparisons if c["reference"] == less)["methods"]
+    assert "at_reference" not in towards_less[less]["runs"][0]
+    (run,) = towards_less[more]["runs"]
+    there = run["at_reference"]
+    # Straight from the base, whose margin is 0, to its own.
+    assert there["dial"] == pytest.approx(ones[less] / ones[more], rel=0.01)
+    assert 0 < there["dial"] < 1
+    policy = Policy.from_pretrained(tmp_path / "out" / run["adapter"], dtype=torch.float32)
+    asked = local_suite(suite, ["local_piqa", "local_perplexity"])
+    for score in evaluate_tasks(policy, asked, strength=there["dial"], limit=2):
+        found = there["tasks"][score.task]["items"]
+        assert found == pytest.approx(list(score.items), abs=1e-4)
+        if score.task == "local_perplexity":
+            assert found != pytest.approx(run["points"][1]["tasks"][score.task]["items"], abs=1e-4)
+    assert Counter(in_process)["suite"] == sum(
+        "at_reference" in run
+        for c in comparisons
+        for method in c["methods"].values()
+        for run in method["runs"]
+    )
 
 
 def test_a_retrained_curve_has_its_method_s_own_point_among_the_others(

@@ -384,6 +384,36 @@ def test_task_figures_are_those_of_the_json(full: dict[str, Any], page: Page) ->
     assert rows["Base"][piqa] == number(before)
 
 
+def test_tasks_at_the_margin_of_the_reference(full: dict[str, Any], tmp_path: Path) -> None:
+    made = copy.deepcopy(full)
+    for run in made["methods"]["qadapter"]["runs"]:
+        solved = point(0.4, 0.7, 0.01, run["seed"], task_drop=0.3)["tasks"]
+        run["at_reference"] = {"dial": 0.4, "tasks": solved}
+    # One seed of three is not the method.
+    made["methods"]["raw"]["runs"][0]["at_reference"] = made["methods"]["qadapter"]["runs"][0][
+        "at_reference"
+    ]
+    results, page = Results(json.loads(json.dumps(made))), written(made, tmp_path)
+    rows = {row["Method"]: row for row in page.table("Method", "Dial there")}
+    assert {name: row["Dial there"] for name, row in rows.items()} == {
+        "DPO": "1",
+        "Q-Adapter": "0.4",
+    }
+    before, value = own(full, "base")[0]["tasks"]["piqa"]["value"], solved["piqa"]["value"]
+    cell = rows["Q-Adapter"]["piqa: acc, n = 300"]
+    assert cell.startswith(f"{number(value)}; drop {number(before - value)} (")
+    (usual,) = [
+        row["piqa: acc, n = 300"]
+        for table in page.tables
+        for row in (dict(zip(table[0], cells, strict=True)) for cells in table[1:])
+        if row.get("Method") == "DPO" and "piqa: acc, n = 300" in row and "Dial there" not in row
+    ]
+    assert rows["DPO"]["piqa: acc, n = 300"] == usual
+    told = " ".join(paragraph(results))
+    assert "at DPO’s margin (its dial at 0.4) (base less method, 95% CI): a drop on piqa" in told
+    assert "at its own setting (base less method, 95% CI): no drop shown on piqa" in told
+
+
 def test_every_point_of_the_curves_is_shown(full: dict[str, Any], page: Page) -> None:
     rows = page.table("Method", "Dial")
     assert len(rows) == sum(len(m["runs"][0]["points"]) for m in full["methods"].values())

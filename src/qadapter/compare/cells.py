@@ -211,7 +211,7 @@ def _measure(work: _Work) -> dict[str, Any]:
     for point, far, strength in zip(points, drifts, strengths, strict=True):
         point |= {**far, "dial": strength}
     if spec["whole"]:
-        points[strengths.index(1.0)] |= _answered(work, policy) | _tasks(work, policy)
+        points[strengths.index(1.0)] |= _answered(work, policy) | _tasks(work, policy, 1.0)
     return {
         "points": points,
         "length_baseline": measure.length_baseline(pairs),
@@ -258,8 +258,13 @@ def _judged(
     return {"win_rates": rates, "judges_refused": refused}
 
 
-def _tasks(work: _Work, policy: Any) -> dict[str, Any]:
-    """Return the capability suite's scores at strength 1.
+def _suite(work: _Work) -> dict[str, Any]:
+    """Measure the capability suite alone, at one strength."""
+    return _tasks(work, work.policy(), work.spec["strength"])
+
+
+def _tasks(work: _Work, policy: Any, strength: float) -> dict[str, Any]:
+    """Return the capability suite's scores at a strength.
 
     Tasks of log-likelihood as lm-eval asks them, without a template; instructions as conversations,
     as many and twice as long as the answers made for the win rate.
@@ -277,11 +282,19 @@ def _tasks(work: _Work, policy: Any) -> dict[str, Any]:
             limits = {**task["generation_kwargs"], "max_gen_toks": 2 * spec["answer_tokens"]}
             task = {**task, "generation_kwargs": limits}
         limit = spec["answers"] if made else spec["suite_limit"]
-        scores += evaluate_tasks(policy, [task], limit=limit, apply_chat_template=made)
+        scores += evaluate_tasks(
+            policy, [task], strength=strength, limit=limit, apply_chat_template=made
+        )
     return {"tasks": {score.task: dataclasses.asdict(score) for score in scores}}
 
 
-WORK = {"answers": _answers, "anchors": _anchors, "train": _train, "measure": _measure}
+WORK = {
+    "answers": _answers,
+    "anchors": _anchors,
+    "train": _train,
+    "measure": _measure,
+    "suite": _suite,
+}
 
 
 def work(directory: Path) -> None:

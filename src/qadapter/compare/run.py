@@ -16,6 +16,7 @@ from qadapter import hub
 from qadapter.anchors import COUNT, MAX_TOKENS
 from qadapter.compare.config import CompareConfig, retrained
 from qadapter.compare.data import Splits, part_of, prompts_of, split, write_pairs
+from qadapter.compare.equal import add_equal_learning
 from qadapter.compare.fanout import Fanout, fanout
 from qadapter.compare.methods import METHODS, Method
 from qadapter.compare.running import Progress, Run, points, tried
@@ -81,6 +82,7 @@ def _compare(
         + int(writes)
         + 2 * sum(config.trials + len(config.seeds_of(name)) for name in trained)
         + int("base" in config.methods)
+        + sum(len(config.seeds_of(n)) for n in trained if config.suite and n != config.reference)
         + 2 * sum(len(config.seeds_of(n)) * len(values) for n, _, values in curves)
         + 2 * len(variations) * len(varied_methods)
     )
@@ -110,6 +112,7 @@ def _compare(
     told = ways.map(
         lambda curve: retrained_curve(run, curve[0], methods[curve[0]], *curve[1:]), curves
     )
+    add_equal_learning(run, methods)
     for (name, parameter, _), curve in zip(curves, told, strict=True):
         methods[f"{name}.{parameter}"] = curve
     return _write(run, parts, fit, methods, robustness, command)

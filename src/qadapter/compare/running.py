@@ -21,6 +21,8 @@ from qadapter.stats import share_interval
 _SEARCH_TEXT_TOKENS = 4000
 _SHARED = ("model", "max_length", "answer_tokens")
 """Settings that every cell depends on."""
+_SUITE = ("suite", "suite_limit", "answers")
+"""Settings that the capability suite depends on beside these."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,9 @@ def tried(
     whole: bool = False,
     long: bool = False,
 ) -> dict[str, Any] | None:
-    """Train a method and measure it; return its points and cost, or None if either cell failed.
+    """Train a method and measure it; return its points, its cost and where its adapter lies.
+
+    None if either cell failed.
 
     `whole` measures everything, `long` drift on as much text.
     """
@@ -134,22 +138,40 @@ def tried(
     )
     if trained is None:
         return None
-    adapter, options = trained["directory"], {"whole": whole, "long": whole or long}
+    adapter = str(Path(trained["directory"], "adapter").relative_to(run.root))
+    options = {"whole": whole, "long": whole or long}
     found = points(run, label, adapter, strengths=strengths, split=split, **options)
-    return found and {**{k: trained[k] for k in ("seconds", "peak_gib")}, **found}
+    cost = {k: trained[k] for k in ("seconds", "peak_gib")}
+    return found and {"adapter": adapter, **cost, **found}
+
+
+def suite_at(run: Run, label: str, adapter: str, strength: float) -> dict[str, Any] | None:
+    """Return the capability suite's scores of an adapter at a strength; None if the cell failed."""
+    found = run.cell(
+        "suite",
+        label,
+        files={},
+        adapter=adapter,
+        strength=strength,
+        **{n: getattr(run.config, n) for n in _SUITE},
+    )
+    return found and found["tasks"]
 
 
 def points(
     run: Run,
     label: str,
-    trained: str | None,
+    adapter: str | None,
     *,
     strengths: Sequence[float],
     split: str,
     whole: bool,
     long: bool = True,
 ) -> dict[str, Any] | None:
-    """Measure the base, or what a training cell left, on a split; None if the cell failed."""
+    """Measure the base, or an adapter, on a split; None if the cell failed.
+
+    `adapter` is where it lies, relative to the comparison.
+    """
     config = run.config
     files = {"pairs": split, "text": "text"}
     more: dict[str, Any] = {
@@ -158,13 +180,12 @@ def points(
     }
     if whole:
         files |= {name: name for name in ("judge", "validation", "answers")}
-        names = ("suite", "suite_limit", "answers", "judges")
-        more |= {n: getattr(config, n) for n in names}
+        more |= {n: getattr(config, n) for n in (*_SUITE, "judges")}
     found = run.cell(
         "measure",
         label,
         files=files,
-        adapter=str(Path(trained, "adapter").relative_to(run.root)) if trained else None,
+        adapter=adapter,
         strengths=list(strengths),
         whole=whole,
         **more,

@@ -50,6 +50,8 @@ class Method:
     """Share of held-out pairs judged rightly, at each value of the dial."""
     ranking: Interval
     """Share of held-out pairs whose chosen response is the likelier a token, at its own setting."""
+    at_reference: Sequence[Point]
+    """Dial and tasks of each seed at the reference's margin; empty where they were not measured."""
 
     @property
     def accuracy(self) -> Interval:
@@ -100,7 +102,7 @@ class Results:
         for name, fields in comparison["methods"].items():
             self._add(name, fields)
         self._equal: dict[str, dict[str, EqualLearning]] = {}
-        self._drops: dict[tuple[str, str], Interval | None] = {}
+        self._drops: dict[tuple[str, str, bool], Interval | None] = {}
 
     def _add(self, name: str, fields: Mapping[str, Any]) -> None:
         runs = [{p["dial"]: p for p in run["points"]} for run in fields["runs"] if run["points"]]
@@ -113,6 +115,7 @@ class Results:
         if any((len(p["correct"]), list(p["window_tokens"])) != shape for p in found):
             self.unlike.append(fields["label"])
             return
+        level = [run["at_reference"] for run in fields["runs"] if "at_reference" in run]
         own = fields.get("own_dial", 1.0)
         at = dials.index(own) if own in dials else len(dials) - 1
         *by_pair, far = (
@@ -133,6 +136,7 @@ class Results:
             points=curve.intervals(),
             accuracies=mean_intervals(right, pairs),
             ranking=mean_intervals(ranked[:, [at]], pairs)[0],
+            at_reference=level if len(level) == len(runs) else (),
         )
 
     @property
@@ -194,18 +198,28 @@ class Results:
         points = (point for method in self.methods.values() for point in method.own_points)
         return list(dict.fromkeys(task for point in points for task in point["tasks"]))
 
-    def drop(self, method: Method, task: str) -> Interval | None:
-        """Return the base's figure less the method's, over the same items; None without both."""
-        if (method.name, task) not in self._drops:
-            self._drops[method.name, task] = self._drop(method, task)
-        return self._drops[method.name, task]
+    def level(self, method: Method) -> Sequence[Point]:
+        """Return tasks of each seed at the reference's margin; the reference has its own there."""
+        return method.own_points if method is self.reference else method.at_reference
 
-    def _drop(self, method: Method, task: str) -> Interval | None:
-        points = method.own_points
-        if self.base is None or any(task not in p["tasks"] for p in (self.base, *points)):
+    def drop(self, method: Method, task: str, *, level: bool = False) -> Interval | None:
+        """Return the base's figure less the method's, over the same items; None without both.
+
+        Args:
+            level: at the reference's margin, and not at the method's own setting.
+        """
+        key = method.name, task, level
+        if key not in self._drops:
+            points = self.level(method) if level else method.own_points
+            self._drops[key] = self._drop(points, task)
+        return self._drops[key]
+
+    def _drop(self, points: Sequence[Point], task: str) -> Interval | None:
+        base = self.base
+        if base is None or not points or any(task not in p["tasks"] for p in (base, *points)):
             return None
         kept = [point["tasks"][task]["items"] for point in points]
-        before = self.base["tasks"][task]["items"]
+        before = base["tasks"][task]["items"]
         if not before or any(len(items) != len(before) for items in kept):
             return None
         return paired_bootstrap([before], kept)

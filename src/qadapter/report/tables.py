@@ -134,27 +134,44 @@ def forgetting(results: Results) -> Table:
 
 def tasks(results: Results) -> Table:
     """Return each task's figure and its drop below the base's, at each method's own setting."""
-    names = results.tasks()
     rows = [
-        [method.label, *(_task(results, method, task) for task in names)]
-        for method in results.methods.values()
+        [method.label, *_tasks(results, method, level=False)] for method in results.methods.values()
     ]
+    return Table(("Method", *_task_heads(results)), rows)
+
+
+def level_tasks(results: Results) -> Table | None:
+    """Return the same at the reference's margin; None unless a method was measured there."""
+    if not any(method.at_reference for method in results.methods.values()):
+        return None
+    rows = [
+        [method.label, f"{points[0]['dial']:g}", *_tasks(results, method, level=True)]
+        for method in results.methods.values()
+        if (points := results.level(method))
+    ]
+    return Table(("Method", "Dial there", *_task_heads(results)), rows)
+
+
+def _task_heads(results: Results) -> list[str]:
     points = [point for method in results.methods.values() for point in method.own_points]
     heads = []
-    for task in names:
+    for task in results.tasks():
         found = next(point["tasks"][task] for point in points if task in point["tasks"])
         heads.append(f"{task}: {found['metric']}, n = {found['n']}")
-    return Table(("Method", *heads), rows)
+    return heads
 
 
-def _task(results: Results, method: Method, task: str) -> str:
-    found = [p["tasks"][task]["value"] for p in method.own_points if task in p["tasks"]]
-    if not found:
-        return NONE
-    drop = results.drop(method, task)
-    if drop is None or method.name == "base":
-        return number(fmean(found))
-    return f"{number(fmean(found))}; drop {ranged(drop)}"
+def _tasks(results: Results, method: Method, *, level: bool) -> list[str]:
+    """Return the method's cell of each task: the mean over seeds, and the drop."""
+    points, cells = results.level(method) if level else method.own_points, []
+    for task in results.tasks():
+        found = [p["tasks"][task]["value"] for p in points if task in p["tasks"]]
+        drop = results.drop(method, task, level=level)
+        cell = number(fmean(found)) if found else NONE
+        cells.append(
+            cell if drop is None or method.name == "base" else f"{cell}; drop {ranged(drop)}"
+        )
+    return cells
 
 
 def tuning(results: Results) -> Table:

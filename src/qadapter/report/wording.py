@@ -108,7 +108,7 @@ def paragraph(results: Results) -> list[str]:
         )
     told += _beside_others(results, method)
     told += _learned(results, method, reference)
-    told += _kept(results, method)
+    told += _kept(results, method, reference)
     told += _variants(results, reference)
     return told + _caveats(results)
 
@@ -162,11 +162,21 @@ def _learned(results: Results, method: Method, reference: Method) -> list[str]:
     ]
 
 
-def _kept(results: Results, method: Method) -> list[str]:
-    drops = {task: results.drop(method, task) for task in results.tasks()}
+def _kept(results: Results, method: Method, reference: Method) -> list[str]:
+    told = []
+    if method.at_reference:
+        dial = f"{method.at_reference[0]['dial']:g}"
+        where = f"at {reference.label}’s margin (its dial at {dial})"
+        told += _drops(results, method, where, level=True)
+    told += _drops(results, method, "at its own setting", level=False)
+    return told or ["No task was measured on it and on the base."]
+
+
+def _drops(results: Results, method: Method, where: str, *, level: bool) -> list[str]:
+    drops = {task: results.drop(method, task, level=level) for task in results.tasks()}
     known = {task: drop for task, drop in drops.items() if drop is not None}
     if not known:
-        return ["No task was measured on it and on the base."]
+        return []
     lost = [f"{task} ({_brief(d)})" for task, d in known.items() if d.low > 0]
     gained = [f"{task} ({_brief(d)})" for task, d in known.items() if d.high < 0]
     same = [f"{task} ({_brief(d)})" for task, d in known.items() if d.low <= 0 <= d.high]
@@ -176,7 +186,7 @@ def _kept(results: Results, method: Method) -> list[str]:
         f"no drop shown on {', '.join(same)}" if same else "",
     ]
     told = "; ".join(part for part in parts if part)
-    return [f"On the tasks, at its own setting (base less method, 95% CI): {told}."]
+    return [f"On the tasks, {where} (base less method, 95% CI): {told}."]
 
 
 def _variants(results: Results, reference: Method) -> list[str]:
