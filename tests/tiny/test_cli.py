@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from qadapter.chat import Chat
 from qadapter.cli import main
 from qadapter.data import read_pairs
-from qadapter.policy import Chat, Policy
+from qadapter.policy import Policy
 
 
 def test_the_artefact_is_a_peft_directory_with_our_config(adapter: str, base: str) -> None:

@@ -32,7 +32,7 @@ def add_chat(commands: Commands) -> None:
 
 
 def _chat(args: argparse.Namespace) -> None:
-    from qadapter.policy import Chat
+    from qadapter.chat import Chat
 
     chat = Chat(load_policy(args), strength=args.strength, max_new_tokens=args.max_new_tokens)
     print("/strength S changes it, /base shows the base's answer, /reset forgets, Ctrl-D leaves.")
