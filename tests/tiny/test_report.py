@@ -219,7 +219,14 @@ def full() -> dict[str, Any]:
     made = comparison(base=base(), dpo=DPO, sft=sft, qadapter=BETTER, raw=variant)
     made["failures"] = [{"cell": "ppo/seed 1", "error": "out of memory"}]
     made["robustness"] = [
-        {"variation": "10% flipped", "method": m, "accuracy": a, "kl": 0.05, "seed": s}
+        {
+            "variation": "10% flipped",
+            "method": m,
+            "accuracy": a,
+            "margin": 2.0,
+            "kl": 0.05,
+            "seed": s,
+        }
         for s in (0, 1)
         for m, a in (("dpo", 0.6 + 0.02 * s), ("qadapter", 0.7))
     ]
@@ -424,7 +431,7 @@ def test_every_point_of_the_curves_is_shown(full: dict[str, Any], page: Page) ->
         assert row["KL"].startswith(f"{number(fmean(p['kl'] for p in points))} (")
 
 
-def test_tuning_failures_robustness_and_origin_are_shown(page: Page) -> None:
+def test_tuning_failures_robustness_and_origin_are_shown(full: dict[str, Any], page: Page) -> None:
     tuning = {row["Method"]: row for row in page.table("Method", "Search")}
     assert tuning["Base"]["Search"] == "not searched"
     assert tuning["DPO"]["Library"] == "trl.DPOTrainer"
@@ -440,8 +447,12 @@ def test_tuning_failures_robustness_and_origin_are_shown(page: Page) -> None:
     assert (trials[1]["Accuracy"], trials[1]["KL"]) == ("61.0%", "0.0200")
     assert (trials[3]["Accuracy"], trials[3]["KL"]) == ("–", "–")
     assert page.table("Cell", "Error") == [{"Cell": "ppo/seed 1", "Error": "out of memory"}]
-    first, second = page.table("Variation", "Seeds")
-    assert list(first.values()) == ["10% flipped", "DPO", "2", "61.0%", "0.0500"]
+    before, _, first, second = page.table("Variation", "Seeds")
+    points = own(full, "dpo")
+    usual = [fmean(p[key] for p in points) for key in ("accuracy", "margin", "kl")]
+    told = [percent(usual[0]), number(usual[1]), number(usual[2]), number(usual[2] / usual[1] ** 2)]
+    assert list(before.values()) == ["none", "DPO", "3", *told]
+    assert list(first.values()) == ["10% flipped", "DPO", "2", "61.0%", "2.00", "0.0500", "0.0125"]
     assert second["Method"] == "Q-Adapter"
     runs = page.table("Method", "Peak memory")
     assert len(runs) == 13

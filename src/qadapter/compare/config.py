@@ -58,8 +58,8 @@ class CompareConfig:
     """More curves: `dpo.beta=0.05,0.5` trains DPO's chosen setting again with each β, a point each.
     """
     vary: tuple[str, ...] = ()
-    """Robustness: `flipped=0.1`, `irrelevant=0.3`, `pairs=50`, or a parameter such as `lora_r=4`.
-    """
+    """Robustness of the reference and the first Q-Adapter: `flipped=0.1`, `irrelevant=0.3`,
+    `pairs=50`, or a parameter such as `lora_r=4`."""
     pairs: int = 480
     """Training pairs."""
     validation_pairs: int = 200

@@ -74,7 +74,8 @@ def _compare(
     # Methods with anchors that are told no text are held to what the base writes.
     anchored = any(METHODS[n].has("anchor_weight") for n in trained)
     writes = anchored and not config.anchors
-    varied_methods = [n for n in (config.reference, "qadapter") if n in trained]
+    ours = [n for n in trained if METHODS[n].library == "qadapter"]
+    varied_methods = [n for n in dict.fromkeys([config.reference, *ours[:1]]) if n in trained]
     variations = [read_variation(text, parts.train, varied_methods) for text in config.vary]
     curves = [retrained(text) for text in config.retrain]
     total = (

@@ -244,22 +244,26 @@ def failures(results: Results) -> Table:
 
 
 def robustness(results: Results) -> Table:
-    """Return accuracy and KL under each variation, the means over seeds."""
+    """Return learning and forgetting under each variation, after those without one.
+
+    Means over seeds. KL of one nat is KL/margin², what a margin of one nat costs along the dial.
+    """
     cases: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in results.comparison["robustness"]:
+        if (method := results.methods.get(row["method"])) is not None:
+            cases.setdefault(("none", row["method"]), list(method.own_points))
     for row in results.comparison["robustness"]:
         cases.setdefault((row["variation"], row["method"]), []).append(row)
     names = results.comparison["methods"]
-    rows = [
-        [
-            variation,
-            names[method]["label"] if method in names else method,
-            str(len(found)),
-            percent(fmean(row["accuracy"] for row in found)),
-            number(fmean(row["kl"] for row in found)),
-        ]
-        for (variation, method), found in cases.items()
-    ]
-    return Table(("Variation", "Method", "Seeds", "Accuracy", "KL"), rows)
+    rows = []
+    for (variation, method), found in cases.items():
+        accuracy, margin, kl = (fmean(p[k] for p in found) for k in ("accuracy", "margin", "kl"))
+        figures = [percent(accuracy), number(margin), number(kl)]
+        figures.append(number(kl / margin**2) if margin > 0 else NONE)
+        rows.append([variation, names[method]["label"], str(len(found)), *figures])
+    return Table(
+        ("Variation", "Method", "Seeds", "Accuracy", "Margin", "KL", "KL of one nat"), rows
+    )
 
 
 def made(results: Results) -> Table:
