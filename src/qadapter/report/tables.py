@@ -250,8 +250,9 @@ def robustness(results: Results) -> Table:
     """
     cases: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in results.comparison["robustness"]:
-        if (method := results.methods.get(row["method"])) is not None:
-            cases.setdefault(("none", row["method"]), list(method.own_points))
+        if row["method"] in results.methods:
+            usual = results.methods[row["method"]].own_points
+            cases.setdefault(("none", row["method"]), list(usual))
     for row in results.comparison["robustness"]:
         cases.setdefault((row["variation"], row["method"]), []).append(row)
     names = results.comparison["methods"]
