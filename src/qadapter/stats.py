@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -329,19 +330,19 @@ def frontier(
 def dial_at(
     dials: Sequence[float], learning: Sequence[float], kl: Sequence[float], target: float
 ) -> float | None:
-    """Return where on its dial a curve has learned `target` at the least KL; None if nowhere.
+    """Return where on its dial a curve has learned the target, no more, and at the least KL.
 
-    The curve is `frontier`'s: straight from one value of the dial to the next, through learning and
-    KL, which are of the sample.
+    The curve is that of `frontier`, straight from one value of the dial to the next; None where it
+    does not pass the target.
     """
-    learned, drifted = (np.asarray(values, np.float64)[None] for values in (learning, kl))
-    at_points, crossing, share = _reaching(learned, drifted, np.array([target]))
-    dial = np.asarray(dials, np.float64)
-    costs = np.concatenate([at_points[0], crossing[0]])
-    if np.isinf(costs).all():
-        return None
-    places = np.concatenate([dial, dial[:-1] + share[0] * np.diff(dial)])
-    return float(places[costs.argmin()])
+    places = []
+    points = zip(dials, learning, kl, strict=True)
+    for (dial, learned, far), (next_dial, next_learned, next_far) in pairwise(points):
+        if min(learned, next_learned) <= target <= max(learned, next_learned):
+            rise = next_learned - learned
+            share = (target - learned) / rise if rise else float(next_far < far)
+            places.append((far + share * (next_far - far), dial + share * (next_dial - dial)))
+    return min(places)[1] if places else None
 
 
 def _least_kl(curve: Curve, target: Array) -> Array:
@@ -350,26 +351,17 @@ def _least_kl(curve: Curve, target: Array) -> Array:
     Shapes: curve `[R, dial]`, target and result `[R]`. On a straight piece the least is at one
     of its ends, or where it crosses the target.
     """
-    at_points, crossing, _ = _reaching(curve.learning, curve.kl, target)
-    least: Array = np.minimum(at_points.min(axis=1), crossing.min(axis=1, initial=np.inf))
-    return least
-
-
-def _reaching(learning: Array, kl: Array, target: Array) -> tuple[Array, Array, Array]:
-    """Return the KL where a curve's learning is the target or more, inf where it is not.
-
-    At its points `[R, dial]`; where its pieces cross the target `[R, dial − 1]`; and what share
-    of each piece that leaves behind.
-    """
+    learning, kl = curve.learning, curve.kl
     # Sums of the same votes in another order may differ in the last digit.
     reached = learning >= target[:, None] - 1e-9
-    at_points = np.where(reached, kl, np.inf)
+    at_points = np.where(reached, kl, np.inf).min(axis=1)
     before, after = learning[:, :-1], learning[:, 1:]
     crosses = reached[:, :-1] != reached[:, 1:]
     rise = np.where(crosses, after - before, 1.0)
     share = np.clip((target[:, None] - before) / rise, 0.0, 1.0)
     crossing = np.where(crosses, kl[:, :-1] + share * (kl[:, 1:] - kl[:, :-1]), np.inf)
-    return at_points, crossing, share
+    least: Array = np.minimum(at_points, crossing.min(axis=1, initial=np.inf))
+    return least
 
 
 def _ratio(kl: Array, reference: Array) -> Array:

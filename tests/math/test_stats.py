@@ -444,18 +444,38 @@ def test_least_kl_against_a_walk_along_the_curve(
     st.lists(st.tuples(st.integers(0, 20), st.integers(0, 50)), min_size=1, max_size=6),
     st.integers(0, 20),
 )
-def test_the_dial_of_a_target_is_where_the_least_kl_is(
+def test_the_dial_of_a_target_is_where_the_curve_passes_it_at_the_least_kl(
     points: list[tuple[int, int]], target: int
 ) -> None:
-    accuracy, kl = [a / 20 for a, _ in points], [k / 100 for _, k in points]
+    learned, kl = [a / 20 for a, _ in points], [k / 100 for _, k in points]
     dials = [0.5 * i**1.5 for i in range(len(points))]
-    found = stats.dial_at(dials, accuracy, kl, target / 20)
+    found = stats.dial_at(dials, learned, kl, target / 20)
+    passes = len(points) > 1 and min(learned) <= target / 20 <= max(learned)
+    assert (found is not None) == passes
     if found is None:
-        assert max(accuracy) < target / 20
         return
-    assert np.interp(found, dials, accuracy) >= target / 20 - 1e-9
-    least = stats._least_kl(Curve(np.array([accuracy]), np.array([kl])), np.array([target / 20]))
-    assert np.interp(found, dials, kl) == pytest.approx(least[0], abs=1e-9)
+    assert np.interp(found, dials, learned) == pytest.approx(target / 20, abs=1e-9)
+    grid = np.linspace(0, dials[-1], 4001)
+    near = np.abs(np.interp(grid, dials, learned) - target / 20) <= 1e-9
+    if near.any():
+        assert np.interp(found, dials, kl) <= np.interp(grid, dials, kl)[near].min() + 1e-9
+
+
+@property_test
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.integers(1, 50)), min_size=2, max_size=6),
+    st.floats(0.0, 1.0),
+)
+def test_along_a_rising_curve_the_dial_is_the_frontiers(
+    steps: list[tuple[int, int]], share: float
+) -> None:
+    learned, kl = (np.cumsum([step[i] for step in steps]) / 20 for i in (0, 1))
+    target = learned[0] + share * (learned[-1] - learned[0])
+    dials = list(range(len(steps)))
+    found = stats.dial_at(dials, list(learned), list(kl), target)
+    assert found is not None
+    least = stats._least_kl(Curve(learned[None], kl[None]), np.array([target]))
+    assert np.interp(found, dials, kl) == pytest.approx(least[0], abs=1e-6)
 
 
 @st.composite

@@ -19,12 +19,17 @@ from qadapter.cli import main
 from qadapter.compare import METHODS, CompareConfig, cells, fanout, measure, search
 from qadapter.compare import train as training
 from qadapter.compare.data import Splits, part_of, prompts_of, split, varied
+from qadapter.compare.equal import add_equal_learning
+from qadapter.compare.fanout import Fanout
+from qadapter.compare.running import Run
 from qadapter.data import prompt_key, read_pairs, read_texts, tokenize_pairs
-from qadapter.errors import DataError
+from qadapter.errors import DataError, UserError
 from qadapter.evaluate import evaluate_tasks
 from qadapter.files import shipped
+from qadapter.judge import OpenAIJudge
 from qadapter.model import QAdapterModel
 from qadapter.policy import Policy
+from qadapter.report import tables
 from qadapter.report.results import Results
 from qadapter.stats import INTERVALS, share_interval, wilson_interval
 from qadapter.suite import local_suite
@@ -292,8 +297,17 @@ def test_variations_of_the_training_pairs(settings: dict[str, Any]) -> None:
         for a, b in zip(pairs, flipped, strict=True)
         if a != b
     )
-    strange = varied(pairs, "irrelevant", 0.5)
-    assert sum(a != b for a, b in zip(pairs, strange, strict=False)) >= 50
+    strange = {prompt_key(p): p for p in varied(pairs, "irrelevant", 0.5)}
+    said = {pair.chosen[0]["content"] for pair in pairs}
+    changed = [p for p in pairs if strange.get(prompt_key(p), p) != p]
+    dropped = len(pairs) - len(strange)  # two responses alike
+    assert len(changed) + dropped == 60
+    assert len(changed) > 40
+    for pair in changed:
+        found = strange[prompt_key(pair)]
+        assert found.prompt == pair.prompt
+        assert found.chosen != found.rejected
+        assert {found.chosen[0]["content"], found.rejected[0]["content"]} <= said
     assert varied(pairs, "pairs", 7) == pairs[:7]
 
 
@@ -536,7 +550,14 @@ def test_a_comparison_is_made_and_resumed_and_reported(
     assert point["accuracy_ci"] == list(share_interval(point["correct"], found["pair_prompts"]))
     assert point["accuracy_ci"] != list(wilson_interval(sum(point["correct"]), 20))
     assert point["kl"] > 0
-    assert {r["variation"] for r in found["robustness"]} == {"flipped=0.5", "lora_r=2"}
+    for row in found["robustness"]:
+        assert row["variation"] in ("flipped=0.5", "lora_r=2")
+        assert [p["dial"] for p in row["points"]] == [0.5, 1.0]
+        assert row["points"][0]["window_tokens"] == point["window_tokens"]
+    assert [row["method"] for row in found["robustness"]] == ["dpo", "qadapter"] * 2
+    table = tables.robustness(Results(found))
+    assert [row[:3] for row in table.rows[:2]] == [["none", "DPO", "1"], ["none", "Q-Adapter", "1"]]
+    assert len(table.rows) == 6
     # The rule is the pairs' own, so it tells chosen from rejected every time; what bytes a random
     # model makes of it is no matter.
     rates = {rate["judge"]: rate for rate in point["win_rates"]}
@@ -570,11 +591,74 @@ def test_a_comparison_is_made_and_resumed_and_reported(
     assert found["command"].endswith("run.yaml --methods base dpo qadapter")
 
 
+def curve(*margins: float, seed: int = 0) -> dict[str, Any]:
+    """Return a run whose dial goes 0, 1, 2 with these margins."""
+    points = [
+        {"dial": float(i), "margin": m, "kl": m * m, "tasks": {"t": {"items": [i]}}}
+        for i, m in enumerate(margins)
+    ]
+    return {"seed": seed, "adapter": f"cells/{margins}", "points": points}
+
+
+def equal_run(settings: dict[str, Any], tmp_path: Path, failing: str = "") -> Run:
+    """Return a comparison whose suite cells tell their strength, or fail for one adapter."""
+
+    def launched(directory: Path) -> int:
+        spec = json.loads((directory / "spec.json").read_text())["spec"]
+        if spec["adapter"] == failing:
+            (directory / "log.txt").write_text("out of luck\n")
+            return 1
+        tasks = {"tasks": {"t": {"items": [spec["strength"]]}}}
+        (directory / "result.json").write_text(json.dumps(tasks))
+        return 0
+
+    (tmp_path / "suite").mkdir(exist_ok=True)
+    config = CompareConfig.read(
+        yaml_file(tmp_path / "run.yaml", settings | {"suite": str(tmp_path / "suite")})
+    )
+    return Run(config, tmp_path / "out", lambda _: None, 0, Fanout(launched))
+
+
+def test_what_is_measured_at_the_margin_of_the_reference(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    twice = [curve(0, 2, 8), curve(0, 6, 8, seed=1)]
+    methods = {
+        "dpo": {"runs": [curve(0, 2, 3), curve(0, 2, 3, seed=1)]},
+        "far": {"runs": twice},
+        "own": {"runs": [curve(0, 2, 3)]},
+        "short": {"runs": [curve(0, 0.5, 1)]},
+        "beyond": {"runs": [curve(3, 4, 5)]},
+        "failed": {"runs": []},
+    }
+    run = equal_run(settings, tmp_path, failing=twice[1]["adapter"])
+    add_equal_learning(run, methods)
+    there = {n: [r.get("at_reference") for r in told["runs"]] for n, told in methods.items()}
+    # At the mean margin of both seeds, 4 at dial 1; and one cell failed.
+    assert there["far"] == [{"dial": 0.5, "tasks": {"t": {"items": [0.5]}}}, None]
+    assert there["own"] == [{"dial": 1.0, "tasks": {"t": {"items": [1]}}}]
+    assert there["dpo"] == [None, None]
+    assert there["short"] == there["beyond"] == [None]
+    assert run.done == run.total == 2
+    assert [f["cell"] for f in run.failures] == ["suite far seed 1 strength 0.5"]
+
+
+def test_nobody_has_the_margin_of_what_learned_nothing(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    for margins in ((0.0, 0.0, 0.0), (0.0, -1.0, -2.0)):
+        methods = {"dpo": {"runs": [curve(*margins)]}, "ours": {"runs": [curve(-3.0, 1.0, 2.0)]}}
+        run = equal_run(settings, tmp_path)
+        add_equal_learning(run, methods)
+        assert "at_reference" not in methods["ours"]["runs"][0]
+        assert run.total == 0
+
+
 @pytest.mark.usefixtures("one_index")
 def test_the_suite_is_measured_at_the_margin_of_the_reference(
     settings: dict[str, Any], tmp_path: Path, suite: Path, in_process: list[str]
 ) -> None:
-    """Of the greater margin the part that the other has; the other does not reach all of it."""
+    """Of the greater margin the part that is the other's."""
     settings |= {"suite": str(suite), "suite_limit": 2, "answers": 2, "strengths": [0.0, 1.0, 2.0]}
     comparisons = []
     for reference in ("dpo", "qadapter_all_layers"):
@@ -628,6 +712,48 @@ def test_a_retrained_curve_has_its_method_s_own_point_among_the_others(
     results = Results(comparison)
     assert results.methods["dpo.beta"].dials == (0.1, 1.0)
     assert "DPO, beta retrained" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("says", ["perhaps", None])
+def test_a_judge_that_gives_no_verdict_is_told_and_one_that_is_down_asked_again(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    says: str | None,
+) -> None:
+    def asked(judge: OpenAIJudge, _: str) -> str:
+        if says is None:
+            raise UserError(f"{judge.url}: failed 5 times")
+        return says
+
+    def here(directory: Path, log: Any, _: Any) -> int:
+        try:
+            cells.work(directory)
+        except UserError as error:
+            log.write(f"{error}\n")
+            return 1
+        return 0
+
+    monkeypatch.setattr(cells, "_launch", here)
+    monkeypatch.setattr(OpenAIJudge, "_ask", asked)
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    judges = ["rule:contains:!", "openai:gpt@http://127.0.0.1:1/v1"]
+    settings |= {"methods": ["base"], "reference": "base", "judges": judges}
+    path = yaml_file(tmp_path / "run.yaml", settings)
+    code, page = main(["compare", path]), (tmp_path / "out" / "report.html").read_text()
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    runs = found["methods"]["base"]["runs"]
+    if says is None:
+        assert code == 2
+        assert runs == []
+        assert "failed 5 times" in capsys.readouterr().err
+        assert not list(tmp_path.glob("out/cells/measure-*/result.json"))
+        return
+    assert code == 0
+    assert [rate["judge"] for rate in runs[0]["points"][0]["win_rates"]] == ["contains:!"]
+    assert "Judge that gives no win rate" in page
+    assert "gpt: no readable verdict on any of 40 pairs" in page
 
 
 def test_a_failed_cell_is_reported_and_the_rest_go_on(

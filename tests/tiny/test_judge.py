@@ -16,7 +16,7 @@ import pytest
 
 from qadapter.data import Pair
 from qadapter.errors import ConfigError, DataError, UserError
-from qadapter.judge import BradleyTerryJudge, Judge, OpenAIJudge, RuleJudge
+from qadapter.judge import BradleyTerryJudge, Judge, NoVoteError, OpenAIJudge, RuleJudge
 from qadapter.stats import wilson_interval
 
 WORDS = ["river", "stone", "window", "garden", "letter", "music", "winter", "engine"]
@@ -124,7 +124,7 @@ def test_it_may_not_vote_where_it_may_be_guessing() -> None:
     made.fit(pairs(0, 60, "fit", WORDS, WORDS))  # nothing to learn
     validation = made.validate(pairs(1, 60, "held out", WORDS, WORDS))
     assert validation.accuracy_ci[0] <= 0.5
-    with pytest.raises(UserError, match=r"may be chance; fit it on more pairs") as caught:
+    with pytest.raises(NoVoteError, match=r"may be chance; fit it on more pairs") as caught:
         made.win_rate(["?"], ["a"], ["b"])
     assert f"{validation.accuracy:.1%}" in str(caught.value)
 
@@ -279,7 +279,7 @@ def test_what_is_not_a_verdict_is_not_guessed_at(endpoint: Endpoint, said: str |
     rate = asked(endpoint).win_rate(["0", "1"], ["bad", "x"], ["x", "y"])
     assert rate.items == (None, 0.5)
     assert (rate.n, rate.unread) == (1, 1)
-    with pytest.raises(UserError, match="no readable verdict on any of 1 pairs"):
+    with pytest.raises(NoVoteError, match="no readable verdict on any of 1 pairs"):
         asked(endpoint).win_rate(["0"], ["bad"], ["x"])
 
 

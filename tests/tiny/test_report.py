@@ -218,18 +218,19 @@ def full() -> dict[str, Any]:
     variant = method("Q-Adapter, raw", "qadapter.QAdapterTrainer", [0.6] * 3, [0.02] * 3)
     made = comparison(base=base(), dpo=DPO, sft=sft, qadapter=BETTER, raw=variant)
     made["failures"] = [{"cell": "ppo/seed 1", "error": "out of memory"}]
+    flipped = {
+        "dpo": method("DPO", "trl.DPOTrainer", [0.55, 0.6, 0.65], [0.03, 0.09, 0.2]),
+        "qadapter": method("Q-Adapter", "qadapter", [0.55, 0.6, 0.65], [0.003, 0.009, 0.02]),
+    }
     made["robustness"] = [
-        {
-            "variation": "10% flipped",
-            "method": m,
-            "accuracy": a,
-            "margin": 2.0,
-            "kl": 0.05,
-            "seed": s,
-        }
-        for s in (0, 1)
-        for m, a in (("dpo", 0.6 + 0.02 * s), ("qadapter", 0.7))
+        {"variation": "10% flipped", "method": m, **fields["runs"][seed]}
+        for m, fields in flipped.items()
+        for seed in (0, 1)
     ]
+    # A run's own judge that may not vote, and one of another method.
+    for name in ("dpo", "sft"):
+        for run in made["methods"][name]["runs"]:
+            run["points"][1] = {**run["points"][1], "judges_refused": ["my aunt: is asleep."]}
     return made
 
 
@@ -320,9 +321,21 @@ def test_the_ratio_is_that_of_the_votes_and_windows(full: dict[str, Any], page: 
     }
     found = frontier(curves, reference="dpo", reference_dial=1)["qadapter"]
     row = next(r for r in page.table("Method", "Verdict") if r["Method"] == "Q-Adapter")
+    votes = {
+        name: resampled_curve(
+            name,
+            np.array([[p["correct"] for p in run["points"]] for run in fields["runs"]], float),
+            [1] * ITEMS,
+            np.array([[p["window_kl"] for p in run["points"]] for run in fields["runs"]], float),
+            [TOKENS] * WINDOWS,
+        )
+        for name, fields in full["methods"].items()
+    }
+    by_votes = frontier(votes, reference="dpo", reference_dial=1)["qadapter"].ratio
     for column, interval in (
         ("Ratio to DPO’s KL", found.ratio),
         ("KL at DPO’s margin", found.kl),
+        ("Ratio at DPO’s accuracy instead", by_votes),
     ):
         low, high = number(interval.low), number(interval.high)
         assert row[column] == f"{number(interval.value)} ({low} to {high})"
@@ -417,7 +430,8 @@ def test_tasks_at_the_margin_of_the_reference(full: dict[str, Any], tmp_path: Pa
     ]
     assert rows["DPO"]["piqa: acc, n = 300"] == usual
     told = " ".join(paragraph(results))
-    assert "at DPO’s margin (its dial at 0.4) (base less method, 95% CI): a drop on piqa" in told
+    where = "with its dial at 0.4, where its mean margin is DPO’s"
+    assert f"{where} (base less method, 95% CI): a drop on piqa" in told
     assert "at its own setting (base less method, 95% CI): no drop shown on piqa" in told
 
 
@@ -432,6 +446,8 @@ def test_every_point_of_the_curves_is_shown(full: dict[str, Any], page: Page) ->
 
 
 def test_tuning_failures_robustness_and_origin_are_shown(full: dict[str, Any], page: Page) -> None:
+    rows = [row for row in full["robustness"] if row["method"] == "dpo"]
+    varied = [run["points"][1] for run in rows]
     tuning = {row["Method"]: row for row in page.table("Method", "Search")}
     assert tuning["Base"]["Search"] == "not searched"
     assert tuning["DPO"]["Library"] == "trl.DPOTrainer"
@@ -447,13 +463,22 @@ def test_tuning_failures_robustness_and_origin_are_shown(full: dict[str, Any], p
     assert (trials[1]["Accuracy"], trials[1]["KL"]) == ("61.0%", "0.0200")
     assert (trials[3]["Accuracy"], trials[3]["KL"]) == ("–", "–")
     assert page.table("Cell", "Error") == [{"Cell": "ppo/seed 1", "Error": "out of memory"}]
-    before, _, first, second = page.table("Variation", "Seeds")
-    points = own(full, "dpo")
-    usual = [fmean(p[key] for p in points) for key in ("accuracy", "margin", "kl")]
-    told = [percent(usual[0]), number(usual[1]), number(usual[2]), number(usual[2] / usual[1] ** 2)]
-    assert list(before.values()) == ["none", "DPO", "3", *told]
-    assert list(first.values()) == ["10% flipped", "DPO", "2", "61.0%", "2.00", "0.0500", "0.0125"]
+    before, unvaried, first, second = page.table("Variation", "Seeds")
+    usual = Results(full).varied["none"]["dpo"]
+    assert usual.runs == Results(full).methods["dpo"].runs[:2]
+    for row, points in ((before, [run["points"][1] for run in DPO["runs"][:2]]), (first, varied)):
+        assert (row["Method"], row["Seeds"]) == ("DPO", "2")
+        assert row["Accuracy"].startswith(f"{percent(fmean(p['accuracy'] for p in points))} (")
+        assert row["Margin"].startswith(f"{number(fmean(p['margin'] for p in points))} (")
+        assert row["KL"].startswith(f"{number(fmean(p['kl'] for p in points))} (")
+    assert [row["Variation"] for row in (before, unvaried)] == ["none", "none"]
+    assert [row["Variation"] for row in (first, second)] == ["10% flipped", "10% flipped"]
+    ratio = "Ratio to DPO’s KL, same variation"
+    assert first[ratio] == "1.00 (1.00 to 1.00)"
     assert second["Method"] == "Q-Adapter"
+    assert second[ratio].startswith("0.100 (")
+    refused = page.table("Judge that gives no win rate", "Methods")
+    assert [list(row.values()) for row in refused] == [["my aunt: is asleep.", "DPO, SFT"]]
     runs = page.table("Method", "Peak memory")
     assert len(runs) == 13
     assert runs[1]["Settings"] == "learning_rate 0.001, layers [22, 23]"

@@ -28,7 +28,8 @@ def add_compare(commands: Commands) -> None:
         nargs="+",
         default=[],
         metavar="NAME=NUMBER",
-        help="robustness: flipped=0.1, irrelevant=0.3, pairs=50, or a parameter such as lora_r=4",
+        help="train the reference and the first Q-Adapter again with flipped=0.1, irrelevant=0.3, "
+        "pairs=50, or a parameter such as lora_r=4",
     )
     compare.add_argument(
         "--ray",

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from qadapter.errors import UserError
 from qadapter.files import write_jsonl, write_text
 from qadapter.stats import numbered
 
@@ -241,7 +240,7 @@ def _judged(
 ) -> dict[str, list[Any]]:
     """Return each judge's win rate, or why it may not vote, after its validation."""
     from qadapter.data import read_pairs
-    from qadapter.judge import BradleyTerryJudge, OpenAIJudge, named_judge
+    from qadapter.judge import BradleyTerryJudge, NoVoteError, OpenAIJudge, named_judge
 
     rates, refused = [], []
     for name in work.spec["judges"]:
@@ -250,10 +249,10 @@ def _judged(
             judge.fit(list(read_pairs(work.file("judge"))))
         if isinstance(judge, OpenAIJudge):
             held_out = held_out[:_ASKED]
-        judge.validate(held_out)
         try:
+            judge.validate(held_out)
             rates.append(dataclasses.asdict(judge.win_rate(prompts, made, base)))
-        except UserError as error:  # not shown to be better than chance
+        except NoVoteError as error:
             refused.append(str(error))
     return {"win_rates": rates, "judges_refused": refused}
 

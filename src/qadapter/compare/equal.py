@@ -13,24 +13,30 @@ from qadapter.stats import dial_at
 def add_equal_learning(run: Run, methods: Mapping[str, Any]) -> None:
     """Give the runs of each method the suite at the reference's margin, as `at_reference`.
 
-    That holds `dial`, the adapter's weight at which the mean margin over seeds is the
-    reference's (`dial_at`), and `tasks`. Methods that never reach it have none; nor has a run whose
-    measurement failed.
+    That holds `tasks` and `dial`, the adapter's weight at which the mean margin over seeds is the
+    reference's (`dial_at`). Methods whose dial does not pass it have none, nor has a run whose
+    measurement failed; nobody has one where the reference learned nothing.
     """
     reference = methods[run.config.reference]["runs"]
     if not (run.config.suite and reference):
         return
     target = fmean(_own(found)["margin"] for found in reference)
+    if target <= 0:
+        return
     asked = []
     for name, told in methods.items():
-        dial = _dial(told["runs"], target) if name not in (run.config.reference, "base") else None
+        dial = _dial(told["runs"], target) if name != run.config.reference else None
         asked += [(name, found, dial) for found in told["runs"] if dial is not None]
+    run.total += sum(dial != 1.0 for _, _, dial in asked)
 
     def add(one: tuple[str, dict[str, Any], float]) -> None:
         name, found, dial = one
         label = f"{name} seed {found['seed']} strength {dial:g}"
-        own = _own(found)["tasks"] if dial == 1.0 else None
-        if tasks := own or suite_at(run, label, found["adapter"], dial):
+        if dial == 1.0:
+            tasks = _own(found)["tasks"]
+        else:
+            tasks = suite_at(run, label, found["adapter"], dial)
+        if tasks:
             found["at_reference"] = {"dial": dial, "tasks": tasks}
 
     run.fanout.map(add, asked)
@@ -47,8 +53,8 @@ def _dial(runs: Sequence[Mapping[str, Any]], target: float) -> float | None:
         return None
     dials = [point["dial"] for point in runs[0]["points"]]
     margins, kl = (
-        [fmean(column) for column in zip(*rows, strict=True)]
-        for rows in ([[p[key] for p in r["points"]] for r in runs] for key in ("margin", "kl"))
+        [fmean(point[key] for point in at) for at in zip(*(r["points"] for r in runs), strict=True)]
+        for key in ("margin", "kl")
     )
     found = dial_at(dials, margins, kl, target)
     return None if found is None else float(f"{found:.3g}")

@@ -74,8 +74,8 @@ def _compare(
     # Methods with anchors that are told no text are held to what the base writes.
     anchored = any(METHODS[n].has("anchor_weight") for n in trained)
     writes = anchored and not config.anchors
-    ours = [n for n in trained if METHODS[n].library == "qadapter"]
-    varied_methods = [n for n in dict.fromkeys([config.reference, *ours[:1]]) if n in trained]
+    ours = [n for n in trained if METHODS[n].library == "qadapter" and n != config.reference]
+    varied_methods = [n for n in (config.reference, *ours[:1]) if n in trained]
     variations = [read_variation(text, parts.train, varied_methods) for text in config.vary]
     curves = [retrained(text) for text in config.retrain]
     total = (
@@ -83,7 +83,6 @@ def _compare(
         + int(writes)
         + 2 * sum(config.trials + len(config.seeds_of(name)) for name in trained)
         + int("base" in config.methods)
-        + sum(len(config.seeds_of(n)) for n in trained if config.suite and n != config.reference)
         + 2 * sum(len(config.seeds_of(n)) * len(values) for n, _, values in curves)
         + 2 * len(variations) * len(varied_methods)
     )
@@ -157,11 +156,12 @@ def _write(
     parts: Splits,
     fit: Mapping[str, int],
     methods: Mapping[str, Any],
-    robustness: Sequence[Any],
+    robustness: Sequence[dict[str, Any]],
     command: str,
 ) -> Path:
     config = run.config
     runs = [found for method in methods.values() for found in method["runs"]]
+    runs += robustness
     # The same of every run, since all are measured on the same pairs.
     told = [(found.pop("length_baseline"), found.pop("prompts")) for found in runs]
     baseline, prompts = told[0] if told else (None, [])

@@ -34,7 +34,7 @@ def read_variation(text: str, train: Sequence[Any], methods: Sequence[str]) -> V
 def robust(
     run: Run, name: str, told: Mapping[str, Any], variation: Variation
 ) -> dict[str, Any] | None:
-    """Return a method's figures under a variation, at its chosen setting; None if it has none."""
+    """Return a method's curve under a variation of its chosen setting; None if it has none."""
     text, what, value, pairs = variation
     best = (told["search"] or {}).get("best")
     if best is None or (pairs is None and not METHODS[name].has(what)):
@@ -47,13 +47,10 @@ def robust(
         path = run.root / "data" / f"{train}.jsonl"
         write_pairs(path, pairs)
         run.add_file(train, path)
-    seed = run.config.seeds[0]
-    found = tried(run, name, params, seed, f"{name} {text}", split="test", train=train)
-    if not found:
-        return None
-    point = found["points"][0]
-    figures = {k: point[k] for k in ("accuracy", "accuracy_ci", "kl", "margin")}
-    return {"variation": text, "method": name, "seed": seed, **figures}
+    seed, label = run.config.seeds[0], f"{name} {text}"
+    options: dict[str, Any] = {"strengths": run.config.strengths, "split": "test", "long": True}
+    found = tried(run, name, params, seed, label, train=train, **options)
+    return found and {"variation": text, "method": name, "seed": seed, **found}
 
 
 def retrained_curve(

@@ -9,11 +9,12 @@ from qadapter.judge.bradley_terry import BradleyTerryJudge
 from qadapter.judge.endpoint import OpenAIJudge
 from qadapter.judge.named import named_judge
 from qadapter.judge.rules import RuleJudge
-from qadapter.judge.verdicts import Judge, Validation, WinRate
+from qadapter.judge.verdicts import Judge, NoVoteError, Validation, WinRate
 
 __all__ = [
     "BradleyTerryJudge",
     "Judge",
+    "NoVoteError",
     "OpenAIJudge",
     "RuleJudge",
     "Validation",

@@ -9,7 +9,7 @@ from typing import Any
 
 from qadapter.data import Pair, Text, prompt_key
 from qadapter.errors import DataError, UserError
-from qadapter.judge.verdicts import Judge, Validation, WinRate, plain, words
+from qadapter.judge.verdicts import Judge, NoVoteError, Validation, WinRate, plain, words
 
 _LENGTH_SCALE = 10.0
 """Makes the penalty on the length's weight small: what length explains is put down to length."""
@@ -129,13 +129,14 @@ class BradleyTerryJudge(Judge):
         """Return how often it prefers the answers to the base's, prompt by prompt.
 
         Raises:
-            UserError: it was not validated, or is not shown to be better than chance.
+            NoVoteError: it is not shown to be better than chance.
+            UserError: it was not validated.
         """
         if self.validation is None:
             raise UserError(f"{self.name}: may not vote before it is validated on held-out pairs.")
         low, high = self.validation.accuracy_ci
         if low <= 0.5:
-            raise UserError(
+            raise NoVoteError(
                 f"{self.name}: may not vote, since its accuracy on held-out pairs, "
                 f"{self.validation.accuracy:.1%} (95% CI {low:.1%}–{high:.1%}), may be chance; "
                 "fit it on more pairs or choose another judge."

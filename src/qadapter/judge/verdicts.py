@@ -13,6 +13,10 @@ from qadapter.errors import UserError
 from qadapter.stats import half_ties, share_interval
 
 
+class NoVoteError(UserError):
+    """A judge gives no verdict: it is not shown to be better than chance, or none can be read."""
+
+
 @dataclass(frozen=True)
 class Validation:
     """How well a judge tells chosen from rejected on pairs it has not seen."""
@@ -88,7 +92,7 @@ class Judge(ABC):
         """Return, and keep, how well it tells chosen from rejected as it votes.
 
         Raises:
-            UserError: there is no pair with a verdict.
+            NoVoteError: there is no pair with a verdict.
         """
         chosen = [plain(pair.chosen) for pair in held_out]
         rejected = [plain(pair.rejected) for pair in held_out]
@@ -114,7 +118,7 @@ class Judge(ABC):
         """Return how often it prefers the answers to the base's, prompt by prompt.
 
         Raises:
-            UserError: there is no prompt with a verdict.
+            NoVoteError: there is no prompt with a verdict.
         """
         votes = self.votes(prompts, answers, base_answers)
         read = [vote for vote in votes if vote is not None]
@@ -137,7 +141,7 @@ class Judge(ABC):
 
     def _check_any(self, read: int, n: int) -> None:
         if not read:
-            raise UserError(
+            raise NoVoteError(
                 f"{self.name}: no readable verdict on any of {n} pairs of answers; "
                 "look at what it says, or choose another judge."
             )

@@ -29,7 +29,8 @@ def write_report(comparison: Mapping[str, Any], directory: Path) -> Path:
         comparison: what `comparison.json` holds. The Q-Adapter that the words are about is the
             first method whose library begins with `qadapter`; tasks are compared with the method
             `base`. A method's own setting is its dial at 1, or at `own_dial` if it has that field;
-            where the dial has no such value, at the last.
+            where the dial has no such value, at the last. A run's `at_reference` holds `tasks` at
+            the reference's margin and the `dial` there.
         directory: made if it is not there.
 
     Raises:

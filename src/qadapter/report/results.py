@@ -25,6 +25,8 @@ from qadapter.stats import (
 
 Point = Mapping[str, Any]
 """What one run measured at one value of its dial."""
+NONE = "none"
+"""The variation that changes nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +44,8 @@ class Method:
     """Points by dial, one mapping a seed."""
     curve: Curve
     """Margins, nats, and KL: accuracy hardly sees the size of a change, so it is no axis."""
+    by_accuracy: Curve
+    """Accuracy and KL all the same, since accuracy is what others report."""
     right: Array
     """`[seeds, dial, prompts]`, how many pairs of each are judged rightly."""
     points: Sequence[tuple[Interval, Interval]]
@@ -100,21 +104,39 @@ class Results:
         self._prompts = numbered(comparison["pair_prompts"])
         self._tokens: list[int] = []
         for name, fields in comparison["methods"].items():
-            self._add(name, fields)
+            if (method := self._method(name, fields)) is not None:
+                self.methods[name] = method
+        self.varied = self._varied()
+        """By variation: the methods trained under it, and those of the same seeds under `NONE`."""
         self._equal: dict[str, dict[str, EqualLearning]] = {}
         self._drops: dict[tuple[str, str, bool], Interval | None] = {}
 
-    def _add(self, name: str, fields: Mapping[str, Any]) -> None:
+    def _varied(self) -> dict[str, dict[str, Method]]:
+        methods = self.comparison["methods"]
+        runs: dict[tuple[str, str], list[Any]] = {}
+        for row in self.comparison["robustness"]:
+            runs.setdefault((row["variation"], row["method"]), []).append(row)
+        for name in dict.fromkeys([name for _, name in runs]):
+            seeds = {row["seed"] for row in self.comparison["robustness"] if row["method"] == name}
+            runs[NONE, name] = [run for run in methods[name]["runs"] if run["seed"] in seeds]
+        varied: dict[str, dict[str, Method]] = {NONE: {}} if runs else {}
+        for (variation, name), rows in runs.items():
+            method = self._method(name, {**methods[name], "runs": rows})
+            if method is not None:
+                varied.setdefault(variation, {})[name] = method
+        return varied
+
+    def _method(self, name: str, fields: Mapping[str, Any]) -> Method | None:
         runs = [{p["dial"]: p for p in run["points"]} for run in fields["runs"] if run["points"]]
         dials = tuple(d for d in runs[0] if all(d in run for run in runs)) if runs else ()
         if not dials:
-            return
+            return None
         found = [run[d] for run in runs for d in dials]
         self._tokens = self._tokens or list(found[0]["window_tokens"])
         shape = len(self._prompts), self._tokens
         if any((len(p["correct"]), list(p["window_tokens"])) != shape for p in found):
             self.unlike.append(fields["label"])
-            return
+            return None
         level = [run["at_reference"] for run in fields["runs"] if "at_reference" in run]
         own = fields.get("own_dial", 1.0)
         at = dials.index(own) if own in dials else len(dials) - 1
@@ -124,7 +146,7 @@ class Results:
         )
         (margins, right, ranked), pairs = by_group(by_pair, self._prompts)
         curve = resampled_curve(name, margins, pairs, far, self._tokens)
-        self.methods[name] = Method(
+        return Method(
             name=name,
             label=fields["label"],
             ours=fields["library"].split(".")[0] == "qadapter",
@@ -132,6 +154,7 @@ class Results:
             own=at,
             runs=tuple(runs),
             curve=curve,
+            by_accuracy=resampled_curve(name, right, pairs, far, self._tokens),
             right=right,
             points=curve.intervals(),
             accuracies=mean_intervals(right, pairs),
@@ -173,12 +196,19 @@ class Results:
     def equal_learning(self, reference: Method) -> dict[str, EqualLearning]:
         """Return what each method forgets at the margin of `reference`."""
         if reference.name not in self._equal:
-            self._equal[reference.name] = frontier(
-                {name: method.curve for name, method in self.methods.items()},
-                reference=reference.name,
-                reference_dial=reference.own,
-            )
+            self._equal[reference.name] = _equal_learning(self.methods, reference)
         return self._equal[reference.name]
+
+    def varied_equal_learning(self, variation: str) -> dict[str, EqualLearning]:
+        """Return the same of the methods under a variation; empty without the reference."""
+        methods = self.varied[variation]
+        reference = methods.get(self.comparison["reference"])
+        return _equal_learning(methods, reference) if reference else {}
+
+    def equal_accuracy(self, reference: Method) -> dict[str, EqualLearning]:
+        """Return what each method forgets at the reference's accuracy, which sees no sizes."""
+        curves = {name: method.by_accuracy for name, method in self.methods.items()}
+        return frontier(curves, reference=reference.name, reference_dial=reference.own)
 
     def accuracy_gain(self, method: Method, other: Method) -> Interval:
         """Return the difference in accuracy, each at its own setting, over the same pairs."""
@@ -223,3 +253,9 @@ class Results:
         if not before or any(len(items) != len(before) for items in kept):
             return None
         return paired_bootstrap([before], kept)
+
+
+def _equal_learning(methods: Mapping[str, Method], reference: Method) -> dict[str, EqualLearning]:
+    """Return what each method forgets at the margin of `reference`."""
+    curves = {name: method.curve for name, method in methods.items()}
+    return frontier(curves, reference=reference.name, reference_dial=reference.own)

@@ -26,19 +26,20 @@ class Table:
 
 def headline(results: Results) -> Table:
     """Return learning and forgetting of each method, and its forgetting at equal learning."""
-    reference = results.reference
-    name = reference.label if reference else results.comparison["reference"]
+    reference, name = results.reference, _reference(results)
+    by_accuracy = results.equal_accuracy(reference) if reference else {}
     rows = []
     for method in results.methods.values():
         row = [method.label, ranged(method.accuracy, percent), ranged(method.kl)]
         own = results.own_ratio(method, reference) if reference and method.moves else None
         row += [ranged(own) if own else NONE, ranged(method.margin)]
         if reference is None or not method.moves:
-            row += [NONE] * 4
+            row += [NONE] * 5
         else:
             found = results.equal_learning(reference)[method.name]
             verdict = "the reference" if method is reference else VERDICTS[outcome(found)]
             row += [ranged(found.kl), ranged(found.ratio), percent(found.not_reached), verdict]
+            row.append(ranged(by_accuracy[method.name].ratio))
         rows.append(row)
     columns = (
         "Method",
@@ -50,8 +51,14 @@ def headline(results: Results) -> Table:
         f"Ratio to {name}’s KL",
         "Resamples that never reach it",
         "Verdict",
+        f"Ratio at {name}’s accuracy instead",
     )
     return Table(columns, rows)
+
+
+def _reference(results: Results) -> str:
+    reference = results.reference
+    return reference.label if reference else str(results.comparison["reference"])
 
 
 def points(results: Results) -> Table:
@@ -82,8 +89,9 @@ def learning(results: Results) -> Table:
         ]
         for method in results.methods.values()
     ]
-    longer = [percent(results.comparison["length_baseline"]), *[NONE] * (3 + len(judges))]
-    rows.append(["The longer response, whatever it says", NONE, *longer])
+    longer = results.comparison["length_baseline"]
+    told = [NONE if longer is None else percent(longer), *[NONE] * (3 + len(judges))]
+    rows.append(["The longer response, whatever it says", NONE, *told])
     margins = ("Margin, nats", "Margin a token, nats", "Ranking accuracy")
     columns = ("Method", "Seeds", "Accuracy", *margins)
     return Table((*columns, *(f"Wins, says {judge}" for judge in judges)), rows)
@@ -104,6 +112,17 @@ def _win_rate(method: Method, judge: str) -> str:
     n, ties = (sum(rate[key] for rate in rates) for key in ("n", "ties"))
     longer = fmean(rate["length_delta"] for rate in rates)
     return f"{ranged(interval, percent)}; {known}; {ties} ties of {n}; {longer:+.1f} words"
+
+
+def refused(results: Results) -> Table:
+    """Return the judges that give no verdict, and why."""
+    reasons: dict[str, list[str]] = {}
+    for method in results.methods.values():
+        for point in method.own_points:
+            for reason in point.get("judges_refused", ()):
+                reasons.setdefault(reason, []).append(method.label)
+    rows = [[reason, ", ".join(dict.fromkeys(labels))] for reason, labels in reasons.items()]
+    return Table(("Judge that gives no win rate", "Methods"), rows)
 
 
 def forgetting(results: Results) -> Table:
@@ -209,10 +228,8 @@ def trials(results: Results) -> Table:
                     fields["label"],
                     _settings(trial["params"]),
                     percent(trial["accuracy"]) if good else NONE,
-                    *(
-                        number(trial[f]) if good else NONE
-                        for f in ("kl", "margin", "kl_of_one_nat")
-                    ),
+                    *(number(trial[f]) if good else NONE for f in ("kl", "margin")),
+                    number(trial["kl_of_one_nat"]) if good and trial["margin"] > 0 else NONE,
                     trial["state"],
                     f"{trial['seconds']:,.0f} s",
                 ]
@@ -244,27 +261,17 @@ def failures(results: Results) -> Table:
 
 
 def robustness(results: Results) -> Table:
-    """Return learning and forgetting under each variation, after those without one.
-
-    Means over seeds. KL of one nat is KL/margin², what a margin of one nat costs along the dial.
-    """
-    cases: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in results.comparison["robustness"]:
-        if row["method"] in results.methods:
-            usual = results.methods[row["method"]].own_points
-            cases.setdefault(("none", row["method"]), list(usual))
-    for row in results.comparison["robustness"]:
-        cases.setdefault((row["variation"], row["method"]), []).append(row)
-    names = results.comparison["methods"]
+    """Return learning, forgetting and forgetting at equal learning under each variation."""
     rows = []
-    for (variation, method), found in cases.items():
-        accuracy, margin, kl = (fmean(p[k] for p in found) for k in ("accuracy", "margin", "kl"))
-        figures = [percent(accuracy), number(margin), number(kl)]
-        figures.append(number(kl / margin**2) if margin > 0 else NONE)
-        rows.append([variation, names[method]["label"], str(len(found)), *figures])
-    return Table(
-        ("Variation", "Method", "Seeds", "Accuracy", "Margin", "KL", "KL of one nat"), rows
-    )
+    for variation, methods in results.varied.items():
+        level = results.varied_equal_learning(variation)
+        for name, method in methods.items():
+            seeds = str(len(method.runs))
+            figures = [ranged(method.accuracy, percent), ranged(method.margin), ranged(method.kl)]
+            ratio = ranged(level[name].ratio) if level and method.moves else NONE
+            rows.append([variation, method.label, seeds, *figures, ratio])
+    columns = ("Variation", "Method", "Seeds", "Accuracy", "Margin", "KL")
+    return Table((*columns, f"Ratio to {_reference(results)}’s KL, same variation"), rows)
 
 
 def made(results: Results) -> Table:

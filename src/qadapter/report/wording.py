@@ -163,10 +163,10 @@ def _learned(results: Results, method: Method, reference: Method) -> list[str]:
 
 
 def _kept(results: Results, method: Method, reference: Method) -> list[str]:
+    dial = method.at_reference[0]["dial"] if method.at_reference else None
     told = []
-    if method.at_reference:
-        dial = f"{method.at_reference[0]['dial']:g}"
-        where = f"at {reference.label}’s margin (its dial at {dial})"
+    if dial not in (None, method.dials[method.own]):
+        where = f"with its dial at {dial:g}, where its mean margin is {reference.label}’s"
         told += _drops(results, method, where, level=True)
     told += _drops(results, method, "at its own setting", level=False)
     return told or ["No task was measured on it and on the base."]
