@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,8 @@ import psutil
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from qadapter import hub
 
 
 def tiny_base(directory: Path) -> Path:
@@ -121,7 +122,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    figures: dict[str, object] = {"machine": f"{platform.processor()}, {os.cpu_count()} CPUs"}
+    figures: dict[str, object] = {"machine": f"{hub.processor()}, {os.cpu_count()} CPUs"}
     with tempfile.TemporaryDirectory() as directory:
         base = tiny_base(Path(directory) / "base")
         runs = {n: measured(n, Path(directory), base) for n in args.pairs}

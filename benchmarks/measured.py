@@ -5,19 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import platform
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-
-def processor() -> str:
-    """Return the processor's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+from qadapter import hub
 
 
 def versions() -> dict[str, str]:
@@ -41,7 +34,7 @@ def origin(scripts: Path) -> dict[str, Any]:
         for path in paths:
             code.update(f"{path.relative_to(place)}|{path.stat().st_size}|".encode())
             code.update(path.read_bytes())
-    return {"code": code.hexdigest(), "cpu": processor(), "versions": versions()}
+    return {"code": code.hexdigest(), "cpu": hub.processor(), "versions": versions()}
 
 
 def read_rows(path: Path, key: dict[str, Any]) -> list[dict[str, Any]]:

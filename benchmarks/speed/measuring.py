@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measured import processor, versions
+from measured import versions
 
+from qadapter import hub
 from qadapter.config import bf16_supported
 from qadapter.estimate import peak_memory
 
@@ -46,7 +47,7 @@ def name_of(dtype: torch.dtype) -> str:
 def machine() -> dict[str, Any]:
     """Return the processor, whether it has bf16, cores, load, and the libraries' versions."""
     return {
-        "cpu": processor(),
+        "cpu": hub.processor(),
         "bf16": bf16_supported(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import platform
 import shutil
 import time
 from collections.abc import Iterable
@@ -130,6 +131,14 @@ def _refusal(name: str, error: Exception) -> ModelError:
         f"{name}: cannot be loaded as a model ({reason}); give the embedded default "
         f"{DEFAULT_BASE!r}, a directory with safetensors weights, or a Hub name you can reach."
     )
+
+
+def processor() -> str:
+    """Return the processor's name, as Linux tells it, else as Python does."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def pick_device(name: str | None = None) -> torch.device:

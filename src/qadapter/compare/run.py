@@ -213,7 +213,7 @@ def _machine() -> dict[str, str]:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return {
         "cpus": str(os.cpu_count()),
-        "processor": platform.processor() or platform.machine(),
+        "processor": hub.processor(),
         "device": str(device),
         "python": platform.python_version(),
         "system": platform.platform(),
