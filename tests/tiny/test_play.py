@@ -109,6 +109,32 @@ def test_a_users_text_that_the_model_repeats_is_text(text: str) -> None:
     assert {tag for page in pages for tag, _ in Tags(page).tags} == {"div", "span"}
 
 
+def test_answers_are_shown_as_they_grow(policy: Policy) -> None:
+    asked: list[Any] = []
+    left: list[int] = []
+
+    class Slow:
+        """Says the first word at once, and the second when it is told to."""
+
+        def __init__(self) -> None:
+            self.policy, self.context = policy, 10_000
+
+        def submit(self, requests: list[Any]) -> list[Any]:
+            asked.extend(requests)
+            for request in requests:
+                request.emit(Piece("one ", (Token(1, "one ", 0, -1.0, -2.0),), None))
+            return [SimpleNamespace(cancel=lambda: left.append(1))] * len(requests)
+
+    pages = play.answers(cast(Any, Slow()), "Say 3", 1.0, 20)
+    assert [Tags(page).text for page in next(pages)] == ["one ", "one "]
+    asked[0].emit(Piece("two", (), "stop"))
+    assert [Tags(page).text for page in next(pages)] == ["one two", "one "]
+    asked[1].emit(Piece("2", (Token(2, "2", 4, -1.0, -2.0),), "stop"))
+    assert [Tags(page).text for page in next(pages)] == ["one two", "one 2"]
+    assert next(pages, None) is None
+    assert len(left) == 2
+
+
 def test_answers_are_the_policys_and_a_long_message_is_told(adapter: str) -> None:
     policy = Policy.from_pretrained({"tiny": adapter})
     engine = Engine(policy)
