@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from qadapter.errors import UserError
-from qadapter.report import write_report
+from qadapter.report import figures, write_report
 from qadapter.report.results import Results
 from qadapter.report.wording import lead, number, paragraph, percent
 from qadapter.stats import (
@@ -28,7 +28,7 @@ from qadapter.stats import (
     wilson_interval,
 )
 
-pytest.importorskip("matplotlib")
+Outline = pytest.importorskip("matplotlib.path").Path
 
 ITEMS, WINDOWS, TOKENS = 200, 40, 255
 DIALS = (0.5, 1.0, 1.5)
@@ -280,6 +280,16 @@ def test_the_frontier_is_the_first_picture(page: Page) -> None:
     assert order[0][0] == "h1"
     assert order[1][0] == "img"
     assert "Margin on held-out pairs against KL" in str(order[1][1])
+
+
+def test_a_region_holds_95_percent_of_the_resamples_of_a_point(full: dict[str, Any]) -> None:
+    found = Results(full).methods["qadapter"]
+    for dial in range(len(DIALS)):
+        x, y = figures._region(found, dial)
+        held = Outline(np.stack([np.log(x), y], axis=1)).contains_points(
+            np.stack([np.log(found.curve.kl[1:, dial]), found.curve.learning[1:, dial]], axis=1)
+        )
+        assert held.mean() == pytest.approx(0.95, abs=0.02)
 
 
 def own(made: dict[str, Any], name: str) -> list[dict[str, Any]]:

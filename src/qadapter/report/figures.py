@@ -7,13 +7,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from qadapter.report.results import Method, Results
-from qadapter.stats import Interval
+from qadapter.stats import Array, Interval
 
 # Okabe and Ito's colours, without the yellow that white swallows; shapes tell them apart as well.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 _GREY = "#555555"
+_CHI2_95 = 5.991
+"""χ² of two degrees of freedom at 95%."""
 
 
 def draw(results: Results) -> dict[str, bytes]:
@@ -67,10 +71,13 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
 
 
 def _plain_numbers(axes: Any) -> None:
-    """Mark a logarithmic axis at 1, 2 and 5 of each decade, without powers of ten."""
+    """Mark a logarithmic axis, whose ends are known, at a few places of each decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = axes.get_xlim()
+    decades = math.log10(high / low)
+    subs = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0, 3.0) if decades < 5 else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
@@ -82,30 +89,20 @@ def _png(figure: Any) -> bytes:
 
 
 def _frontier(results: Results, methods: Sequence[Method]) -> bytes:
-    """Draw margin against KL, one curve a method along its dial, bars for the intervals."""
+    """Draw margin against KL, one curve a method along its dial, with a 95% region a point."""
     figure, (axes,) = _figure(9.0, 5.0)
     styles = _styles(results, methods)
     for method in methods:
         style = styles[method.name]
         shown = [i for i, (_, kl) in enumerate(method.points) if kl.value > 0]
-        y, x = ([method.points[i][which] for i in shown] for which in (0, 1))
-        axes.errorbar(
-            [kl.value for kl in x],
-            [margin.value for margin in y],
-            # The interval of a KL may reach 0, which no logarithmic axis shows.
-            xerr=_bars([Interval(k.value, max(k.low, k.value / 30), k.high) for k in x]),
-            yerr=_bars(y),
-            ecolor=(style["color"], 0.25),
-            elinewidth=1,
-            capsize=2,
-            markersize=5,
-            label=_plain(method.label),
-            **style,
-        )
+        y, x = ([method.points[i][which].value for i in shown] for which in (0, 1))
+        axes.plot(x, y, markersize=5, label=_plain(method.label), **style)
+        for i in shown:
+            axes.fill(*_region(method, i), color=style["color"], alpha=0.15, lw=0, zorder=1)
         if method.own in shown:  # its own setting stands out
             at = shown.index(method.own)
             ring = {"s": 130, "facecolors": "none", "edgecolors": style["color"], "zorder": 3}
-            axes.scatter([x[at].value], [y[at].value], **ring)
+            axes.scatter([x[at]], [y[at]], **ring)
     axes.set_xscale("log")
     _plain_numbers(axes)
     axes.set_xlabel("forgetting: KL to the base on general text, nats a token  (less is better)")
@@ -117,6 +114,21 @@ def _frontier(results: Results, methods: Sequence[Method]) -> bytes:
         axes.axhline(0.0, color=_GREY, lw=1, ls=":", label="the base, KL 0")
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     return _png(figure)
+
+
+def _region(method: Method, dial: int) -> tuple[Array, Array]:
+    """Return the outline of a point's 95% region in KL and margin.
+
+    The ellipse of normal resamples, with KL in logarithms as the axis has it.
+    """
+    kl, value = method.curve.kl[1:, dial], method.points[dial][1].value
+    # A resampled KL may be 0, which no logarithmic axis shows.
+    cloud = np.stack([np.log(np.maximum(kl, value / 30)), method.curve.learning[1:, dial]])
+    spread, axes = np.linalg.eigh(np.cov(cloud))
+    around = np.linspace(0, 2 * np.pi, 73)
+    radii = np.sqrt(_CHI2_95 * np.maximum(spread, 0.0))[:, None]
+    x, y = axes @ (radii * np.stack([np.cos(around), np.sin(around)]))
+    return np.exp(np.log(value) + x), method.points[dial][0].value + y
 
 
 def _bars(intervals: Sequence[Interval]) -> list[list[float]]:
