@@ -790,9 +790,11 @@ DYING = STUBBORN.replace("while True", "sys.exit(3)\nwhile True")
 def test_no_process_of_vllms_outlives_the_command(
     server: str, signals: list[signal.Signals], code: int
 ) -> None:
+    # Under nohup, which a test may run under, a hang-up is ignored, and rightly stays so.
     program = f"""
-import sys
+import signal, sys
 from qadapter.serve import on_vllm
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 on_vllm.run([sys.executable, "-c", {server!r}], api_key=None)
 """
     words = [sys.executable, "-c", program]
@@ -821,9 +823,10 @@ def test_an_export_for_vllm_goes_with_a_command_that_is_ended(
     number: signal.Signals, tmp_path: Path
 ) -> None:
     program = """
-import sys, time
+import signal, sys, time
 from qadapter.cli import main, serving
 from qadapter.serve import on_vllm
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 on_vllm.check_installed = lambda: None
 serving.load_policy = lambda _: (print("loading", flush=True), time.sleep(300))
 sys.exit(main(["serve", "nowhere", "--engine", "vllm"]))
