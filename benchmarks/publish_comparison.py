@@ -14,6 +14,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from qadapter.files import write_text
+
 
 def published(comparison: dict[str, Any], data: str) -> dict[str, Any]:
     """Return a comparison without answers, `data` in its paths being `$QADAPTER_DATA` again."""
@@ -39,7 +41,7 @@ def main() -> None:
         parser.error("set QADAPTER_DATA, as for the comparison")
     found = json.loads((args.directory / "comparison.json").read_text(encoding="utf-8"))
     text = json.dumps(published(found, data), allow_nan=False) + "\n"  # a vote a line would be long
-    args.output.write_text(text, encoding="utf-8")
+    write_text(args.output, text)
 
 
 if __name__ == "__main__":

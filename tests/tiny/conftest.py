@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from models import disturbed
 from qadapter import hub
 from qadapter.cli import main
 from qadapter.config import QConfig
+from qadapter.files import write_jsonl
 from qadapter.model import QAdapterModel
 
 
@@ -72,10 +73,6 @@ def second(tmp_path_factory: pytest.TempPathFactory, adapter: str, base: str) ->
     return str(directory)
 
 
-def write_rows(path: Path, rows: Sequence[object]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 @pytest.fixture(scope="session")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory with a file for each task of the local suite."""
@@ -85,11 +82,11 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [
         {"query": q, "choices": choices[: 2 + i % 2], "gold": i % 2} for i, q in enumerate(queries)
     ]
-    write_rows(directory / "piqa.jsonl", rows)
-    write_rows(directory / "arc_easy.jsonl", rows)
+    write_jsonl(directory / "piqa.jsonl", rows)
+    write_jsonl(directory / "arc_easy.jsonl", rows)
     rest = {"Once upon a": "time", "He said it to": "her", "[1,": "2]"}
     rows = [{"context": context, "continuation": word} for context, word in rest.items()]
-    write_rows(directory / "lambada.dev.jsonl", rows)
+    write_jsonl(directory / "lambada.dev.jsonl", rows)
     (directory / "other.txt").write_text(" = Title = \n \n A line , of words . \n[1, 2]\n\nLast\n")
     instruction = ["punctuation:no_comma", "length_constraints:number_sentences"]
     row = {
@@ -98,7 +95,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "instruction_id_list": instruction,
         "kwargs": [{}, {"relation": "at least", "num_sentences": 1}],
     }
-    write_rows(directory / "ifeval.jsonl", [row, {**row, "key": 2, "prompt": "Say it again."}])
+    write_jsonl(directory / "ifeval.jsonl", [row, {**row, "key": 2, "prompt": "Say it again."}])
     return directory
 
 

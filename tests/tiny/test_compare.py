@@ -104,6 +104,21 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
+@pytest.fixture
+def failing_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run cells here; an error is the last word of a cell's log, as of a process of its own."""
+
+    def here(directory: Path, log: Any, _: Any) -> int:
+        try:
+            cells.work(directory)
+        except Exception as error:  # whatever it is, it is told
+            log.write(f"{type(error).__name__}: {error}\n")
+            return 1
+        return 0
+
+    monkeypatch.setattr(cells, "_launch", here)
+
+
 def yaml_file(path: Path, settings: dict[str, Any]) -> str:
     path.write_text(json.dumps(settings))  # JSON is YAML
     return str(path)
@@ -769,6 +784,7 @@ def test_a_retrained_curve_has_its_method_s_own_point_among_the_others(
     assert "DPO, beta retrained" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("failing_in_process")
 @pytest.mark.parametrize("says", ["perhaps", None])
 def test_a_judge_that_gives_no_verdict_is_told_and_one_that_is_down_asked_again(
     settings: dict[str, Any],
@@ -782,15 +798,6 @@ def test_a_judge_that_gives_no_verdict_is_told_and_one_that_is_down_asked_again(
             raise UserError(f"{judge.url}: failed 5 times")
         return says
 
-    def here(directory: Path, log: Any, _: Any) -> int:
-        try:
-            cells.work(directory)
-        except UserError as error:
-            log.write(f"{error}\n")
-            return 1
-        return 0
-
-    monkeypatch.setattr(cells, "_launch", here)
     monkeypatch.setattr(OpenAIJudge, "_ask", asked)
     monkeypatch.setenv("OPENAI_API_KEY", "key")
     judges = ["rule:contains:!", "openai:gpt@http://127.0.0.1:1/v1"]
@@ -811,6 +818,7 @@ def test_a_judge_that_gives_no_verdict_is_told_and_one_that_is_down_asked_again(
     assert "gpt: no readable verdict on any of 40 pairs" in page
 
 
+@pytest.mark.usefixtures("failing_in_process")
 def test_a_failed_cell_is_reported_and_the_rest_go_on(
     settings: dict[str, Any],
     tmp_path: Path,
@@ -820,15 +828,6 @@ def test_a_failed_cell_is_reported_and_the_rest_go_on(
     def broken(_: Any) -> None:
         raise RuntimeError("out of luck")
 
-    def here(directory: Path, log: Any, _: Any) -> int:
-        try:
-            cells.work(directory)
-        except RuntimeError as error:
-            log.write(f"RuntimeError: {error}\n")
-            return 1
-        return 0
-
-    monkeypatch.setattr(cells, "_launch", here)
     sound = training.TRAINERS["train_dpo"]
     monkeypatch.setitem(training.TRAINERS, "train_dpo", broken)
     path = yaml_file(tmp_path / "run.yaml", settings)

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from qadapter.errors import UserError
-from qadapter.report import figures, write_report
+from qadapter.report import figures, tables, write_report
 from qadapter.report.results import Results
 from qadapter.report.wording import lead, number, paragraph, percent
 from qadapter.stats import (
     INTERVALS,
+    EqualLearning,
     by_group,
     frontier,
     mean_intervals,
@@ -319,29 +320,23 @@ def test_headline_figures_are_those_of_the_json(full: dict[str, Any], page: Page
 
 
 def test_the_ratio_is_that_of_the_votes_and_windows(full: dict[str, Any], page: Page) -> None:
-    curves = {
-        name: resampled_curve(
-            name,
-            np.array([[p["margins"] for p in run["points"]] for run in fields["runs"]], float),
-            [1] * ITEMS,
-            np.array([[p["window_kl"] for p in run["points"]] for run in fields["runs"]], float),
-            [TOKENS] * WINDOWS,
-        )
-        for name, fields in full["methods"].items()
-    }
-    found = frontier(curves, reference="dpo", reference_dial=1)["qadapter"]
+    def equal(field: str) -> EqualLearning:
+        curves = {
+            name: resampled_curve(
+                name,
+                np.array([[p[field] for p in run["points"]] for run in fields["runs"]], float),
+                [1] * ITEMS,
+                np.array(
+                    [[p["window_kl"] for p in run["points"]] for run in fields["runs"]], float
+                ),
+                [TOKENS] * WINDOWS,
+            )
+            for name, fields in full["methods"].items()
+        }
+        return frontier(curves, reference="dpo", reference_dial=1)["qadapter"]
+
+    found, by_votes = equal("margins"), equal("correct").ratio
     row = next(r for r in page.table("Method", "Verdict") if r["Method"] == "Q-Adapter")
-    votes = {
-        name: resampled_curve(
-            name,
-            np.array([[p["correct"] for p in run["points"]] for run in fields["runs"]], float),
-            [1] * ITEMS,
-            np.array([[p["window_kl"] for p in run["points"]] for run in fields["runs"]], float),
-            [TOKENS] * WINDOWS,
-        )
-        for name, fields in full["methods"].items()
-    }
-    by_votes = frontier(votes, reference="dpo", reference_dial=1)["qadapter"].ratio
     for column, interval in (
         ("Ratio to DPO’s KL", found.ratio),
         ("KL at DPO’s margin", found.kl),
@@ -432,13 +427,10 @@ def test_tasks_at_the_margin_of_the_reference(full: dict[str, Any], tmp_path: Pa
     before, value = own(full, "base")[0]["tasks"]["piqa"]["value"], solved["piqa"]["value"]
     cell = rows["Q-Adapter"]["piqa: acc, n = 300"]
     assert cell.startswith(f"{number(value)}; drop {number(before - value)} (")
-    (usual,) = [
-        row["piqa: acc, n = 300"]
-        for table in page.tables
-        for row in (dict(zip(table[0], cells, strict=True)) for cells in table[1:])
-        if row.get("Method") == "DPO" and "piqa: acc, n = 300" in row and "Dial there" not in row
-    ]
-    assert rows["DPO"]["piqa: acc, n = 300"] == usual
+    usual = tables.tasks(results)
+    (dpo,) = [dict(zip(usual.columns, row, strict=True)) for row in usual.rows if row[0] == "DPO"]
+    piqa = dpo["piqa: acc, n = 300"].replace("\u00a0", " ")
+    assert rows["DPO"]["piqa: acc, n = 300"] == piqa
     told = " ".join(paragraph(results))
     where = "with its dial at 0.4, where its mean margin is DPO’s"
     assert f"{where} (base less method, 95% CI): a drop on piqa" in told

@@ -115,9 +115,7 @@ def tried(
 ) -> dict[str, Any] | None:
     """Train a method and measure it; return its points, its cost and where its adapter lies.
 
-    None if either cell failed.
-
-    `whole` measures everything, `long` drift on as much text.
+    None if either cell failed. `whole` measures everything, `long` drift on as much text.
     """
     method = METHODS[name]
     params = {**method.fixed, **params}

@@ -25,7 +25,7 @@ from qadapter.stats import (
 
 Point = Mapping[str, Any]
 """What one run measured at one value of its dial."""
-NONE = "none"
+UNVARIED = "none"
 """The variation that changes nothing."""
 
 
@@ -44,10 +44,10 @@ class Method:
     """Points by dial, one mapping a seed."""
     curve: Curve
     """Margins, nats, and KL: accuracy hardly sees the size of a change, so it is no axis."""
-    by_accuracy: Curve
-    """Accuracy and KL all the same, since accuracy is what others report."""
     right: Array
     """`[seeds, dial, prompts]`, how many pairs of each are judged rightly."""
+    window_kl: Array
+    """`[seeds, dial, windows]`, summed KL to the base over the tokens of each, nats."""
     points: Sequence[tuple[Interval, Interval]]
     """Mean margin and KL per token on general text, at each value of the dial."""
     accuracies: Sequence[Interval]
@@ -107,7 +107,7 @@ class Results:
             if (method := self._method(name, fields)) is not None:
                 self.methods[name] = method
         self.varied = self._varied()
-        """By variation: the methods trained under it, and those of the same seeds under `NONE`."""
+        """By variation: the methods trained under it, and those of the same seeds as `UNVARIED`."""
         self._equal: dict[str, dict[str, EqualLearning]] = {}
         self._drops: dict[tuple[str, str, bool], Interval | None] = {}
 
@@ -118,8 +118,8 @@ class Results:
             runs.setdefault((row["variation"], row["method"]), []).append(row)
         for name in dict.fromkeys([name for _, name in runs]):
             seeds = {row["seed"] for row in self.comparison["robustness"] if row["method"] == name}
-            runs[NONE, name] = [run for run in methods[name]["runs"] if run["seed"] in seeds]
-        varied: dict[str, dict[str, Method]] = {NONE: {}} if runs else {}
+            runs[UNVARIED, name] = [run for run in methods[name]["runs"] if run["seed"] in seeds]
+        varied: dict[str, dict[str, Method]] = {UNVARIED: {}} if runs else {}
         for (variation, name), rows in runs.items():
             method = self._method(name, {**methods[name], "runs": rows})
             if method is not None:
@@ -154,8 +154,8 @@ class Results:
             own=at,
             runs=tuple(runs),
             curve=curve,
-            by_accuracy=resampled_curve(name, right, pairs, far, self._tokens),
             right=right,
+            window_kl=far,
             points=curve.intervals(),
             accuracies=mean_intervals(right, pairs),
             ranking=mean_intervals(ranked[:, [at]], pairs)[0],
@@ -171,6 +171,12 @@ class Results:
     def reference(self) -> Method | None:
         """The method whose margin is the target, if it finished."""
         return self.methods.get(self.comparison["reference"])
+
+    @property
+    def reference_label(self) -> str:
+        """What people call the reference, finished or not."""
+        reference = self.reference
+        return reference.label if reference else str(self.comparison["reference"])
 
     @property
     def ours(self) -> list[Method]:
@@ -207,7 +213,11 @@ class Results:
 
     def equal_accuracy(self, reference: Method) -> dict[str, EqualLearning]:
         """Return what each method forgets at the reference's accuracy, which sees no sizes."""
-        curves = {name: method.by_accuracy for name, method in self.methods.items()}
+        pairs = np.bincount(self._prompts)
+        curves = {
+            name: resampled_curve(name, method.right, pairs, method.window_kl, self._tokens)
+            for name, method in self.methods.items()
+        }
         return frontier(curves, reference=reference.name, reference_dial=reference.own)
 
     def accuracy_gain(self, method: Method, other: Method) -> Interval:

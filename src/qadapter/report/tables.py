@@ -26,7 +26,7 @@ class Table:
 
 def headline(results: Results) -> Table:
     """Return learning and forgetting of each method, and its forgetting at equal learning."""
-    reference, name = results.reference, _reference(results)
+    reference, name = results.reference, results.reference_label
     by_accuracy = results.equal_accuracy(reference) if reference else {}
     rows = []
     for method in results.methods.values():
@@ -54,11 +54,6 @@ def headline(results: Results) -> Table:
         f"Ratio at {name}’s accuracy instead",
     )
     return Table(columns, rows)
-
-
-def _reference(results: Results) -> str:
-    reference = results.reference
-    return reference.label if reference else str(results.comparison["reference"])
 
 
 def points(results: Results) -> Table:
@@ -271,7 +266,7 @@ def robustness(results: Results) -> Table:
             ratio = ranged(level[name].ratio) if level and method.moves else NONE
             rows.append([variation, method.label, seeds, *figures, ratio])
     columns = ("Variation", "Method", "Seeds", "Accuracy", "Margin", "KL")
-    return Table((*columns, f"Ratio to {_reference(results)}’s KL, same variation"), rows)
+    return Table((*columns, f"Ratio to {results.reference_label}’s KL, same variation"), rows)
 
 
 def made(results: Results) -> Table:
