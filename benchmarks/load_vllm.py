@@ -2,11 +2,11 @@
 
     .venv-vllm/bin/python benchmarks/load_vllm.py --output benchmarks/results/load_vllm.json
 
-Two servers, of the base and of a policy with the default K whose adapter is random (what it says
-costs as much as what a trained one says), asked in turns; the ratio is of turns side by side. While
-one is asked the other is stopped, for a server that waits takes time from one that works. Run it in
-the environment of `make test-vllm`, on a machine that does nothing else, and leave the server and
-the client a core of their own (`OMP_NUM_THREADS=1` on two), as vLLM advises.
+Servers of the base and, at each strength, of a policy with the default K whose adapter is random
+(what it says costs as much as what a trained one says), asked in turns; the ratio is of turns side
+by side. While one is asked the others are stopped, for a server that waits takes time from one that
+works. Run it in the environment of `make test-vllm`, on a machine that does nothing else, and leave
+the server and the client a core of their own (`OMP_NUM_THREADS=1` on two), as vLLM advises.
 """
 
 from __future__ import annotations
@@ -116,13 +116,14 @@ def turn(url: str, asked: Sequence[str], concurrent: int, max_tokens: int) -> di
 
 
 def main() -> None:
-    """Start both, ask both in turns, write the figures."""
+    """Start them, ask them in turns, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--concurrent", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--strengths", nargs="+", default=["1", "0.7"])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--vllm-args", default="--max-model-len 1024", help="for both servers")
+    parser.add_argument("--vllm-args", default="--max-model-len 1024", help="for all servers")
     parser.add_argument("--output", default="load_vllm.json")
     args = parser.parse_args()
     asked = contents()
@@ -131,42 +132,42 @@ def main() -> None:
         "command": " ".join(sys.argv),
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "rows": [],
+        "ratios": [],
     }
     with tempfile.TemporaryDirectory() as made, ExitStack() as servers:
         adapter = Path(made) / "it"
         write_adapter(adapter)
-        more = [f"--vllm-args={args.vllm_args}"]
-        own = [sys.executable, "-m", "qadapter.cli", "serve", str(adapter), "--engine", "vllm"]
         plain = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         plain += ["--model", hub.resolve_base(hub.DEFAULT_BASE), "--served-model-name", "it"]
         plain += ["--dtype", args.dtype, "--max-num-seqs", "32", *args.vllm_args.split()]
-        own += ["--dtype", args.dtype, "--max-batch", "32", *more]
+        own = [sys.executable, "-m", "qadapter.cli", "serve", str(adapter), "--engine", "vllm"]
+        own += ["--dtype", args.dtype, "--max-batch", "32", f"--vllm-args={args.vllm_args}"]
+        policies = {f"policy at {s}": [*own, "--strength", s] for s in args.strengths}
         started = {}
-        for name, words in (("base", plain), ("policy", own)):
+        for name, words in {"base": plain, **policies}.items():
             port, log = free_port(), Path(tempfile.gettempdir()) / f"load-vllm-{name}.log"
             server = running([*words, "--port", str(port)], port, log)
             url, pid = started[name] = servers.enter_context(server)
             with awake(pid):
                 turn(url, asked, 8, 8)
         for concurrent in args.concurrent:
-            ratios = []
+            ratios: dict[str, list[float]] = {name: [] for name in policies}
             for _ in range(args.turns):
-                pair = {}
+                turns = {}
                 for name, (url, pid) in started.items():
                     with awake(pid):
-                        pair[name] = turn(url, asked, concurrent, args.max_tokens)
-                ratios.append(
-                    pair["policy"]["tokens_per_second"] / pair["base"]["tokens_per_second"]
-                )
-                for name, row in pair.items():
-                    found["rows"].append({"what": name, "concurrent": concurrent, **row})
-                    print(json.dumps(found["rows"][-1]), flush=True)
-            found[f"ratio_at_{concurrent}"] = {
-                "median": statistics.median(ratios),
-                "least": min(ratios),
-                "most": max(ratios),
-            }
-            print(json.dumps(found[f"ratio_at_{concurrent}"]), flush=True)
+                        turns[name] = turn(url, asked, concurrent, args.max_tokens)
+                    row = {"what": name, "concurrent": concurrent, **turns[name]}
+                    found["rows"].append(row)
+                    print(json.dumps(row), flush=True)
+                for name, several in ratios.items():
+                    speeds = [turns[which]["tokens_per_second"] for which in (name, "base")]
+                    several.append(speeds[0] / speeds[1])
+            for name, several in ratios.items():
+                ends = {"least": min(several), "most": max(several)}
+                ratio = {"what": name, "concurrent": concurrent, **ends}
+                found["ratios"].append({**ratio, "median": statistics.median(several)})
+                print(json.dumps(found["ratios"][-1]), flush=True)
     Path(args.output).write_text(json.dumps(found, indent=1) + "\n")
 
 

