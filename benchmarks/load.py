@@ -3,7 +3,8 @@
     python benchmarks/load.py runs/demo --output benchmarks/results/load.json
     python benchmarks/load.py --url http://127.0.0.1:8000 --model NAME     # any OpenAI server
 
-With an adapter it starts `qadapter serve` itself, on a free port of this machine, and also
+Without --url it starts `qadapter serve` itself, on a free port of this machine, with an adapter or
+else with a random one, whose answers are all as long as they may be, and also
 
 - answers the same questions one at a time by `generate`, for the ratio to 16 at once;
 - asks `--mixed` of them at random strengths, 32 at once, leaves a third of them in the middle, and
@@ -228,6 +229,24 @@ def contents() -> list[str]:
     return [row["prompt"][-1]["content"] for row in rows]
 
 
+def write_adapter(directory: str | Path) -> None:
+    """Write a random adapter of the default depth, whose answers do not end by themselves."""
+    import torch
+
+    from qadapter import hub
+    from qadapter.config import QConfig
+    from qadapter.model import QAdapterModel
+
+    base = hub.load_base(hub.DEFAULT_BASE, dtype=torch.float32)
+    model = QAdapterModel.create(
+        base, QConfig(alpha_0=0.5, alpha_tilde=0.5, base_model=hub.DEFAULT_BASE)
+    )
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.adapter_parameters().values():
+        parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(directory)
+
+
 def throughput(
     url: str,
     asked: Sequence[str],
@@ -255,9 +274,8 @@ def against_generate(
 ) -> list[dict[str, Any]]:
     """Return tokens a second of 16 questions at once and of `generate` one at a time, in turns.
 
-    Each at strength 0, where the demo's answers are of all the tokens that they may have, and at 1,
-    where they are short and more of the time is prompts. The base is also asked alone, as
-    transformers runs it.
+    Each at strength 0 and at 1, where the demo's answers are short and more of the time is prompts.
+    The base is also asked alone, as transformers runs it.
     """
     from qadapter.hub import load_base
     from qadapter.policy import Policy
@@ -345,14 +363,11 @@ def main() -> None:
     parser.add_argument("--skip", nargs="*", default=[], help="throughput, generate, mixed")
     parser.add_argument("--output", default="load.json")
     args = parser.parse_args()
-    if (args.adapter is None) == (args.url is None):
-        parser.error("give an adapter or --url")
+    if args.adapter and args.url:
+        parser.error("give an adapter or --url, not both")
     asked = contents()
     threads = os.environ.get("OMP_NUM_THREADS")
-    # What is skipped stays what it was.
-    output = Path(args.output)
-    found: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
-    found |= {
+    found: dict[str, Any] = {
         "machine": {"cpus": os.cpu_count(), "threads": threads, "system": platform.platform()},
         "command": " ".join(sys.argv),
     }
@@ -363,17 +378,21 @@ def main() -> None:
         )
     else:
         log = Path(tempfile.gettempdir()) / "qadapter-load.log"
-        with served(args.adapter, log=log) as (url, pid):
-            if "throughput" not in args.skip:
-                found["throughput"] = throughput(
-                    url, asked, strengths=[0.0, 1.0], model=None, **options
-                )
-            if "generate" not in args.skip:
-                found["generate"] = against_generate(url, args.adapter, asked, **options)
-            if "mixed" not in args.skip:
-                found["mixed"] = mixed(url, pid, args.adapter, asked, args.mixed)
-                print(json.dumps(found["mixed"]), flush=True)
-    output.write_text(json.dumps(found, indent=1) + "\n")
+        with tempfile.TemporaryDirectory() as made:
+            adapter = args.adapter or str(Path(made) / "random")
+            if args.adapter is None:
+                write_adapter(adapter)
+            with served(adapter, log=log) as (url, pid):
+                if "throughput" not in args.skip:
+                    found["throughput"] = throughput(
+                        url, asked, strengths=[0.0, 1.0], model=None, **options
+                    )
+                if "generate" not in args.skip:
+                    found["generate"] = against_generate(url, adapter, asked, **options)
+                if "mixed" not in args.skip:
+                    found["mixed"] = mixed(url, pid, adapter, asked, args.mixed)
+                    print(json.dumps(found["mixed"]), flush=True)
+    Path(args.output).write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,24 +30,9 @@ from typing import Any
 
 import httpx2
 import psutil
-import torch
-from load import Question, ask_all, contents, figures
+from load import Question, ask_all, contents, figures, write_adapter
 
 from qadapter import hub
-from qadapter.config import QConfig
-from qadapter.model import QAdapterModel
-
-
-def write_adapter(directory: Path) -> None:
-    """Write a random adapter of the default depth on the embedded base."""
-    base = hub.load_base(hub.DEFAULT_BASE, dtype=torch.float32)
-    model = QAdapterModel.create(
-        base, QConfig(alpha_0=0.5, alpha_tilde=0.5, base_model=hub.DEFAULT_BASE)
-    )
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.adapter_parameters().values():
-        parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator)
-    model.save_pretrained(directory)
 
 
 def everyone(pid: int) -> list[psutil.Process]:
