@@ -4,7 +4,7 @@
     python benchmarks/load.py --url http://127.0.0.1:8000 --model NAME     # any OpenAI server
 
 Without --url it starts `qadapter serve` itself, on a free port of this machine, with an adapter or
-else with a random one, whose answers are all as long as they may be, and also
+else with a random one, whose answers seldom end before they have to, and also
 
 - answers the same questions one at a time by `generate`, for the ratio to 16 at once;
 - asks `--mixed` of them at random strengths, 32 at once, leaves a third of them in the middle, and
@@ -230,7 +230,7 @@ def contents() -> list[str]:
 
 
 def write_adapter(directory: str | Path) -> None:
-    """Write a random adapter of the default depth, whose answers do not end by themselves."""
+    """Write a random adapter of the default depth, whose answers seldom end by themselves."""
     import torch
 
     from qadapter import hub
@@ -365,6 +365,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.adapter and args.url:
         parser.error("give an adapter or --url, not both")
+    if args.skip and Path(args.output).exists():
+        parser.error(f"{args.output} would lose what is skipped; give another --output")
     asked = contents()
     threads = os.environ.get("OMP_NUM_THREADS")
     found: dict[str, Any] = {

@@ -54,12 +54,22 @@ def test_log_probs_are_ours_on_fifty_prompts(exported: Any, family: str) -> None
     assert difference(policy, first, strength=0.71) > 10 * TOLERANCE
 
 
-def test_strength_is_overridden_compiled_and_on_two_ranks(exported: Any) -> None:
+# At 2/3, which is α0/α̃, the base's last layers have no weight.
+@pytest.mark.parametrize("strength", [1.3, 2 / 3])
+def test_strength_is_overridden_compiled_and_on_two_ranks(strength: float, exported: Any) -> None:
     policy, directory = exported("llama")
-    options = {"hf_overrides": {"strength": 1.3}, "enforce_eager": False}
+    options = {"hf_overrides": {"strength": strength}, "enforce_eager": False}
     with engine(directory, tensor_parallel_size=2, **options) as llm:
         found = answers(llm, prompts(), logprobs=260)
-    assert difference(policy, found, strength=1.3) < TOLERANCE
+    assert difference(policy, found, strength=strength) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_the_adapted_branch_alone_is_the_policy(family: str, exported: Any) -> None:
+    policy, directory = exported(family)
+    with engine(directory, hf_overrides={"strength": 2 / 3}) as llm:
+        found = answers(llm, prompts(12), logprobs=260)
+    assert difference(policy, found, strength=2 / 3) < TOLERANCE
 
 
 def test_strength_zero_is_the_base(exported: Any) -> None:
@@ -90,34 +100,27 @@ def test_two_adapters_of_different_depths_add(tmp_path: Path) -> None:
         assert difference(policy, found, strength=other) > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("strength", "layers"),
-    [
-        ((0.75, 0.25), 6),  # the base's to where the shallow branch begins, and both branches
-        ((0.0, 0.5), 6),  # all of the base's and the deep branch: as many, joined otherwise
-        ((1.0, 0.0), 4),
-        ((0.0, 0.0), 4),
-        ((0.5, 0.25), 7),
-    ],
-)
-def test_what_has_no_weight_is_not_run(
-    strength: tuple[float, float], layers: int, tmp_path: Path
-) -> None:
-    """Compiled, for vLLM keeps what it compiled and must not take one for another."""
+def test_what_has_no_weight_is_not_run(tmp_path: Path) -> None:
+    """One export, compiled: vLLM must not take what it kept of one strength for another's."""
     policy = tiny_policy("llama", trunk=0.75)
     tiny_policy("llama", trunk=0.5).model.save_pretrained(tmp_path / "deep")
     policy.add(tmp_path / "deep", "deep")
     export_policy(policy, tmp_path / "out", strength=(1.0, 1.0))
-    with engine(
-        tmp_path / "out", hf_overrides={"strength": list(strength)}, enforce_eager=False
-    ) as llm:
-        found = answers(llm, prompts(20), logprobs=260)
-        blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-    assert difference(policy, found, strength=strength) < TOLERANCE
     # In the cache's 1 GiB, a block holds float32 keys and values of 32 tokens in every layer.
     config = policy.model.base.config
     size = 2 * 4 * 32 * config.num_key_value_heads * config.head_dim
-    assert blocks == 2**30 // (size * layers)
+    for strength, layers in (
+        ((0.75, 0.25), 6),  # the base's to where the shallow branch begins, and both branches
+        ((0.0, 0.5), 6),  # all of the base's and the deep branch: as many, joined otherwise
+        ((1.0, 0.0), 4),
+        ((0.5, 0.25), 7),
+    ):
+        options: dict[str, Any] = {"hf_overrides": {"strength": list(strength)}}
+        with engine(tmp_path / "out", enforce_eager=False, **options) as llm:
+            found = answers(llm, prompts(20), logprobs=260)
+            blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+        assert difference(policy, found, strength=strength) < TOLERANCE
+        assert blocks == 2**30 // (size * layers)
 
 
 @pytest.mark.slow

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from qadapter.decoder import by_layer
 from qadapter.functional import mixing_weights
 from qadapter.standalone.config import QAdapterPolicyConfig
 
 
 class Branch(NamedTuple):
-    """A line of layers beside the base's."""
+    """A line of layers beside the base's, which begins where the base's layer `start` does."""
 
     start: int
-    """The base's layer before which it begins."""
+    first: int
+    """Its own first layer."""
     depth: int
-    """How many layers it has."""
 
 
 class Live(NamedTuple):
-    """What is left of an export once all is taken away that the mix multiplies by zero."""
+    """What is left of an export without the layers that the mix multiplies by zero.
 
-    layers: list[int]
-    """Their places in the export: the base's first ones, then each branch's."""
+    Layers have their numbers in the export, where the branches' follow the base's.
+    """
+
     base_layers: int
-    """How many of them are the base's."""
+    """How many of the base's layers, from the first, are run."""
     branches: list[Branch]
     weights: list[float]
     """Of each branch's hidden state in the policy's and, where it counts, last the base's."""
@@ -36,15 +35,11 @@ class Live(NamedTuple):
         """Whether the base's hidden state is a part of the mix."""
         return len(self.weights) > len(self.branches)
 
-    def shortened(self, config: Any) -> Any:
-        """Return the decoder's config with these layers alone."""
-        short = copy.deepcopy(config)
-        for name in by_layer(config):
-            setattr(short, name, [getattr(config, name)[i] for i in self.layers])
-        short.num_hidden_layers = len(self.layers)
-        # vLLM keeps compiled decoders by their configs; how the layers hang together is of them.
-        short.base_layers, short.branches = self.base_layers, [list(b) for b in self.branches]
-        return short
+    @property
+    def layers(self) -> set[int]:
+        """The layers that are run."""
+        own = (range(b.first, b.first + b.depth) for b in self.branches)
+        return set(range(self.base_layers)).union(*own)
 
 
 def live_part(config: QAdapterPolicyConfig) -> Live:
@@ -62,18 +57,14 @@ def live_part(config: QAdapterPolicyConfig) -> Live:
     depths: list[int] = list(config.branch_layers)
     firsts = accumulate(depths, initial=config.base_layers)
     counted = [
-        (first, Branch(config.base_layers - depth, depth), float(weight))
+        (Branch(config.base_layers - depth, first, depth), float(weight))
         for first, depth, weight in zip(firsts, depths, weights, strict=False)
         if weight
     ]
-    branches = [branch for _, branch, _ in counted]
-    mixed = [weight for _, _, weight in counted]
-    if of_base or not counted:
-        base_layers = config.base_layers
-        mixed.append(float(of_base))
-    else:
-        base_layers = max(branch.start for branch in branches)
-    layers = [*range(base_layers)]
-    for first, branch, _ in counted:
-        layers += range(first, first + branch.depth)
-    return Live(layers, base_layers, branches, mixed)
+    branches = [branch for branch, _ in counted]
+    mixed = [weight for _, weight in counted]
+    base = float(of_base)
+    # Strengths that sum to α0/α̃ may miss it by their rounding.
+    if counted and abs(base) <= 1e-12 * config.alpha_0 / config.alpha_tilde:
+        return Live(max(branch.start for branch in branches), branches, mixed)
+    return Live(config.base_layers, branches, [*mixed, base])

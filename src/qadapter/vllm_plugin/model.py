@@ -3,13 +3,14 @@
 As in `qadapter.standalone.model`, a decoder of L + K layers whose line of layers forks, but without
 those that the mix multiplies by zero, for here the strength is fixed. `forward` returns the mixed
 hidden state, so all that comes after it is vLLM's: logits, sampling, log-probs, structured output.
-Keys and values depend on no strength, and prefixes are cached as ever.
+Layers keep their numbers in the export and depend on no strength, so keys and values do not either.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +19,26 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.interfaces import SupportsQuant
-from vllm.model_executor.models.llama import LlamaModel
-from vllm.model_executor.models.mistral import MistralModel
-from vllm.model_executor.models.qwen2 import Qwen2Model
-from vllm.model_executor.models.qwen3 import Qwen3Model
-from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaModel
+from vllm.model_executor.models.mistral import MistralDecoderLayer
+from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer, Qwen2Model
+from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    PPMissingLayer,
+    extract_layer_index,
+    maybe_prefix,
+)
 
 from qadapter.functional import mix
 from qadapter.vllm_plugin import FAMILIES
 from qadapter.vllm_plugin.live import Live, live_part
 
-_DIMS = {"input_ids": 0, "positions": -1, "inputs_embeds": 0}
+_DIMS = {
+    "input_ids": {0: "tokens"},
+    "positions": {-1: "tokens"},
+    "inputs_embeds": {0: "tokens"},
+}
 
 
 class _Forked:
@@ -60,14 +70,13 @@ class _Forked:
                 state = self.layers[index](positions, *state)
         base = [self.norm(*state)[0]] if self.live.mixes_base else []
         adapted: list[Tensor] = []
-        first, before = end, base[0] if base else state[0]
+        before = base[0] if base else state[0]
         for branch in self.live.branches:
             state = _forked(trunks[branch.start], before)
-            for layer in self.layers[first : first + branch.depth]:
+            for layer in self.layers[branch.first : branch.first + branch.depth]:
                 state = layer(positions, *state)
             before = self.norm(*state)[0]
             adapted.append(before)
-            first += branch.depth
         return (*adapted, *base)
 
 
@@ -101,21 +110,38 @@ class _Llama(_Forked, LlamaModel):
 
 
 @support_torch_compile(dynamic_arg_dims=_DIMS)
-class _Mistral(_Forked, MistralModel):
-    pass
-
-
-@support_torch_compile(dynamic_arg_dims=_DIMS)
 class _Qwen2(_Forked, Qwen2Model):
     pass
 
 
-@support_torch_compile(dynamic_arg_dims=_DIMS)
-class _Qwen3(_Forked, Qwen3Model):
-    pass
+# How each family's decoder is told what its layers are. Mistral's and Qwen3's decoders are Llama's
+# and Qwen2's with layers of their own.
+_HOW: tuple[tuple[Any, str, Any], ...] = (
+    (_Llama, "layer_type", LlamaDecoderLayer),
+    (_Llama, "layer_type", MistralDecoderLayer),
+    (_Qwen2, "decoder_layer_type", Qwen2DecoderLayer),
+    (_Qwen2, "decoder_layer_type", Qwen3DecoderLayer),
+)
+_DECODERS = dict(zip(FAMILIES, _HOW, strict=True))
 
 
-_DECODERS = dict(zip(FAMILIES, (_Llama, _Mistral, _Qwen2, _Qwen3), strict=True))
+def _decoder(live: Live, vllm_config: VllmConfig, prefix: str) -> Any:
+    """Return vLLM's decoder with the live layers at their places, and nothing at the others."""
+    text = copy.copy(vllm_config.model_config.hf_config.text_config)
+    # vLLM keeps what it compiled by the config, of which it is how the layers hang together.
+    text.live = [live.base_layers, live.mixes_base, live.branches]
+    kind, word, layer = _DECODERS[text.model_type]
+
+    def layer_or_none(*, prefix: str, **given: Any) -> nn.Module:
+        if extract_layer_index(prefix) in live.layers:
+            return cast(nn.Module, layer(prefix=prefix, **given))
+        return cast(nn.Module, PPMissingLayer())
+
+    found = kind(
+        vllm_config=vllm_config.with_hf_config(text), prefix=prefix, **{word: layer_or_none}
+    )
+    found.live = live
+    return found
 
 
 class QAdapterForCausalLM(nn.Module, SupportsQuant):
@@ -144,11 +170,7 @@ class QAdapterForCausalLM(nn.Module, SupportsQuant):
             )
         self.config = config
         self.live = live_part(config)
-        self.model: Any = _DECODERS[text.model_type](
-            vllm_config=vllm_config.with_hf_config(self.live.shortened(text)),
-            prefix=maybe_prefix(prefix, "model"),
-        )
-        self.model.live = self.live
+        self.model = _decoder(self.live, vllm_config, maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             text.vocab_size,
             text.hidden_size,
@@ -186,29 +208,25 @@ class QAdapterForCausalLM(nn.Module, SupportsQuant):
         Raises:
             ValueError: vLLM's layers leave one out, so that the policy would be another.
         """
-        placed = (self._placed(*weight) for weight in weights)
-        loaded: set[str] = AutoWeightsLoader(self).load_weights(w for w in placed if w is not None)
+        placed = filter(self._has_place, weights)
+        loaded: set[str] = AutoWeightsLoader(self).load_weights(placed)
         return loaded
 
-    def _placed(self, name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
-        """Return a tensor under its name here; None for one of a layer that is left out.
+    def _has_place(self, weight: tuple[str, Tensor]) -> bool:
+        """Return whether a tensor is of a layer that is there.
 
         Raises:
-            ValueError: it is a bias that has no place, which vLLM would pass over.
+            ValueError: it is a bias for which vLLM's layers have no place, and would pass over.
         """
-        words = name.split(".")
-        if "layers" in words:
-            at = words.index("layers") + 1
-            if int(words[at]) not in self.live.layers:
-                return None
-            words[at] = str(self.live.layers.index(int(words[at])))
-        *path, module, kind = words
+        *path, module, kind = weight[0].split(".")
+        if "layers" in path and int(path[path.index("layers") + 1]) not in self.live.layers:
+            return False
         packed = self.packed_modules_mapping.items()
         module = next((whole for whole, parts in packed if module in parts), module)
         place = ".".join([*path, module])
         if kind == "bias" and getattr(self.get_submodule(place), kind, None) is None:
             raise ValueError(
-                f"{name}: vLLM's layers of this family have no such bias; serve this policy "
+                f"{weight[0]}: vLLM's layers of this family have no such bias; serve this policy "
                 "with `qadapter serve`."
             )
-        return ".".join(words), tensor
+        return True
