@@ -187,6 +187,7 @@ def figures(answers: Sequence[Told], seconds: float) -> dict[str, Any]:
         "requests": len(answers),
         "failed": len(answers) - len(good),
         "tokens_per_second": sum(a.tokens for a in good) / seconds,
+        "tokens_an_answer": sum(a.tokens for a in good) / max(1, len(good)),
     }
     for name, values in (("first_token", [a.first for a in good]), ("token", each)):
         found |= {f"{name}_p50": percentile(values, 0.5), f"{name}_p99": percentile(values, 0.99)}
@@ -313,15 +314,15 @@ def against_generate(
             questions = [Question(content, strength, max_tokens) for content in asked]
             began = time.perf_counter()
             answers = asyncio.run(ask_all(url, questions, concurrent=16))
-            found = figures(answers, time.perf_counter() - began)["tokens_per_second"]
+            found = figures(answers, time.perf_counter() - began)
             row = {
                 "strength": strength,
-                "tokens_an_answer": sum(answer.tokens for answer in answers) / len(answers),
-                "server_at_16": found,
+                "tokens_an_answer": found["tokens_an_answer"],
+                "server_at_16": found["tokens_per_second"],
                 "generate": alone(policy.model, strength=strength),
                 "base_generate": base_alone,
             }
-            rows.append(row | {"ratio": found / row["generate"]})
+            rows.append(row | {"ratio": row["server_at_16"] / row["generate"]})
             print(json.dumps(rows[-1]), flush=True)
     return rows
 

@@ -3,9 +3,10 @@
     .venv-vllm/bin/python benchmarks/load_vllm.py --dtype bfloat16 --turns 7
 
 Servers of the base and, at each strength, of a policy with the default K whose adapter is random
-(its answers, too, are as long as they may be), asked in turns; the ratio is of turns side by side. While one is asked the others are stopped, for a server that waits takes time from one that
-works. Run it in the environment of `make test-vllm`, on a machine that does nothing else, and leave
-the server and the client a core of their own (`OMP_NUM_THREADS=1` on two), as vLLM advises.
+(its answers, as the base's, seldom end before they have to), asked in turns; the ratio is of turns
+side by side. While one is asked the others are stopped, for a server that waits takes time from one
+that works. Run it in the environment of `make test-vllm`, on a machine that does nothing else, and
+leave the server and the client a core of their own (`OMP_NUM_THREADS=1` on two), as vLLM advises.
 """
 
 from __future__ import annotations
