@@ -101,7 +101,7 @@ def test_two_adapters_of_different_depths_add(tmp_path: Path) -> None:
 
 
 def test_what_has_no_weight_is_not_run(tmp_path: Path) -> None:
-    """One export, compiled: vLLM must not take what it kept of one strength for another's."""
+    """One export, compiled, at strengths that leave other layers out."""
     policy = tiny_policy("llama", trunk=0.75)
     tiny_policy("llama", trunk=0.5).model.save_pretrained(tmp_path / "deep")
     policy.add(tmp_path / "deep", "deep")
