@@ -60,8 +60,8 @@ class Method:
 _RATE = Range(5e-5, 8e-4)
 _WEIGHT = Range(1.0, 300.0)
 _EPOCHS = Choice((1, 2))
-_SFT_SPACE: Space = {"learning_rate": _RATE, "epochs": _EPOCHS}
-_SFT: Params = {"learning_rate": 2e-4, "epochs": 1}
+_PLAIN_SPACE: Space = {"learning_rate": _RATE, "epochs": _EPOCHS}
+_PLAIN: Params = {"learning_rate": 2e-4, "epochs": 1}
 _DPO_SPACE: Space = {"beta": Range(0.03, 1.0), "learning_rate": _RATE, "epochs": _EPOCHS}
 _DPO: Params = {"beta": 0.1, "learning_rate": 2e-4, "epochs": 1}
 _OURS_SPACE: Space = {
@@ -76,6 +76,9 @@ _BARE_SPACE: Space = {k: v for k, v in _OURS_SPACE.items() if k != "anchor_weigh
 _BARE: Params = {k: v for k, v in _OURS.items() if k != "anchor_weight"}
 _BARE_FIXED: Params = {**_OURS_FIXED, "anchor_weight": 0.0}
 _ANCHOR: Space = {"anchor_weight": _WEIGHT}
+# With α̃ = α0 a raw Q̂, which is the base's logits to begin with, would start far from the base: at
+# 0.1, the base at temperature 1/11.
+_AUTHORS: Params = {"parameterization": "raw", "beta": 0.1, "alpha": 1.0, "alpha_0": 0.01}
 
 
 def _ours(label: str, about: str, space: Space, defaults: Params, **fixed: Value) -> Method:
@@ -93,8 +96,8 @@ METHODS: dict[str, Method] = {
         "Trained on the chosen responses, with adapters on all layers.",
         "train_sft",
         {"trunk": 0.0},
-        _SFT_SPACE,
-        _SFT,
+        _PLAIN_SPACE,
+        _PLAIN,
     ),
     "sft_kl": Method(
         "SFT, KL-anchored",
@@ -102,8 +105,8 @@ METHODS: dict[str, Method] = {
         "SFT with KL to the base on general text.",
         "train_sft",
         {"trunk": 0.0},
-        {**_SFT_SPACE, **_ANCHOR},
-        {**_SFT, "anchor_weight": 100.0},
+        {**_PLAIN_SPACE, **_ANCHOR},
+        {**_PLAIN, "anchor_weight": 100.0},
     ),
     "replay": Method(
         "Replay",
@@ -111,8 +114,8 @@ METHODS: dict[str, Method] = {
         "SFT on the chosen responses mixed with the base's own answers to general prompts.",
         "train_sft",
         {"trunk": 0.0},
-        {**_SFT_SPACE, "replay": Choice(("general", "training"))},
-        {**_SFT, "replay": "general"},
+        {**_PLAIN_SPACE, "replay": Choice(("general", "training"))},
+        {**_PLAIN, "replay": "general"},
     ),
     "dpo": Method(
         "DPO",
@@ -182,18 +185,19 @@ METHODS: dict[str, Method] = {
         beta=1.0,
     ),
     "qadapter_raw": _ours(
-        "Q-Adapter, raw", "Ours with Q̂ = z_θ.", _BARE_SPACE, _BARE, parameterization="raw", beta=0.1
+        "Q-Adapter, raw",
+        "The authors' parameterisation, Q̂ = z_θ, and their α's, with our loss.",
+        _PLAIN_SPACE,
+        _PLAIN,
+        **_AUTHORS,
     ),
     "qadapter_authors": _ours(
         "Q-Adapter, authors' loss",
-        "The authors' released loss and parameterisation.",
-        {"learning_rate": _RATE, "epochs": _EPOCHS},
-        {"learning_rate": 2e-4, "epochs": 1},
-        parameterization="raw",
+        "The authors' parameterisation and α's, with their released loss.",
+        _PLAIN_SPACE,
+        _PLAIN,
+        **_AUTHORS,
         objective="authors",
-        beta=0.1,
-        alpha=1.0,
-        alpha_0=0.01,
     ),
 }
 """By the name that stands in run.yaml."""
