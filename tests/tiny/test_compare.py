@@ -32,7 +32,7 @@ from qadapter.model import QAdapterModel
 from qadapter.policy import Policy
 from qadapter.report import tables
 from qadapter.report.results import Results
-from qadapter.stats import INTERVALS, share_interval, wilson_interval
+from qadapter.stats import INTERVALS, KL_FLOOR, share_interval, wilson_interval
 from qadapter.suite import local_suite
 
 WORDS = ["red", "green", "blue", "pink", "grey", "black", "white", "brown", "gold", "teal"]
@@ -782,6 +782,33 @@ def test_a_retrained_curve_has_its_method_s_own_point_among_the_others(
     results = Results(comparison)
     assert results.methods["dpo.beta"].dials == (0.1, 1.0)
     assert "DPO, beta retrained" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_what_is_not_the_base_at_strength_0_has_no_dial(
+    settings: dict[str, Any], tmp_path: Path, in_process: list[str]
+) -> None:
+    methods = ["base", "dpo", "qadapter", "qadapter_raw", "qadapter_authors"]
+    settings |= {"methods": methods, "strengths": [0.0, 1.0], "vary": ["alpha_0=0.3"]}
+    assert main(["compare", yaml_file(tmp_path / "run.yaml", settings)]) == 0
+    comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert comparison["failures"] == []
+    found = comparison["methods"]
+    for name in ("dpo", "qadapter"):
+        start, own = found[name]["runs"][0]["points"]
+        assert (start["dial"], own["dial"]) == (0.0, 1.0)
+        assert start["kl"] < KL_FLOOR
+    for name in ("qadapter_raw", "qadapter_authors"):
+        (point,) = found[name]["runs"][0]["points"]
+        assert point["dial"] == 1.0
+        assert found[name]["dial"].startswith("none")
+    row = next(r for r in comparison["robustness"] if r["method"] == "qadapter")
+    (point,) = row["points"]
+    assert point["dial"] == 1.0
+    # And it is not: a dial from there would begin beside the base.
+    adapter = tmp_path / "out" / row["adapter"]
+    policy = Policy.from_pretrained(str(adapter), settings["model"])
+    (start,) = measure.drift(policy, [Path(settings["text"]).read_text()], [0.0], max_tokens=300)
+    assert start["kl"] > 100 * KL_FLOOR
 
 
 @pytest.mark.usefixtures("failing_in_process")

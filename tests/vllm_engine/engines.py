@@ -100,16 +100,26 @@ def answers(llm: Any, rows: Sequence[Sequence[int]], *, logprobs: int, tokens: i
     return llm.generate(inputs, params, use_tqdm=False)
 
 
-def difference(policy: Policy, found: Any, *, strength: Strength) -> float:
-    """Return how far the answers' log-probs are at most from the policy's, nats."""
-    largest = 0.0
+def gaps(policy: Policy, found: Any, *, strength: Strength) -> torch.Tensor:
+    """Return by how much each log-prob of the answers is off the policy's, nats `[N]`."""
+    off = []
     for answer in found:
         (said,) = answer.outputs
-        ids = torch.tensor([[*answer.prompt_token_ids, *said.token_ids]])
-        with torch.no_grad():
-            logits = policy.model(input_ids=ids, strength=strength).logits
-        ours = logits[0, len(answer.prompt_token_ids) - 1 : -1].double().log_softmax(-1)
+        ours = log_probs(policy, answer, strength=strength)
         for row, theirs in zip(ours, said.logprobs, strict=True):
-            gaps = [abs(float(row[token]) - at.logprob) for token, at in theirs.items()]
-            largest = max(largest, *gaps)
-    return largest
+            off += [at.logprob - float(row[token]) for token, at in theirs.items()]
+    return torch.tensor(off, dtype=torch.float64)
+
+
+def log_probs(policy: Policy, answer: Any, *, strength: Strength) -> torch.Tensor:
+    """Return the policy's log-probs `[T, V]` at the T tokens of one of vLLM's answers, nats."""
+    (said,) = answer.outputs
+    ids = torch.tensor([[*answer.prompt_token_ids, *said.token_ids]])
+    with torch.no_grad():
+        logits = policy.model(input_ids=ids, strength=strength).logits
+    return logits[0, len(answer.prompt_token_ids) - 1 : -1].double().log_softmax(-1)
+
+
+def difference(policy: Policy, found: Any, *, strength: Strength) -> float:
+    """Return how far the answers' log-probs are at most from the policy's, nats."""
+    return float(gaps(policy, found, strength=strength).abs().max())

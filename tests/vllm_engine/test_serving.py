@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import socket
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import NEEDS_VLLM, answers, difference, engine, prompts, tiny_policy
+from engines import NEEDS_VLLM, answers, difference, engine, gaps, log_probs, prompts, tiny_policy
 from fakes import SIZES_FOR_VLLM
 from models import disturbed
 from serving import Running
@@ -52,6 +53,21 @@ def test_log_probs_are_ours_on_fifty_prompts(exported: Any, family: str) -> None
     assert sum(answer.num_cached_tokens for answer in again) >= 32 * 25
     # A hundredth of strength would show.
     assert difference(policy, first, strength=0.71) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_in_bfloat16_it_is_as_exact_as_the_embedded_model(exported: Any, family: str) -> None:
+    """Off the policy in float32 by what bfloat16 does to the embedded one, and by no more."""
+    policy, directory = exported(family)
+    with engine(directory, dtype="bfloat16") as llm:
+        found = answers(llm, prompts(), logprobs=260)
+    rounded = copy.deepcopy(policy)
+    rounded.model.to(torch.bfloat16)
+    ours = [log_probs(rounded, a, strength=0.7) - log_probs(policy, a, strength=0.7) for a in found]
+    noise = float(torch.cat(ours).square().mean().sqrt())
+    assert float(gaps(policy, found, strength=0.7).square().mean().sqrt()) < 1.5 * noise
+    # A tenth of strength would show.
+    assert float(gaps(policy, found, strength=0.8).square().mean().sqrt()) > 3 * noise
 
 
 # At 2/3, which is α0/α̃, the base's last layers have no weight.

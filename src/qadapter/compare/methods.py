@@ -33,6 +33,11 @@ class Choice:
 Space = Mapping[str, Range | Choice]
 
 
+def starts_at_base(settings: Mapping[str, Value]) -> bool:
+    """Return whether what these settings train is the base at strength 0: α0 = α̃ (METHOD M2)."""
+    return settings.get("alpha_0", settings.get("alpha")) == settings.get("alpha")
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of the report.

@@ -18,7 +18,7 @@ from qadapter.compare.config import CompareConfig, retrained
 from qadapter.compare.data import Splits, part_of, prompts_of, split, write_pairs
 from qadapter.compare.equal import add_equal_learning
 from qadapter.compare.fanout import Fanout, fanout
-from qadapter.compare.methods import METHODS, Method
+from qadapter.compare.methods import METHODS, Method, starts_at_base
 from qadapter.compare.running import Progress, Run, points, tried
 from qadapter.compare.search import searched
 from qadapter.compare.variations import read_variation, retrained_curve, robust
@@ -136,6 +136,8 @@ def _method(run: Run, name: str, method: Method) -> dict[str, Any]:
     told["search"] = search = searched(run, name, method)
     if search["best"] is None:
         return told
+    if not starts_at_base({**method.fixed, **search["best"]}):
+        told["dial"] = "none: its strength 0 is not the base, for α0 is not α̃"
     options: dict[str, Any] = {"strengths": run.config.strengths, "split": "test", "whole": True}
 
     def of(seed: int) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from typing import Any
 from qadapter.compare.cells import Cell, CellFailed
 from qadapter.compare.config import CompareConfig
 from qadapter.compare.fanout import Fanout
-from qadapter.compare.methods import METHODS
+from qadapter.compare.methods import METHODS, starts_at_base
 from qadapter.errors import ConfigError
 from qadapter.stats import share_interval
 
@@ -115,10 +115,12 @@ def tried(
 ) -> dict[str, Any] | None:
     """Train a method and measure it; return its points, its cost and where its adapter lies.
 
-    None if either cell failed. `whole` measures everything, `long` drift on as much text.
+    None if either cell failed. `whole` measures everything, `long` drift on as much text. Where
+    strength 0 is not the base, strengths are no dial from it, and 1 alone is measured.
     """
     method = METHODS[name]
     params = {**method.fixed, **params}
+    strengths = strengths if starts_at_base(params) else (1.0,)
     files = {"train": train}
     if params.get("anchor_weight"):
         files["anchors"] = "anchors"
