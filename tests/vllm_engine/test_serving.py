@@ -66,8 +66,8 @@ def test_in_bfloat16_it_is_as_exact_as_the_embedded_model(exported: Any, family:
     ours = [log_probs(rounded, a, strength=0.7) - log_probs(policy, a, strength=0.7) for a in found]
     noise = float(torch.cat(ours).square().mean().sqrt())
     assert float(gaps(policy, found, strength=0.7).square().mean().sqrt()) < 1.5 * noise
-    # A tenth of strength would show.
-    assert float(gaps(policy, found, strength=0.8).square().mean().sqrt()) > 3 * noise
+    # Two tenths of strength would show.
+    assert float(gaps(policy, found, strength=0.9).square().mean().sqrt()) > 3 * noise
 
 
 # At 2/3, which is α0/α̃, the base's last layers have no weight.
