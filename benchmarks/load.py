@@ -43,6 +43,8 @@ class Told:
     text: str = ""
     tokens: int = 0
     first: float = 0.0
+    gaps: list[float] = field(default_factory=list)
+    """Between one part and the next."""
     total: float = 0.0
     left: bool = False
     """We did not wait for its end."""
@@ -58,7 +60,7 @@ class Question:
     """None does not send one."""
     max_tokens: int
     leave_after: int | None = None
-    """Chunks after which the client leaves; None waits."""
+    """Chunks after which the client leaves, 0 once it is taken; None waits."""
 
 
 async def ask(client: httpx2.AsyncClient, question: Question, model: str | None) -> Told:
@@ -73,11 +75,14 @@ async def ask(client: httpx2.AsyncClient, question: Question, model: str | None)
     body |= {} if question.strength is None else {"strength": question.strength}
     body |= {} if model is None else {"model": model}
     told, began, ended = Told(), time.perf_counter(), False
+    last = began
     try:
         async with client.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.status_code != 200:
                 return Told(error=f"status {response.status_code}")
             chunks = 0
+            if question.leave_after == 0:
+                return Told(left=True)
             async for line in response.aiter_lines():
                 if not line.startswith("data: "):
                     continue
@@ -90,9 +95,14 @@ async def ask(client: httpx2.AsyncClient, question: Question, model: str | None)
                 if event.get("usage"):
                     told.tokens = event["usage"]["completion_tokens"]
                 for choice in event["choices"]:
-                    told.first = told.first or time.perf_counter() - began
-                    told.text += choice["delta"].get("content") or ""
                     chunks += 1
+                    if not (text := choice["delta"].get("content")):
+                        continue
+                    told.text += text
+                    now = time.perf_counter()
+                    if told.first:
+                        told.gaps.append(now - last)
+                    told.first, last = told.first or now - began, now
                 if question.leave_after is not None and chunks >= question.leave_after:
                     told.left = True
                     break
@@ -129,7 +139,7 @@ def mixed_questions(
             draw.choice(contents),
             draw.choice(strengths),
             max_tokens,
-            draw.randrange(1, max(2, max_tokens // 2)) if draw.random() < 1 / 3 else None,
+            draw.randrange(max(2, max_tokens // 2)) if draw.random() < 1 / 3 else None,
         )
         for _ in range(n)
     ]
@@ -180,16 +190,20 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def figures(answers: Sequence[Told], seconds: float) -> dict[str, Any]:
-    """Return throughput and latencies of answers that took so long together."""
+    """Return throughput and latencies of answers that took so long together.
+
+    A token's is the time between two parts of an answer: the one in a hundred that waits longest
+    does so while other prompts are read.
+    """
     good = [a for a in answers if a.error is None]
-    each = [(a.total - a.first) / (a.tokens - 1) for a in good if a.tokens > 1]
+    gaps = [gap for a in good for gap in a.gaps]
     found: dict[str, Any] = {
         "requests": len(answers),
         "failed": len(answers) - len(good),
         "tokens_per_second": sum(a.tokens for a in good) / seconds,
         "tokens_an_answer": sum(a.tokens for a in good) / max(1, len(good)),
     }
-    for name, values in (("first_token", [a.first for a in good]), ("token", each)):
+    for name, values in (("first_token", [a.first for a in good]), ("token", gaps)):
         found |= {f"{name}_p50": percentile(values, 0.5), f"{name}_p99": percentile(values, 0.99)}
     return found
 

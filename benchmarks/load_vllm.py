@@ -2,11 +2,13 @@
 
     .venv-vllm/bin/python benchmarks/load_vllm.py --dtype bfloat16 --turns 7
 
-Servers of the base and, at each strength, of a policy with the default K whose adapter is random
-(its answers, as the base's, seldom end before they have to), asked in turns; the ratio is of turns
-side by side. While one is asked the others are stopped, for a server that waits takes time from one
-that works. Run it in the environment of `make test-vllm`, on a machine that does nothing else, and
-leave the server and the client a core of their own (`OMP_NUM_THREADS=1` on two), as vLLM advises.
+Servers of the base and, at each strength, of the export of a policy with the default K whose
+adapter is random (its answers, as the base's, seldom end before they have to), started alike and
+asked in turns, each turn in another order; the ratio is of turns side by side. The base is there
+twice: what it is to itself is what this cannot tell from nothing. While one is asked the others are
+stopped, for a server that waits takes time from one that works. Run it in the environment of `make
+test-vllm`, on a machine that does nothing else, and leave the server and the client a core of their
+own (`OMP_NUM_THREADS=1` on two), as vLLM advises.
 """
 
 from __future__ import annotations
@@ -53,7 +55,10 @@ def running(words: Sequence[str], port: int, log: Path) -> Iterator[tuple[str, i
         "VLLM_NO_USAGE_STATS": "1",
     }
     with log.open("w") as said:
-        process = subprocess.Popen(words, stdout=said, stderr=said, env=settings | os.environ)
+        # Sessions of their own: the scheduler is fair to sessions, not to processes.
+        process = subprocess.Popen(
+            words, stdout=said, stderr=said, env=settings | os.environ, start_new_session=True
+        )
     url = f"http://127.0.0.1:{port}"
     try:
         while True:
@@ -122,24 +127,32 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made, ExitStack() as servers:
         adapter = Path(made) / "it"
         write_adapter(adapter)
-        plain = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-        plain += ["--model", hub.resolve_base(hub.DEFAULT_BASE), "--served-model-name", "it"]
-        plain += ["--dtype", args.dtype, "--max-num-seqs", "32", *args.vllm_args.split()]
-        own = [sys.executable, "-m", "qadapter.cli", "serve", str(adapter), "--engine", "vllm"]
-        own += ["--dtype", args.dtype, "--max-batch", "32", f"--vllm-args={args.vllm_args}"]
-        policies = {f"policy at {s}": [*own, "--strength", s] for s in args.strengths}
+        export = Path(made) / "export"
+        words = [sys.executable, "-m", "qadapter.cli", "export", str(adapter), str(export)]
+        subprocess.run([*words, "--dtype", args.dtype], check=True)
+        server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--dtype", args.dtype]
+        server += ["--served-model-name", "it", "--max-num-seqs", "32", *args.vllm_args.split()]
+        base = [*server, "--model", hub.resolve_base(hub.DEFAULT_BASE)]
+        own = [*server, "--model", str(export), "--hf-overrides"]
+        others = {
+            f"policy at {s}": [*own, json.dumps({"strength": float(s)})] for s in args.strengths
+        }
+        others = {"base again": base, **others}
         started = {}
-        for name, words in {"base": plain, **policies}.items():
+        for name, words in {"base": base, **others}.items():
             port, log = free_port(), Path(tempfile.gettempdir()) / f"load-vllm-{name}.log"
-            server = running([*words, "--port", str(port)], port, log)
-            url, pid = started[name] = servers.enter_context(server)
+            url, pid = started[name] = servers.enter_context(
+                running([*words, "--port", str(port)], port, log)
+            )
             with awake(pid):
                 turn(url, asked, 8, 8)
         for concurrent in args.concurrent:
-            ratios: dict[str, list[float]] = {name: [] for name in policies}
-            for _ in range(args.turns):
+            ratios: dict[str, list[float]] = {name: [] for name in others}
+            for number in range(args.turns):
                 turns = {}
-                for name, (url, pid) in started.items():
+                order = list(started)
+                for name in [*order[number % len(order) :], *order[: number % len(order)]]:
+                    url, pid = started[name]
                     with awake(pid):
                         turns[name] = turn(url, asked, concurrent, args.max_tokens)
                     row = {"what": name, "concurrent": concurrent, **turns[name]}

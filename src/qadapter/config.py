@@ -33,10 +33,9 @@ def _check_method(config: Any) -> None:
         value = getattr(config, name)
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise ConfigError(f"{name}: {value!r} is not a finite number; give one.")
-    if config.alpha_tilde <= 0:
-        raise ConfigError(f"alpha_tilde: {config.alpha_tilde} must be above 0.")
-    if config.alpha_0 < 0:
-        raise ConfigError(f"alpha_0: {config.alpha_0} must not be negative.")
+    for name in ("alpha_0", "alpha_tilde"):
+        if getattr(config, name) <= 0:
+            raise ConfigError(f"{name}: {getattr(config, name)} must be above 0.")
     if not 0 < config.gamma <= 1:
         raise ConfigError(f"gamma: {config.gamma} must lie in (0, 1].")
     if config.beta < 0:

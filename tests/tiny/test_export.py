@@ -190,11 +190,13 @@ def test_a_strength_that_is_none_is_refused(strength: Any) -> None:
     ("field", "value"),
     [
         *[("strength", s) for s in ("0.7", None, True, [True], {"a": 1}, [[1]], [], 10**400)],
-        ("parameterization", "residul"),
-        *[("branch_layers", depths) for depths in ([1], [3], [2, 1], [], [True], [2.0], None, 2)],
         *[("alpha_tilde", number) for number in (0, -1, "1", float("inf"))],
-        *[("alpha_0", number) for number in (-1, None, float("nan"))],
-        ("base_layers", 5),
+        *[("alpha_0", number) for number in (0, -1, None, float("nan"))],
+        # What the weights are, even where the number of layers is right.
+        *[("branch_layers", depths) for depths in ([2], [1], [1, 1], None)],
+        ("base_layers", 4),
+        ("parameterization", "raw"),
+        ("tie_word_embeddings", True),
         ("text_config", {"num_hidden_layers": 4}),
         ("strengh", 0.0),
     ],
@@ -203,10 +205,25 @@ def test_a_strength_that_is_none_is_refused(strength: Any) -> None:
 def test_an_override_that_is_no_policy_is_refused(field: str, value: Any) -> None:
     """Each was another policy without a word, or failed somewhere in a matrix product."""
     config = export._policy_config(tiny_adapter(), 1.0)
-    with pytest.raises(ValueError, match=rf"^({field}|branch_layers): [^\n]*$"):  # noqa: PT012
+    with pytest.raises(ValueError, match=rf"^{field}: [^\n]*$"):  # noqa: PT012
         config.update({field: value})  # what vLLM's --hf-overrides does
         with torch.device("meta"):
             QAdapterForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"parameterization": "residul"},
+        *[{"branch_layers": found} for found in ([1], [3], [2, 1], [], [True], [2.0], None, 2)],
+        {"base_layers": 5},
+    ],
+    ids=str,
+)
+def test_a_config_whose_parts_do_not_fit_is_refused(fields: dict[str, Any]) -> None:
+    config = export._policy_config(tiny_adapter(), 1.0).to_dict() | fields
+    with pytest.raises(ValueError, match=r"^(parameterization|branch_layers): [^\n]*$"):
+        QAdapterPolicyConfig(**config).check()
 
 
 def test_overrides_that_are_a_policy_are_taken_and_older_exports_load(
@@ -473,7 +490,7 @@ def test_a_converter_that_fails_is_told(
     data=st.data(),
     layers=st.integers(1, 5),
     several=st.integers(1, 3),
-    alpha_0=st.sampled_from([0.0, 0.5, 1.0]),
+    alpha_0=st.sampled_from([0.25, 0.5, 1.0]),
     raw=st.booleans(),
 )
 def test_what_is_left_out_has_no_weight(
@@ -503,7 +520,7 @@ def test_what_is_left_out_has_no_weight(
     whole = [*(2 * s for s in exact), scale] if raw else [*exact, scale - sum(exact)]
     wanted = {end: float(w) for end, w in zip([*ends, base], whole, strict=True) if w}
 
-    live = live_part(config)
+    live = live_part(config, fixed=True)
 
     run = tuple(range(live.base_layers))
     found = [
@@ -512,8 +529,9 @@ def test_what_is_left_out_has_no_weight(
     ]
     found += [run] if live.mixes_base else []
     weights = dict(zip(found, live.weights, strict=True))
-    if not wanted:  # the policy is uniform, and any state will do
-        assert weights == {base: 0.0}
-        wanted = weights
     assert weights == pytest.approx(wanted)
     assert live.layers == {layer for end in wanted for layer in end}
+
+    every = live_part(config, fixed=False)
+    assert every.weights == pytest.approx([float(w) for w in whole])
+    assert every.layers == set(range(layers + sum(depths)))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from engines import tiny_policy
+from fakes import SIZES_FOR_VLLM
 
 from qadapter.export import export_policy
 from qadapter.policy import Policy
@@ -19,7 +20,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def export(family: str) -> tuple[Policy, Path]:
         if family not in done:
-            policy = tiny_policy(family, alpha_0=0.4, alpha_tilde=0.6)
+            # A window that prompts are longer than.
+            sizes = SIZES_FOR_VLLM | ({"sliding_window": 16} if family == "mistral" else {})
+            policy = tiny_policy(family, sizes=sizes, alpha_0=0.4, alpha_tilde=0.6)
             directory = tmp_path_factory.mktemp("export") / family
             export_policy(policy, directory, strength=0.7)
             done[family] = policy, directory

@@ -7,13 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
-import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +17,7 @@ import torch
 from engines import NEEDS_VLLM, answers, difference, engine, gaps, log_probs, prompts, tiny_policy
 from fakes import SIZES_FOR_VLLM
 from models import disturbed
+from servers import post, serving
 from serving import Running
 
 import qadapter
@@ -33,6 +28,7 @@ from qadapter.export import export_policy
 from qadapter.model import QAdapterModel
 from qadapter.policy import Policy
 from qadapter.serve.vocabulary import Vocabulary
+from qadapter.vllm_plugin import BY_REQUEST
 
 pytestmark = NEEDS_VLLM
 
@@ -71,6 +67,18 @@ def test_in_bfloat16_it_is_as_exact_as_the_embedded_model(exported: Any, family:
 
 
 # At 2/3, which is α0/α̃, the base's last layers have no weight.
+@pytest.mark.parametrize("strength", [1.3, 2 / 3])
+def test_all_layers_are_adapted(strength: float, tmp_path: Path) -> None:
+    """Compiled: both lines of layers begin with the embeddings."""
+    policy = tiny_policy("llama", trunk=0.0, alpha_0=0.4, alpha_tilde=0.6)
+    export_policy(policy, tmp_path / "out", strength=strength)
+    with engine(tmp_path / "out", enforce_eager=False) as llm:
+        found = answers(llm, prompts(20), logprobs=260)
+    # Disturbed in every layer, the embedded model itself is 5e-5 off its own float64.
+    assert difference(policy, found, strength=strength) < 1e-3
+    assert difference(policy, found, strength=strength + 0.05) > 1e-2
+
+
 @pytest.mark.parametrize("strength", [1.3, 2 / 3])
 def test_strength_is_overridden_compiled_and_on_two_ranks(strength: float, exported: Any) -> None:
     policy, directory = exported("llama")
@@ -176,10 +184,13 @@ def test_the_real_model_says_what_it_says_embedded(tmp_path: Path) -> None:
         served.stop()
 
 
-def test_an_override_that_is_no_strength_is_refused(exported: Any) -> None:
+def test_an_override_that_is_no_strength_is_refused(
+    exported: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(Exception, match="initialization failed"):  # noqa: SIM117
         with engine(exported("llama")[1], hf_overrides={"strength": [1.0, 1.0]}):
             pass
+    assert "strength: [1.0, 1.0] must be a finite number from 0" in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -207,55 +218,24 @@ def test_serve_starts_vllm_on_an_adapter_and_ends_with_it(tmp_path: Path) -> Non
     """Chat, structured output, the key, and SIGTERM."""
     policy = tiny_policy("llama", base_at=tmp_path / "base")
     policy.model.save_pretrained(tmp_path / "mine")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    temporary, log = tmp_path / "tmp", tmp_path / "log"
-    temporary.mkdir()
-    words = f"{tmp_path / 'mine'} --base {tmp_path / 'base'} --no-check-base --port {port}"
-    words += " --engine vllm --strength 0.7 --max-context 128 --vllm-args=--enforce-eager"
-    with log.open("w") as file:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "qadapter.cli", "serve", *words.split()],
-            env=os.environ | {"TMPDIR": str(temporary), "QADAPTER_API_KEY": "s3cret"},
-            stdout=file,
-            stderr=file,
-        )
-    try:
-        _wait_for(port, server, log)
+    words = [str(tmp_path / "mine"), "--base", str(tmp_path / "base"), "--no-check-base"]
+    words += ["--strength", "0.7", "--max-context", "128", "--vllm-args=--enforce-eager"]
+    with serving(words, tmp_path, {}) as port:
         message = [{"role": "user", "content": "Say 1"}]
         asked = {"model": "mine", "messages": message, "max_tokens": 8, "temperature": 0}
         with pytest.raises(urllib.error.HTTPError, match="401"):
-            _post(port, asked, key="another")
-        said = _post(port, asked)["choices"][0]["message"]["content"]
+            post(port, asked, key="another")
+        said = post(port, asked)["choices"][0]["message"]["content"]
         assert said.strip() == policy.answer([message], strength=0.7, max_new_tokens=8)[0]
-        chosen = _post(port, asked | {"structured_outputs": {"choice": ["yes", "no"]}})
+        chosen = post(port, asked | {"structured_outputs": {"choice": ["yes", "no"]}})
         assert chosen["choices"][0]["message"]["content"] in ("yes", "no")
-    finally:
-        server.terminate()
-        code = server.wait(120)
-    assert code == 0, log.read_text()[-3000:]
-    assert "s3cret" not in log.read_text()
-    assert not any(temporary.glob("qadapter-vllm*"))
 
 
-def _wait_for(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + 300
-    while time.monotonic() < end:
-        assert server.poll() is None, log.read_text()[-3000:]
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-            return
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError(log.read_text()[-3000:])
-
-
-def _post(port: int, body: dict[str, Any], *, key: str = "s3cret") -> Any:
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
-    )
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        return json.load(answer)
+def test_a_strength_by_request_is_refused_by_model_runner_v1(
+    exported: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It would be the export's, whatever a request says."""
+    with pytest.raises(Exception, match="initialization failed"):  # noqa: SIM117
+        with engine(exported("llama")[1], logits_processors=[BY_REQUEST]):
+            pass
+    assert "is not a subclass of LogitsProcessor" in "".join(capfd.readouterr())

@@ -100,7 +100,8 @@ def _serve_on_vllm(args: argparse.Namespace, key: str | None) -> None:
             kept = on_vllm.dtype_of(export, args.strength)
             args.dtype = args.dtype or kept
         else:
-            export = _exported(args, Path(place) / "export")
+            # A name of its own: stores of keys and values that servers share may go by it.
+            export = _exported(args, Path(place) / Path(place).name)
         words = on_vllm.command(
             export,
             name="+".join(adapters),

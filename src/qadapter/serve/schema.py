@@ -127,7 +127,8 @@ class _Generation(_Asked):
         | None
     ) = Field(
         None,
-        description="How far the adapters move the base: 0 the base, 1 what was trained. One "
+        description="How far the adapters move the base: 0 the base (at the temperature "
+        "alpha_tilde / alpha_0, mostly 1), 1 what was trained. One "
         "number, one for each adapter of the model in its order, or numbers by the adapters' "
         "names, whose residuals then add; default the server's.",
     )

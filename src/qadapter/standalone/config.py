@@ -9,6 +9,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
 MODEL_TYPE = "qadapter"
+_SETTABLE = {"strength", "alpha_0", "alpha_tilde", "architectures", "dtype", "quantization_config"}
+"""The policy's settings, and what an engine notes in a config by itself."""
 
 
 def _finite(value: Any) -> bool:
@@ -66,13 +68,12 @@ class QAdapterPolicyConfig(PreTrainedConfig):
         """Set fields, as vLLM's `--hf-overrides` does; `check` says whether they may be so.
 
         Raises:
-            ValueError: there is no such field, so that nothing would come of it.
+            ValueError: one says what the exported weights are, or there is no such field.
         """
-        # An engine notes by itself how weights are held.
-        known = {*vars(self), "quantization_config"}
-        if unknown := [name for name in config_dict if name not in known]:
+        if others := [name for name in config_dict if name not in _SETTABLE]:
             raise ValueError(
-                f"{unknown[0]}: a policy has no such setting; it has strength, alpha_0, alpha_tilde"
+                f"{others[0]}: is no setting of an exported policy; leave it as exported, and set "
+                "strength, alpha_0 or alpha_tilde"
             )
         super().update(config_dict)
 
@@ -107,8 +108,8 @@ class QAdapterPolicyConfig(PreTrainedConfig):
             )
         if not _finite(self.alpha_tilde) or self.alpha_tilde <= 0:
             raise ValueError(f"alpha_tilde: {self.alpha_tilde!r} must be a finite number above 0")
-        if not _finite(self.alpha_0) or self.alpha_0 < 0:
-            raise ValueError(f"alpha_0: {self.alpha_0!r} must be a finite number from 0")
+        if not _finite(self.alpha_0) or self.alpha_0 <= 0:
+            raise ValueError(f"alpha_0: {self.alpha_0!r} must be a finite number above 0")
         _ = self.strengths
 
     @property

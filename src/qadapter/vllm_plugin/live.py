@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -42,29 +43,38 @@ class Live(NamedTuple):
         return set(range(self.base_layers)).union(*own)
 
 
-def live_part(config: QAdapterPolicyConfig) -> Live:
-    """Return the layers that a policy needs at its config's strength.
-
-    At strength 1 with α0 = α̃ the base's last K layers have weight zero in M2, and what is left is
-    the adapted model alone (METHOD §2); at strength 0 it is the base.
-    """
-    *weights, of_base = mixing_weights(
-        config.strengths,
+def weights_at(config: QAdapterPolicyConfig, strengths: Sequence[float]) -> list[float]:
+    """Return the weight of each branch's hidden state and, last, of the base's (METHOD M2)."""
+    weights = mixing_weights(
+        strengths,
         alpha_0=config.alpha_0,
         alpha_tilde=config.alpha_tilde,
         parameterization=config.parameterization,
     )
+    return [float(weight) for weight in weights]
+
+
+def live_part(config: QAdapterPolicyConfig, *, fixed: bool) -> Live:
+    """Return the layers that a policy needs.
+
+    At strength 1 with α0 = α̃ the base's last K layers have weight zero in M2, and what is left is
+    the adapted model alone (METHOD §2); at strength 0 it is the base.
+
+    Args:
+        config: of the policy.
+        fixed: whether the config's strength is everyone's; any layer may count otherwise.
+    """
+    *weights, base = weights_at(config, config.strengths)
     depths: list[int] = list(config.branch_layers)
     firsts = accumulate(depths, initial=config.base_layers)
     counted = [
-        (Branch(config.base_layers - depth, first, depth), float(weight))
+        (Branch(config.base_layers - depth, first, depth), weight)
         for first, depth, weight in zip(firsts, depths, weights, strict=False)
-        if weight
+        if weight or not fixed
     ]
     branches = [branch for branch, _ in counted]
     mixed = [weight for _, weight in counted]
-    base = float(of_base)
     # Strengths that sum to α0/α̃ may miss it by their rounding.
-    if counted and abs(base) <= 1e-12 * config.alpha_0 / config.alpha_tilde:
+    if fixed and counted and abs(base) <= 1e-12 * config.alpha_0 / config.alpha_tilde:
         return Live(max(branch.start for branch in branches), branches, mixed)
     return Live(config.base_layers, branches, [*mixed, base])

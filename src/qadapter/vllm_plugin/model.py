@@ -1,7 +1,7 @@
 """An exported policy out of vLLM's own layers.
 
 As in `qadapter.standalone.model`, a decoder of L + K layers whose line of layers forks, but without
-those that the mix multiplies by zero, for here the strength is fixed. `forward` returns the mixed
+those that the mix multiplies by zero, where the strength is fixed. `forward` returns the mixed
 hidden state, so all that comes after it is vLLM's: logits, sampling, log-probs, structured output.
 Layers keep their numbers in the export and depend on no strength, so keys and values do not either.
 """
@@ -31,7 +31,7 @@ from vllm.model_executor.models.utils import (
 )
 
 from qadapter.functional import mix
-from qadapter.vllm_plugin import FAMILIES
+from qadapter.vllm_plugin import BY_REQUEST, FAMILIES
 from qadapter.vllm_plugin.live import Live, live_part
 
 _DIMS = {
@@ -144,6 +144,13 @@ def _decoder(live: Live, vllm_config: VllmConfig, prefix: str) -> Any:
     return found
 
 
+def _is_by_request(processor: str | type) -> bool:
+    """Return whether it is what lets requests say their strength."""
+    if isinstance(processor, type):
+        processor = f"{processor.__module__}:{processor.__qualname__}"
+    return processor == BY_REQUEST
+
+
 class QAdapterForCausalLM(nn.Module, SupportsQuant):
     """A policy π_s; `--hf-overrides '{"strength": 0.7}'` sets s.
 
@@ -169,7 +176,8 @@ class QAdapterForCausalLM(nn.Module, SupportsQuant):
                 "serve this policy with `qadapter serve`."
             )
         self.config = config
-        self.live = live_part(config)
+        self.by_request = any(map(_is_by_request, vllm_config.model_config.logits_processors or ()))
+        self.live = live_part(config, fixed=not self.by_request)
         self.model = _decoder(self.live, vllm_config, maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             text.vocab_size,
@@ -192,10 +200,22 @@ class QAdapterForCausalLM(nn.Module, SupportsQuant):
         positions: Tensor,
         intermediate_tensors: None = None,
         inputs_embeds: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        """Return the policy's hidden states `[N, D]` of the N tokens of a batch (METHOD M2)."""
+        """Return the policy's hidden states `[N, D]` of the N tokens of a batch (METHOD M2).
+
+        `weights` `[N, branches + 1]` are those of each token's request, where requests say theirs.
+        """
         states = self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
-        return mix(states, self.live.weights)
+        return mix(states, self.live.weights if weights is None else weights.split(1, dim=1))
+
+    def get_model_state_cls(self) -> type[Any]:
+        """Return what vLLM's model runner V2, and no other, asks for the inputs of `forward`."""
+        from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+        from qadapter.vllm_plugin.state import WeightsByRequest
+
+        return WeightsByRequest if self.by_request else DefaultModelState
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Return the policy's logits `[N, V]`, up to a constant per row."""
