@@ -238,4 +238,4 @@ def test_a_strength_by_request_is_refused_by_model_runner_v1(
     with pytest.raises(Exception, match="initialization failed"):  # noqa: SIM117
         with engine(exported("llama")[1], logits_processors=[BY_REQUEST]):
             pass
-    assert "is not a subclass of LogitsProcessor" in "".join(capfd.readouterr())
+    assert "StrengthByRequest must be a subclass of LogitsProcessor" in "".join(capfd.readouterr())
