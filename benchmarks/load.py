@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import platform
 import random
@@ -184,8 +185,8 @@ def judge(
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return a percentile, the nearest value from above."""
-    ordered = sorted(values)
+    """Return a percentile, the nearest value from above; nan of none."""
+    ordered = sorted(values) or [math.nan]
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
@@ -203,7 +204,7 @@ def figures(answers: Sequence[Told], seconds: float) -> dict[str, Any]:
         "tokens_per_second": sum(a.tokens for a in good) / seconds,
         "tokens_an_answer": sum(a.tokens for a in good) / max(1, len(good)),
     }
-    for name, values in (("first_token", [a.first for a in good]), ("token", gaps)):
+    for name, values in (("first_token", [a.first for a in good if a.first]), ("token", gaps)):
         found |= {f"{name}_p50": percentile(values, 0.5), f"{name}_p99": percentile(values, 0.99)}
     return found
 

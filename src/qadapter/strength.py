@@ -11,6 +11,9 @@ from qadapter.errors import ConfigError
 Strength = float | tuple[float, ...]
 """s: 0 is the base, 1 what was trained."""
 
+MOST = 100.0
+"""What clients of a server may ask for: far beyond, float32 mixes differences of large numbers."""
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """What an adapter among others may be called; with `+` between them, names are a sum's."""
 

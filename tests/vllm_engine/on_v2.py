@@ -12,78 +12,82 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from engines import engine
 
 from qadapter.vllm_plugin import BY_REQUEST
 
 HERE = Path(__file__).parent
+_PLACES = [HERE / "interpreter", HERE, HERE.parent, HERE.parent / "tiny"]
 ENVIRONMENT = {
     "TRITON_INTERPRET": "1",
     "TRITON_DEFAULT_BACKEND": "cpu",
-    "PYTHONPATH": os.pathsep.join(
-        map(str, (HERE / "interpreter", HERE, HERE.parent, HERE.parent / "tiny"))
-    ),
+    "PYTHONPATH": os.pathsep.join([*map(str, _PLACES), os.environ.get("PYTHONPATH", "")]),
 }
 """In which vLLM takes its model runner V2 on a CPU."""
 
 
-def asked(
-    directory: Path, rows: Sequence[Sequence[int]], strengths: Sequence[Any], **options: Any
-) -> list[Any]:
+class Found(NamedTuple):
+    """What was answered, in the form of vLLM's answers as far as `engines.difference` looks."""
+
+    answers: list[Any]
+    preemptions: int
+
+
+def ask(
+    place: Path,
+    directory: Path,
+    rows: Sequence[Sequence[int]],
+    strengths: Sequence[Any],
+    *,
+    tokens: int = 6,
+    **options: Any,
+) -> Found:
     """Return greedy answers to rows, each at its strength or, for None, the export's.
 
-    They look like vLLM's, as far as `engines.difference` looks.
+    Args:
+        place: for files.
+        directory: of the export.
     """
-    job, answers = directory / "job.json", directory / "answers.json"
-    job.write_text(json.dumps([str(directory), rows, strengths, options]))
-    words = [sys.executable, __file__, str(job), str(answers)]
+    job, out = place / "job.json", place / "answers.json"
+    job.write_text(json.dumps([str(directory), rows, strengths, tokens, options]))
+    words = [sys.executable, __file__, str(job), str(out)]
     done = subprocess.run(
         words, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-5000:]
     assert "Using V2 Model Runner" in done.stdout + done.stderr
-    return [
-        SimpleNamespace(
-            prompt_token_ids=row,
-            outputs=[
-                SimpleNamespace(
-                    token_ids=tokens,
-                    logprobs=[
-                        {int(t): SimpleNamespace(logprob=found) for t, found in at.items()}
-                        for at in log_probs
-                    ],
-                )
-            ],
-        )
-        for row, (tokens, log_probs) in zip(rows, json.loads(answers.read_text()), strict=True)
-    ]
+    told, preemptions = json.loads(out.read_text())
+    return Found([_answer(*one) for one in zip(rows, told, strict=True)], preemptions)
+
+
+def _answer(row: Sequence[int], told: tuple[list[int], list[dict[str, float]]]) -> Any:
+    tokens, log_probs = told
+    rows = [{int(t): SimpleNamespace(logprob=x) for t, x in at.items()} for at in log_probs]
+    said = SimpleNamespace(token_ids=tokens, logprobs=rows)
+    return SimpleNamespace(prompt_token_ids=row, outputs=[said])
 
 
 def main() -> None:
     """Answer a job."""
     from vllm import SamplingParams
 
-    directory, rows, strengths, options = json.loads(Path(sys.argv[1]).read_text())
-    plain: dict[str, Any] = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
-    params = [
-        SamplingParams(
-            **plain,
-            logprobs=260,
-            detokenize=False,
-            extra_args=None if strength is None else {"strength": strength},
-        )
-        for strength in strengths
-    ]
+    directory, rows, strengths, tokens, options = json.loads(Path(sys.argv[1]).read_text())
+    plain: dict[str, Any] = {"temperature": 0, "max_tokens": tokens, "ignore_eos": True}
+    plain |= {"logprobs": 260, "detokenize": False}
+    asked = [None if strength is None else {"strength": strength} for strength in strengths]
+    params = [SamplingParams(**plain, extra_args=one) for one in asked]
     inputs = [{"prompt_token_ids": row} for row in rows]
-    with engine(directory, logits_processors=[BY_REQUEST], **options) as llm:
+    options |= {"logits_processors": [BY_REQUEST], "disable_log_stats": False}
+    with engine(directory, **options) as llm:
         found = [answer.outputs[0] for answer in llm.generate(inputs, params, use_tqdm=False)]
+        counts = {metric.name: metric for metric in llm.get_metrics()}
     told = [
         (list(said.token_ids), [{t: at.logprob for t, at in row.items()} for row in said.logprobs])
         for said in found
     ]
-    Path(sys.argv[2]).write_text(json.dumps(told))
+    Path(sys.argv[2]).write_text(json.dumps([told, counts["vllm:num_preemptions"].value]))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticUseDefault, core_schema
 
-from qadapter.strength import NAME
+from qadapter.strength import MOST, NAME
 
 
 def _encodable(text: str) -> str:
@@ -28,7 +28,7 @@ def _encodable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
-Strength = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+Strength = Annotated[float, Field(ge=0, le=MOST, allow_inf_nan=False)]
 Tokens = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Stop = Annotated[Text, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]

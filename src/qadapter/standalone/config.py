@@ -68,7 +68,7 @@ class QAdapterPolicyConfig(PreTrainedConfig):
         """Set fields, as vLLM's `--hf-overrides` does; `check` says whether they may be so.
 
         Raises:
-            ValueError: one says what the exported weights are, or there is no such field.
+            ValueError: one is not in `_SETTABLE`, and would be another policy or of no effect.
         """
         if others := [name for name in config_dict if name not in _SETTABLE]:
             raise ValueError(

@@ -9,7 +9,8 @@ Layers keep their numbers in the export and depend on no strength, so keys and v
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pkgutil import resolve_name
 from typing import Any, ClassVar, cast
 
 import torch
@@ -31,7 +32,7 @@ from vllm.model_executor.models.utils import (
 )
 
 from qadapter.functional import mix
-from qadapter.vllm_plugin import BY_REQUEST, FAMILIES
+from qadapter.vllm_plugin import FAMILIES
 from qadapter.vllm_plugin.live import Live, live_part
 
 _DIMS = {
@@ -144,11 +145,14 @@ def _decoder(live: Live, vllm_config: VllmConfig, prefix: str) -> Any:
     return found
 
 
-def _is_by_request(processor: str | type) -> bool:
-    """Return whether it is what lets requests say their strength."""
-    if isinstance(processor, type):
-        processor = f"{processor.__module__}:{processor.__qualname__}"
-    return processor == BY_REQUEST
+def _by_request(processors: Sequence[str | type] | None) -> bool:
+    """Return whether one of `--logits-processors` lets requests say their strength."""
+    if not processors:
+        return False
+    from qadapter.vllm_plugin.strengths import StrengthByRequest
+
+    found = (resolve_name(one) if isinstance(one, str) else one for one in processors)
+    return any(issubclass(one, StrengthByRequest) for one in found)
 
 
 class QAdapterForCausalLM(nn.Module, SupportsQuant):
@@ -176,7 +180,7 @@ class QAdapterForCausalLM(nn.Module, SupportsQuant):
                 "serve this policy with `qadapter serve`."
             )
         self.config = config
-        self.by_request = any(map(_is_by_request, vllm_config.model_config.logits_processors or ()))
+        self.by_request = _by_request(vllm_config.model_config.logits_processors)
         self.live = live_part(config, fixed=not self.by_request)
         self.model = _decoder(self.live, vllm_config, maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import urllib.error
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from engines import NEEDS_VLLM, difference, prompts, tiny_policy
-from on_v2 import ENVIRONMENT, asked
+from on_v2 import ENVIRONMENT, ask
 from servers import post, serving
 
 from qadapter.export import export_policy
@@ -19,19 +20,28 @@ pytestmark = NEEDS_VLLM
 TOLERANCE = 1e-4
 
 
-@pytest.mark.parametrize("options", [{}, {"enforce_eager": False, "tensor_parallel_size": 2}])
+@pytest.mark.parametrize(
+    ("n", "options"),
+    [
+        (32, {}),
+        (20, {"enforce_eager": False, "tensor_parallel_size": 2}),
+        # Too few blocks for all at once: some wait, and are read again.
+        (20, {"num_gpu_blocks_override": 9, "tokens": 16}),
+    ],
+)
 def test_requests_of_one_batch_have_their_own_strengths(
-    exported: Any, options: dict[str, Any]
+    exported: Any, n: int, options: dict[str, Any], tmp_path: Path
 ) -> None:
     """Of prompts in chunks, some with cached prefixes that another strength has read."""
     policy, directory = exported("llama")
-    rows = prompts(32)
-    strengths = [None if i % 4 == 0 else (i % 7) / 3 for i in range(len(rows))]
-    found = asked(directory, rows, strengths, **options)
-    for answer, strength in zip(found, strengths, strict=True):
+    rows = prompts(n)
+    strengths = [None if i % 4 == 0 else (i % 7) / 3 for i in range(n)]
+    found = ask(tmp_path, directory, rows, strengths, **options)
+    for answer, strength in zip(found.answers, strengths, strict=True):
         own = 0.7 if strength is None else strength
         assert difference(policy, [answer], strength=own) < TOLERANCE
         assert difference(policy, [answer], strength=own + 0.01) > 2 * TOLERANCE
+    assert ("num_gpu_blocks_override" in options) == (found.preemptions > 0)
 
 
 def test_a_request_says_a_strength_for_each_adapter(tmp_path: Path) -> None:
@@ -39,11 +49,47 @@ def test_a_request_says_a_strength_for_each_adapter(tmp_path: Path) -> None:
     tiny_policy("qwen2", trunk=0.5).model.save_pretrained(tmp_path / "deep")
     policy.add(tmp_path / "deep", "deep")
     export_policy(policy, tmp_path / "out", strength=(1.0, 0.5))
-    strengths = [None, [0.0, 0.0], [0.3, 1.2], 0.4, [1.0, 0.0], [0.0, 1.0]]
-    found = asked(tmp_path / "out", prompts(len(strengths)), strengths)
+    asked = [None, [0.0, 0.0], [0.3, 1.2], 0.4, [1.0, 0.0], [0.0, 1.0]]
     each = [(1.0, 0.5), (0.0, 0.0), (0.3, 1.2), (0.4, 0.4), (1.0, 0.0), (0.0, 1.0)]
-    for answer, strength in zip(found, each, strict=True):
+    # One or three numbers are for other policies: such an answer ends at once.
+    rows = prompts(len(asked) + 2)
+    found = ask(tmp_path, tmp_path / "out", rows, [*asked, [1.0], [1.0, 0.5, 1.0]]).answers
+    for answer, strength in zip(found, each, strict=False):
         assert difference(policy, [answer], strength=strength) < TOLERANCE
+    for answer in found[len(each) :]:
+        assert set(answer.outputs[0].token_ids) <= set(policy.end_ids)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        True,
+        -1,
+        100.5,
+        float("nan"),
+        float("inf"),
+        10**400,
+        "0.7",
+        [],
+        ["a"],
+        [True],
+        [[1]],
+        {"a": 1},
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_what_is_no_strength_is_refused_before_it_is_taken(asked: Any) -> None:
+    from qadapter.vllm_plugin.strengths import StrengthByRequest
+
+    with pytest.raises(ValueError, match="must be a number from 0 to 100"):
+        StrengthByRequest.validate_params(SimpleNamespace(extra_args={"strength": asked}))
+
+
+@pytest.mark.parametrize("asked", [None, {}, {"strength": None}, {"strength": [0, 100]}])
+def test_what_is_one_is_taken(asked: Any) -> None:
+    from qadapter.vllm_plugin.strengths import StrengthByRequest
+
+    StrengthByRequest.validate_params(SimpleNamespace(extra_args=asked))
 
 
 def test_the_server_takes_a_strength_and_refuses_what_is_none(tmp_path: Path) -> None:
@@ -65,4 +111,4 @@ def test_the_server_takes_a_strength_and_refuses_what_is_none(tmp_path: Path) ->
         for strength in (-1, "much", []):
             with pytest.raises(urllib.error.HTTPError, match="400") as refused:
                 post(port, body | {"vllm_xargs": {"strength": strength}})
-            assert "must be a finite number from 0" in refused.value.read().decode()
+            assert "must be a number from 0 to 100" in refused.value.read().decode()
