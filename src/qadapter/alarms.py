@@ -5,7 +5,6 @@ None of these stops a run: each can be meant. What cannot be is refused where it
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -28,9 +27,7 @@ def near_uniform(q: QConfig) -> str | None:
     Before training Q̂ = 0 (residual), so the policy is the base at temperature α̃/α0; in `raw` form
     Q̂ = z1 and it is α̃/(1 + α0) (METHOD M2).
     """
-    raw = q.parameterization == "raw"
-    weight = q.alpha_0 + (1.0 if raw else 0.0)
-    heat = q.alpha_tilde / weight if weight else math.inf
+    heat = q.alpha_tilde / (q.alpha_0 + (1.0 if q.parameterization == "raw" else 0.0))
     if heat <= _HOT:
         return None
     return (

@@ -34,7 +34,6 @@ def test_prompts_that_are_also_trained_on_are_counted() -> None:
     [
         (0.5, 0.5, "residual", None),
         (0.01, 1.0, "residual", "100"),
-        (0.0, 1.0, "residual", "inf"),
         (0.01, 1.0, "raw", None),  # the authors'
         (0.2, 6.0, "raw", "5"),
     ],
