@@ -186,6 +186,7 @@ def test_bad_input_is_one_sentence_and_exit_two(
         ([*train, "--output", out], "data: missing"),
         ([*train, "--data", data, "--output", str(block)], "cannot be written"),
         ([*train, "--data", data, "--output", out, "--gamma", "2"], "gamma: 2.0 must lie"),
+        ([*train, "--data", data, "--output", out, "--alpha_0", "0"], "alpha_0: 0.0 must be above"),
         ([*train, "--data", data, "--output", out, "--max_length", "300"], "context of 256"),
         ([*train, "--data", data, "--output", out, "--max_length", "9"], "no pair is left"),
         (["train", "--data", data, "--output", out, "--model", "./nowhere"], "./nowhere: cannot"),

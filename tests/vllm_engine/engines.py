@@ -26,6 +26,8 @@ NEEDS_VLLM = pytest.mark.skipif(
     find_spec("vllm") is None,
     reason="vLLM is not installed here; `make test-vllm` has an environment with it",
 )
+BY_REQUEST = "qadapter.vllm_plugin.strengths:StrengthByRequest"
+"""What vLLM's `--logits-processors` is given so that each request says its strength."""
 os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -14,9 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from engines import engine
-
-from qadapter.vllm_plugin import BY_REQUEST
+from engines import BY_REQUEST, engine
 
 HERE = Path(__file__).parent
 _PLACES = [HERE / "interpreter", HERE, HERE.parent, HERE.parent / "tiny"]

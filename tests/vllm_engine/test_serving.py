@@ -14,7 +14,17 @@ from typing import Any
 
 import pytest
 import torch
-from engines import NEEDS_VLLM, answers, difference, engine, gaps, log_probs, prompts, tiny_policy
+from engines import (
+    BY_REQUEST,
+    NEEDS_VLLM,
+    answers,
+    difference,
+    engine,
+    gaps,
+    log_probs,
+    prompts,
+    tiny_policy,
+)
 from fakes import SIZES_FOR_VLLM
 from models import disturbed
 from servers import post, serving
@@ -28,7 +38,6 @@ from qadapter.export import export_policy
 from qadapter.model import QAdapterModel
 from qadapter.policy import Policy
 from qadapter.serve.vocabulary import Vocabulary
-from qadapter.vllm_plugin import BY_REQUEST
 
 pytestmark = NEEDS_VLLM
 

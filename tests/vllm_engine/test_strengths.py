@@ -8,12 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engines import NEEDS_VLLM, difference, prompts, tiny_policy
+from engines import BY_REQUEST, NEEDS_VLLM, difference, prompts, tiny_policy
 from on_v2 import ENVIRONMENT, ask
 from servers import post, serving
 
 from qadapter.export import export_policy
-from qadapter.vllm_plugin import BY_REQUEST
 
 pytestmark = NEEDS_VLLM
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -128,6 +129,18 @@ class QAdapterPolicyConfig(PreTrainedConfig):
                 f"for each of {adapters} adapters (METHOD §5)"
             )
         return found
+
+    def weights_at(self, strengths: Sequence[float]) -> list[float]:
+        """Return the weight of each branch's hidden state and, last, of the base's (METHOD M2)."""
+        from qadapter.functional import mixing_weights
+
+        weights = mixing_weights(
+            strengths,
+            alpha_0=self.alpha_0,
+            alpha_tilde=self.alpha_tilde,
+            parameterization=self.parameterization,
+        )
+        return [float(weight) for weight in weights]
 
 
 AutoConfig.register(MODEL_TYPE, QAdapterPolicyConfig)

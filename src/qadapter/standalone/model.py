@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTr
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qadapter.decoder import decoder_layers, final_norm
-from qadapter.functional import mix, mixing_weights
+from qadapter.functional import mix
 from qadapter.standalone.config import QAdapterPolicyConfig
 
 
@@ -102,12 +102,7 @@ class QAdapterForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: `config.strength` is not one finite number from 0, or one an adapter.
         """
-        weights = mixing_weights(
-            self.config.strengths,
-            alpha_0=self.config.alpha_0,
-            alpha_tilde=self.config.alpha_tilde,
-            parameterization=self.config.parameterization,
-        )
+        weights = self.config.weights_at(self.config.strengths)
         inside = _PASS.set(_Pass())
         try:
             out = self.model(

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types of the bases that `model` can build."""
-BY_REQUEST = "qadapter.vllm_plugin.strengths:StrengthByRequest"
-"""What vLLM's `--logits-processors` is given so that each request says its strength."""
 
 
 def register() -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from qadapter.functional import mixing_weights
 from qadapter.standalone.config import QAdapterPolicyConfig
 
 
@@ -43,17 +41,6 @@ class Live(NamedTuple):
         return set(range(self.base_layers)).union(*own)
 
 
-def weights_at(config: QAdapterPolicyConfig, strengths: Sequence[float]) -> list[float]:
-    """Return the weight of each branch's hidden state and, last, of the base's (METHOD M2)."""
-    weights = mixing_weights(
-        strengths,
-        alpha_0=config.alpha_0,
-        alpha_tilde=config.alpha_tilde,
-        parameterization=config.parameterization,
-    )
-    return [float(weight) for weight in weights]
-
-
 def live_part(config: QAdapterPolicyConfig, *, fixed: bool) -> Live:
     """Return the layers that a policy needs.
 
@@ -64,7 +51,7 @@ def live_part(config: QAdapterPolicyConfig, *, fixed: bool) -> Live:
         config: of the policy.
         fixed: whether the config's strength is everyone's; any layer may count otherwise.
     """
-    *weights, base = weights_at(config, config.strengths)
+    *weights, base = config.weights_at(config.strengths)
     depths: list[int] = list(config.branch_layers)
     firsts = accumulate(depths, initial=config.base_layers)
     counted = [

@@ -9,7 +9,6 @@ from vllm.logger import init_logger
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from qadapter.vllm_plugin.live import weights_at
 from qadapter.vllm_plugin.strengths import strengths
 
 _logger = init_logger(__name__)
@@ -47,7 +46,7 @@ class WeightsByRequest(DefaultModelState):
                 asked = strengths(new_req_data.sampling_params, len(config.branch_layers))
             except ValueError as error:
                 _logger.error("request %s gets no answer: %s", new_req_data.req_id, error)
-        self.of_slots.np[req_index] = weights_at(config, asked or config.strengths)
+        self.of_slots.np[req_index] = config.weights_at(asked or config.strengths)
 
     def apply_staged_writes(self) -> None:
         """Let the device have what was noted."""
