@@ -51,7 +51,8 @@ class CompareConfig:
     seeds: tuple[int, ...] = (0,)
     """Training seeds of the chosen setting."""
     headline: tuple[str, ...] = ()
-    """Methods trained with every seed, the others with the first alone; empty: every method."""
+    """Methods trained with every seed, the others with the first alone; empty: every method. One
+    that is not compared may be named, here and in `retrain`: `--methods` need not change these."""
     strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5)
     """Points of each method's curve: its adapter's weight when decoding; 1 must be among them."""
     retrain: tuple[str, ...] = ()
@@ -84,9 +85,10 @@ class CompareConfig:
     """Share of layers left alone by the methods that share a trunk."""
 
     def __post_init__(self) -> None:
-        for name in (*self.methods, self.reference):
+        names = [("reference", self.reference), *(("methods", name) for name in self.methods)]
+        for where, name in [*names, *(("headline", name) for name in self.headline)]:
             if name not in METHODS:
-                raise ConfigError(f"methods: {name!r} is not one of {', '.join(sorted(METHODS))}.")
+                raise ConfigError(f"{where}: {name!r} is not one of {', '.join(sorted(METHODS))}.")
         for name in self.judges:
             named_judge(name)
         if self.reference not in self.methods:
@@ -99,14 +101,11 @@ class CompareConfig:
             least = 0 if name == "trials" else 1
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: {getattr(self, name)} must be at least {least}.")
-        for name in self.headline:
-            if name not in self.methods:
-                raise ConfigError(f"headline: {name!r} must be among the methods; add it.")
         for text in self.retrain:
             name, parameter, _ = retrained(text)
-            if name not in self.methods or parameter not in METHODS[name].space:
+            if name not in METHODS or parameter not in METHODS[name].space:
                 raise ConfigError(
-                    f"retrain: {text!r} must name one of the methods and what its search varies."
+                    f"retrain: {text!r} must name a method and what its search varies."
                 )
         for variation in self.vary:
             name, _, value = variation.partition("=")

@@ -77,7 +77,7 @@ def _compare(
     ours = [n for n in trained if METHODS[n].library == "qadapter" and n != config.reference]
     varied_methods = [n for n in (config.reference, *ours[:1]) if n in trained]
     variations = [read_variation(text, parts.train, varied_methods) for text in config.vary]
-    curves = [retrained(text) for text in config.retrain]
+    curves = [curve for curve in map(retrained, config.retrain) if curve[0] in config.methods]
     total = (
         1
         + int(writes)
