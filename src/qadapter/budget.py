@@ -115,7 +115,16 @@ class DropMeter:
         self._base: TaskScore | None = None
 
     def _score(self, policy: Policy, strength: float) -> TaskScore:
-        score = evaluate_tasks(policy, [self._task], strength=strength, limit=self._items)[0]
+        score, *more = evaluate_tasks(policy, [self._task], strength=strength, limit=self._items)
+        if more:
+            raise ConfigError(
+                f"drop_task: {self._source} is several tasks, {score.task}, {more[0].task}, …; "
+                "name one of them."
+            )
+        if score.n < 2:
+            raise ConfigError(
+                f"drop_task: {self._source} has one item, too few for a standard error; give more."
+            )
         if not (score.higher_is_better and score.items and all(0 <= i <= 1 for i in score.items)):
             raise ConfigError(
                 f"drop_task: {self._source} is scored by {score.metric}, which is no share of "
@@ -379,7 +388,8 @@ def tune(
         max_tokens: of the text, in windows evenly spread over it.
 
     Raises:
-        ArtefactError: α0 ≠ α̃, so that strength 0 is not the base and less of it is not safer.
+        ArtefactError: α0 ≠ α̃, so that strength 0 is not the base and less of it is not safer; or
+            the KL at `max_strength` is not finite.
         DataError: the texts hold fewer than two tokens.
     """
     q = policy.model.q_config
@@ -400,6 +410,12 @@ def tune(
     def kl(step: int) -> float:
         return curve.mean(by_row(step))
 
+    # Where it is finite there, it is below, too.
+    if not math.isfinite(kl(_STRENGTHS)):
+        raise ArtefactError(
+            f"the KL at strength {max_strength:g} is {kl(_STRENGTHS):g}: the adapter's weights are "
+            "not finite, or max_strength is too large; train again, or lower it."
+        )
     chosen = _STRENGTHS
     if kl(_STRENGTHS) > max_kl:
         chosen = bisect_right(range(1, _STRENGTHS), max_kl, key=kl)

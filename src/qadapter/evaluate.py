@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
+import json
 import logging
 import numbers
 import random
@@ -26,8 +28,10 @@ import torch
 import yaml
 
 from qadapter import hub
-from qadapter.config import QConfig
+from qadapter.config import Q_CONFIG_NAME, QConfig
 from qadapter.errors import ConfigError, UserError
+from qadapter.files import sha256
+from qadapter.model.adapter import find_weights
 from qadapter.policy import Policy
 from qadapter.suite import LOCAL_SUITE, installed, local_suite, supply_sentences
 
@@ -58,6 +62,9 @@ class TaskScore:
 
     For perplexities the log-likelihood of each document, in nats. Empty where the metric has no
     number for a single document, such as BLEU or F1."""
+    weights: tuple[float, ...] = ()
+    """For perplexities the words (or bytes) of each document, by which they are taken; else
+    empty."""
 
 
 def evaluate_tasks(
@@ -147,12 +154,16 @@ def _score(
     key = next((key for key in keys if key.split(",")[0] == wanted), keys[0])
     metric, filtered = key.split(",", 1)
     stderr = result.get(f"{metric}_stderr,{filtered}")
-    items = [
-        _item(sample[metric])
+    samples = [
+        sample[metric]
         for one in tasks
         for sample in found["samples"][one]
         if sample["filter"] == filtered
     ]
+    # Perplexities: a log-likelihood and what it is divided by.
+    pairs = [value for value in samples if isinstance(value, tuple) and isinstance(value[0], float)]
+    by_weight = bool(samples) and len(pairs) == len(samples)
+    items = [_item(value[0] if by_weight else value) for value in samples]
     return TaskScore(
         task=name,
         metric=metric,
@@ -161,12 +172,11 @@ def _score(
         n=sum(found["n-samples"][one]["effective"] for one in tasks),
         higher_is_better=bool(found["higher_is_better"][first].get(metric, True)),
         items=tuple(item for item in items if item is not None) if None not in items else (),
+        weights=tuple(float(weight) for _, weight in pairs) if by_weight else (),
     )
 
 
 def _item(value: Any) -> float | None:
-    if isinstance(value, tuple) and isinstance(value[0], float):  # log-likelihood and its weight
-        value = value[0]
     return float(value) if isinstance(value, numbers.Real | np.bool_) else None
 
 
@@ -287,9 +297,12 @@ def _set_model(options: argparse.Namespace, written: dict[str, Any], model: dict
     options.model_args = {**more, **{k: v for k, v in model.items() if v is not None}}
     # lm-eval's own default is a GPU, there or not.
     options.device = str(hub.pick_device(options.device or written.get("device")))
-    # Its cache of answers would answer for every strength.
+    # Its cache of answers would answer for every adapter and strength.
     if use_cache := options.use_cache or written.get("use_cache"):
-        options.use_cache = f"{use_cache}_strength{model['strength']:g}"
+        weights = find_weights(model["pretrained"])
+        files = [sha256(path) for path in (weights, weights.parent / Q_CONFIG_NAME)]
+        told = json.dumps([files, options.model_args], sort_keys=True, default=str)
+        options.use_cache = f"{use_cache}_{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
 
 def _task_names(asked: str | list[str], suite: str | None, suite_data: str | None) -> list[str]:

@@ -23,11 +23,12 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from qadapter import files, hub
-from qadapter.budget import Budget, Reading, hold_out, interval, thinned, tune
+from qadapter.budget import Budget, DropMeter, Reading, hold_out, interval, thinned, tune
 from qadapter.cli import main
 from qadapter.config import QAdapterConfig
 from qadapter.data import read_texts
 from qadapter.errors import ArtefactError, ConfigError, TrainingError
+from qadapter.evaluate import TaskScore
 from qadapter.model import Streams
 from qadapter.policy import KLCurve, Policy
 from qadapter.suite import file_task
@@ -484,6 +485,17 @@ def test_scoring_a_task_leaves_training_as_it_is(
     assert same(tmp_path / "free", tmp_path / "limited")
 
 
+def test_several_tasks_under_one_name_are_no_budget(
+    adapter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def both(*_: Any, **__: Any) -> list[TaskScore]:
+        return [TaskScore(name, "acc", 0.5, None, 2, True, (0.0, 1.0)) for name in ("one", "two")]
+
+    monkeypatch.setattr("qadapter.budget.evaluate_tasks", both)
+    with pytest.raises(ConfigError, match="a_tag is several tasks, one, two, …; name one of them"):
+        DropMeter(1.0, "a_tag", 10).read(Policy.from_pretrained(adapter))
+
+
 def test_a_file_is_known_by_its_name_or_its_rows(tmp_path: Path) -> None:
     choice = '{"query": "q", "choices": ["a", "b"], "gold": 0}\n'
     words = '{"context": "a b", "continuation": "c"}\n'
@@ -565,6 +577,7 @@ def test_rows_are_thinned_evenly(n: int, width: int, tokens: int) -> None:
         ("--max_drop 1 --drop_task odd.jsonl", "odd.jsonl: has neither 'choices' nor"),
         ("--max_drop 1 --drop_task F.txt", "F.txt is scored by word_perplexity, which is no share"),
         ("--max_drop 1 --drop_task no_such_task", "no_such_task"),
+        ("--max_drop 1 --drop_task one.jsonl", "one.jsonl has one item, too few for a standard"),
         ("--max_drop 1 --drop_task piqa --alpha_0 0.2", "alpha_0 0.2 is not alpha_tilde 0.1"),
     ],
 )
@@ -582,6 +595,7 @@ def test_settings_that_cannot_be_kept_are_told_in_a_sentence(
     Path("F.txt").write_text("some text\nand more\n")
     Path("short.txt").write_text("some text\n")
     Path("odd.jsonl").write_text('{"text": "some"}\n')
+    Path("one.jsonl").write_text('{"context": "a b", "continuation": "c"}\n')
     assert train(base, data, tmp_path / "out", words) == 2
     assert message in told(capsys)
     assert not (tmp_path / "out").exists()
@@ -663,6 +677,7 @@ def test_what_tune_refuses_is_told_in_a_sentence(
         ([str(other), "--text", text], "alpha_0 0.25 is not alpha_tilde 0.5"),
         ([adapter, "--text", "missing.txt"], "missing.txt: cannot be read"),
         ([adapter, "--text", str(tmp_path / "empty.txt")], "fewer than two tokens"),
+        ([adapter, "--text", text, "--max-strength", "3e38"], "the KL at strength 3e+38 is nan"),
     ]
     for words, message in cases:
         assert main(["tune", *words, "--max-kl", "0.1"]) == 2

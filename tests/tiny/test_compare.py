@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +21,7 @@ from hypothesis import strategies as st
 from models import tiny_adapter
 from safetensors.torch import load_file
 
-from qadapter import hub
+from qadapter import files, hub
 from qadapter.cli import main
 from qadapter.compare import METHODS, CompareConfig, cells, fanout, measure, search
 from qadapter.compare import train as training
@@ -24,7 +30,7 @@ from qadapter.compare.equal import add_equal_learning
 from qadapter.compare.fanout import Fanout
 from qadapter.compare.running import Run
 from qadapter.data import prompt_key, read_pairs, read_texts, tokenize_pairs
-from qadapter.errors import DataError, UserError
+from qadapter.errors import ConfigError, DataError, UserError
 from qadapter.evaluate import evaluate_tasks
 from qadapter.files import shipped
 from qadapter.judge import OpenAIJudge
@@ -55,6 +61,14 @@ def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+_LAUNCH = """\
+import sys
+from pathlib import Path
+from qadapter.compare import cells
+cells.launch(Path(sys.argv[1]))
+"""
 
 
 def write_rows(path: Path, found: list[dict[str, Any]]) -> str:
@@ -179,14 +193,24 @@ def test_settings_are_searched_on_other_text_than_is_reported() -> None:
         ({"methods": ["base", "magic"]}, "'magic' is not one of"),
         ({"reference": "sft"}, "'sft' must be among the methods"),
         ({"strengths": [0.5]}, "with 1 among them"),
+        ({"strengths": [1.0, 0.5]}, "strengths: must rise"),
         ({"seeds": []}, "seeds: is empty"),
+        ({"seeds": [0, 0]}, "seeds: must be different"),
+        ({"seeds": [-1]}, "seeds: must be different whole numbers from 0"),
+        ({"trunk": 1.0}, "trunk: 1.0 must be from 0, below 1"),
         ({"headline": ["magic"]}, "headline: 'magic' is not one of"),
         ({"retrain": ["dpo.beta"]}, "must read METHOD.PARAMETER=NUMBER,NUMBER"),
         ({"retrain": ["magic.epochs=1,2"]}, "must name a method"),
-        ({"retrain": ["dpo.gamma=1,2"]}, "must name a method and what its search varies"),
+        ({"retrain": ["dpo.gamma=1,2"]}, "must name a method and a number that its search"),
+        ({"retrain": ["replay.replay=1,2"]}, "must name a method and a number that its search"),
+        ({"retrain": ["dpo.beta=1", "dpo.beta=2"]}, "dpo.beta is there twice; give one list"),
         ({"vary": ["flipped"]}, "must read NAME=NUMBER"),
         ({"vary": ["magic=2"]}, "'magic' is neither of flipped"),
         ({"vary": ["flipped=1.5"]}, "no share"),
+        ({"vary": ["lora_r=4.5"]}, "'lora_r=4.5' must be a whole number"),
+        ({"vary": ["flipped=nan"]}, "must read NAME=NUMBER"),
+        ({"vary": ["irrelevant=0.5"], "pairs": 2}, "takes responses from two other pairs"),
+        ({"pairs": 80}, "no pairs are left for the judge"),
         ({"pairs": 500}, "holds fewer than the 540 pairs"),
         ({"full": [1]}, "`full` must hold fields"),
         ({"judges": ["my aunt"]}, "'my aunt' is none"),
@@ -928,6 +952,111 @@ def test_a_cluster_that_is_not_there_is_told(
     (line,) = capsys.readouterr().err.splitlines()
     assert "--ray 127.0.0.1:1: cannot be reached" in line
     assert not (tmp_path / "out" / "cells").exists()
+
+
+def test_an_endless_strength_is_refused() -> None:
+    with pytest.raises(ConfigError, match="strengths: must rise from 0"):
+        CompareConfig(
+            train="a", test="b", text="c", prompts="d", output="e", strengths=(0.0, 1.0, math.inf)
+        )
+
+
+def test_a_suite_that_cannot_be_read_is_told_before_anything_runs(
+    settings: dict[str, Any], suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "suite"
+    shutil.copytree(suite, broken)
+    (broken / "piqa.jsonl").write_text("{}\n")
+    path = yaml_file(tmp_path / "run.yaml", settings | {"suite": str(broken)})
+    assert main(["compare", path]) == 2
+    assert "piqa.jsonl:1: 'query' must be a text" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_comparisons_do_not_write_to_one_place(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(files, "_TRIES", 1)
+    path = yaml_file(tmp_path / "run.yaml", settings)
+    with files.alone_in(tmp_path / "out"):
+        assert main(["compare", path]) == 2
+        assert "another run writes to it" in capsys.readouterr().err
+        assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.usefixtures("failing_in_process")
+def test_data_that_change_under_a_cell_are_told(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, find = Path(settings["text"]), cells._launch
+
+    def here(directory: Path, *more: Any) -> int:
+        text.write_text("Another text.\n" * 20)
+        return find(directory, *more)
+
+    monkeypatch.setattr(cells, "_launch", here)
+    path = yaml_file(tmp_path / "run.yaml", settings | {"methods": ["base", "dpo"], "trials": 0})
+    assert main(["compare", path]) == 2
+    failures = json.loads((tmp_path / "out" / "comparison.json").read_text())["failures"]
+    assert {failure["cell"] for failure in failures} == {"measure base", "measure dpo seed 0"}
+    for failure in failures:
+        assert "text.txt: changed meanwhile; run the comparison again" in failure["error"]
+
+
+def test_another_suite_or_another_base_makes_other_cells(
+    settings: dict[str, Any], suite: Path, tmp_path: Path, in_process: list[str]
+) -> None:
+    other = tmp_path / "suite"
+    shutil.copytree(suite, other)
+    settings |= {"methods": ["base", "dpo"], "trials": 0, "suite": str(other), "suite_limit": 1}
+    path = yaml_file(tmp_path / "run.yaml", settings)
+    assert main(["compare", path]) == 0
+    in_process.clear()
+    with (other / "piqa.jsonl").open("a") as file:
+        file.write('{"query": "Question: x", "choices": ["a", "b"], "gold": 0}\n')
+    assert main(["compare", path]) == 0
+    assert Counter(in_process) == {"measure": 2}
+    in_process.clear()
+    base = tmp_path / "base"
+    shutil.copytree(settings["model"], base)  # with the times that it has there
+    assert main(["compare", yaml_file(tmp_path / "run.yaml", settings | {"model": str(base)})]) == 0
+    assert Counter(in_process) == {"answers": 1, "train": 1, "measure": 2}
+    in_process.clear()
+    (weights,) = base.glob("*.safetensors")
+    os.utime(weights, (0, 0))
+    assert main(["compare", yaml_file(tmp_path / "run.yaml", settings | {"model": str(base)})]) == 0
+    assert Counter(in_process) == {"answers": 1, "train": 1, "measure": 2}
+
+
+def test_a_cell_ends_with_whoever_started_it(tmp_path: Path) -> None:
+    cell, data = tmp_path / "out" / "cells" / "train-x", tmp_path / "data"
+    cell.mkdir(parents=True)
+    os.mkfifo(data)  # whose end the cell waits for
+    spec = {"files": {"train": {"path": "../data", "sha256": "0"}}}
+    (cell / "spec.json").write_text(json.dumps({"kind": "train", "spec": spec}))
+    words = [sys.executable, "-c", _LAUNCH, str(cell)]
+    with subprocess.Popen(words) as parent:
+        for left in reversed(range(600)):
+            try:
+                pipe = os.open(data, os.O_WRONLY | os.O_NONBLOCK)
+                break
+            except OSError:  # nobody reads it yet
+                assert left
+                time.sleep(0.1)
+        parent.kill()
+
+    def write_on() -> None:
+        for _ in range(600):
+            os.write(pipe, b"x")
+            time.sleep(0.1)
+
+    with pytest.raises(BrokenPipeError):
+        write_on()
+    os.close(pipe)
+    assert not (cell / "result.json").exists()
 
 
 def test_a_cell_runs_in_a_process_of_its_own_and_tells_its_last_word(tmp_path: Path) -> None:

@@ -238,9 +238,11 @@ def test_the_local_suite_scores_what_it_says(
     lines = ["= Title =", "A line , of words .", "[1, 2]", "Last"]
     begin = policy.tokenizer.bos_token
     expected = [float(logp(begin, line).sum()) for line in lines]
-    words = sum(len(line.split()) for line in lines)
+    words = [len(line.split()) for line in lines]
     assert perplexity.items == pytest.approx(expected, abs=1e-3)
-    assert perplexity.value == pytest.approx(math.exp(-sum(expected) / words), rel=1e-4)
+    assert perplexity.weights == tuple(words)
+    assert {score.weights for score in (piqa, arc, lambada, ifeval)} == {()}
+    assert perplexity.value == pytest.approx(math.exp(-sum(expected) / sum(words)), rel=1e-4)
     assert perplexity.metric == "word_perplexity"
     assert not perplexity.higher_is_better
     assert ifeval.metric == "prompt_level_strict_acc"
@@ -392,9 +394,34 @@ def test_the_command_gives_what_python_gives(
         assert found == pytest.approx(score.value)
         assert score.task in printed
     assert "Metric" in printed
-    assert (tmp_path / "cache_strength0.5_rank0.db").exists()
+    assert len(list(tmp_path.glob("cache_*_rank0.db"))) == 1
     (path,) = (tmp_path / "out").rglob("samples_local_perplexity_*.jsonl")
     assert len(path.read_text().splitlines()) == 2
+
+
+@pytest.mark.usefixtures("own_log")
+def test_a_cache_of_answers_answers_for_its_own_adapter_only(
+    base: str, suite: Path, tmp_path: Path
+) -> None:
+    policy, cache = loud_policy(base), str(tmp_path / "cache")
+    words = ["--suite-data", str(suite), "--tasks", "local_lambada", "--use_cache", cache]
+
+    def perplexity(strength: str) -> float:
+        policy.model.save_pretrained(tmp_path / "adapter")
+        out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
+        more = ["--base", base, "--strength", strength, "--output_path", str(out)]
+        assert main(["evaluate", str(tmp_path / "adapter"), *more, *words]) == 0
+        (path,) = out.rglob("results_*.json")
+        found = json.loads(path.read_text())["results"]["local_lambada"]["perplexity,none"]
+        return float(found)
+
+    first = [perplexity("1"), perplexity("0.5")]
+    with torch.no_grad():
+        for parameter in policy.model.adapter_parameters().values():
+            parameter.mul_(0.5)
+    second = perplexity("1")
+    assert len({*first, second}) == 3
+    assert len(list(tmp_path.glob("cache_*.db"))) == 3
 
 
 @pytest.mark.usefixtures("own_log")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import json
+import math
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -46,6 +47,8 @@ def point(dial: float, accuracy: float, kl: float, seed: int, task_drop: float) 
     windows = [float(x) for x in kl * TOKENS * ROUGHNESS]
     solved = [int(x) for x in np.random.default_rng(2).uniform(size=300) < 0.6 - task_drop]
     share = fmean(correct)
+    words = [float(n) for n in np.random.default_rng(4).integers(1, 90, 40)]
+    likely = [-n * (4 + task_drop) for n in words]
     return {
         "dial": dial,
         "accuracy": share,
@@ -66,6 +69,13 @@ def point(dial: float, accuracy: float, kl: float, seed: int, task_drop: float) 
         "tasks": {
             "piqa": {"metric": "acc", "value": fmean(solved), "n": 300, "items": solved},
             "lambada": {"metric": "acc", "value": 0.6, "n": 300, "items": [1, 1, 1, 0, 0] * 60},
+            "wikitext": {
+                "metric": "word_perplexity",
+                "value": math.exp(4 + task_drop),
+                "n": len(words),
+                "items": likely,
+                "weights": words,
+            },
         },
         "win_rates": [
             {
@@ -409,6 +419,29 @@ def test_task_figures_are_those_of_the_json(full: dict[str, Any], page: Page) ->
     assert rows["Base"][piqa] == number(before)
 
 
+def test_what_is_lost_of_a_perplexity_is_the_share_it_rises_by(full: dict[str, Any]) -> None:
+    made = copy.deepcopy(full)
+    tasks = [p["tasks"]["wikitext"] for p in own(made, "sft")]
+    before = own(made, "base")[0]["tasks"]["wikitext"]
+    rng = np.random.default_rng(1)
+    for task in tasks:  # the longer a document, the less is lost of a word
+        lost = [math.sqrt(n) * rng.uniform(0.1, 0.3) for n in task["weights"]]
+        task["items"] = [x - y for x, y in zip(before["items"], lost, strict=True)]
+        task["value"] = math.exp(-sum(task["items"]) / sum(task["weights"]))
+    results = Results(made)
+    drop = results.drop(results.methods["sft"], "wikitext")
+    assert drop is not None
+    rise = math.exp(fmean(math.log(t["value"]) for t in tasks)) / before["value"] - 1
+    assert drop.value == pytest.approx(rise)
+    assert drop.low < rise < drop.high < 2 * rise
+    table = tables.tasks(results)
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    (cell,) = [r["wikitext: word_perplexity, n = 40"] for r in rows if r["Method"] == "SFT"]
+    assert f"; higher by {percent(rise)} (" in cell
+    assert results.is_perplexity("wikitext")
+    assert not results.is_perplexity("piqa")
+
+
 def test_tasks_at_the_margin_of_the_reference(full: dict[str, Any], tmp_path: Path) -> None:
     made = copy.deepcopy(full)
     for run in made["methods"]["qadapter"]["runs"]:
@@ -433,8 +466,10 @@ def test_tasks_at_the_margin_of_the_reference(full: dict[str, Any], tmp_path: Pa
     assert rows["DPO"]["piqa: acc, n = 300"] == piqa
     told = " ".join(paragraph(results))
     where = "with its dial at 0.4, where its mean margin is DPO’s"
-    assert f"{where} (base less method, 95% CI): a drop on piqa" in told
-    assert "at its own setting (base less method, 95% CI): no drop shown on piqa" in told
+    how = "(base less method, of perplexities how much higher the method’s is; 95% CI)"
+    assert f"{where} {how}: a drop on piqa" in told
+    assert f"wikitext ({percent(math.expm1(0.3))}, " in told
+    assert f"at its own setting {how}: no drop shown on piqa" in told
 
 
 def test_every_point_of_the_curves_is_shown(full: dict[str, Any], page: Page) -> None:
@@ -617,7 +652,7 @@ def test_without_the_reference_nothing_is_put_beside_it(tmp_path: Path) -> None:
 
 def test_without_a_q_adapter_nothing_is_claimed(tmp_path: Path) -> None:
     page = written(comparison(base=base(), dpo=DPO), tmp_path)
-    assert "No Q-Adapter finished, so nothing is said of it." in page.text
+    assert "No Q-Adapter finished beside the reference, so nothing is said of it." in page.text
     assert page.table("Method", "Verdict")[1]["Verdict"] == "the reference"
 
 

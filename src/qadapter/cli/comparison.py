@@ -52,6 +52,7 @@ def _compare(args: argparse.Namespace) -> None:
     words = [args.config, *(["--full"] if args.full else [])]
     for name in ("methods", "vary"):
         words += [f"--{name} {' '.join(flags[name])}"] if flags[name] else []
+    words += [f"--output {args.output}"] if args.output else []
     command = f"qadapter compare {' '.join(words)}"
     path = compare(config, tell, command=command, ray=args.ray)
     found = json.loads(path.read_text(encoding="utf-8"))

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from qadapter.files import write_jsonl, write_text
+from qadapter.errors import DataError
+from qadapter.files import sha256, write_jsonl, write_text
 from qadapter.stats import numbered
 
 UNSEEN = -1000
@@ -92,7 +93,10 @@ def launch(directory: Path, *, cwd: str | None = None) -> int:
 
 def _launch(directory: Path, log: TextIO, cwd: str | None) -> int:
     words = [sys.executable, "-m", "qadapter.compare", str(directory)]
-    return subprocess.run(words, stdout=log, stderr=log, cwd=cwd, check=False).returncode
+    # The pipe ends with this process, however that ends, and with the pipe the cell.
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=log, stderr=log, cwd=cwd) as process:
+        return process.wait()
 
 
 # ── the work, in the cell's own process ─────────────────────────────────────────────────────────
@@ -297,7 +301,15 @@ WORK = {
 
 
 def work(directory: Path) -> None:
-    """Do what the `spec.json` of a cell's directory says, and write its result."""
+    """Do what the `spec.json` of a cell's directory says, and write its result.
+
+    Raises:
+        DataError: a file is no longer the one that the spec names.
+    """
     found = json.loads((directory / "spec.json").read_text(encoding="utf-8"))
-    result = WORK[found["kind"]](_Work(found["spec"], directory))
+    asked = _Work(found["spec"], directory)
+    for name, file in asked.spec["files"].items():
+        if not sha256(asked.file(name)).startswith(file["sha256"]):
+            raise DataError(f"{asked.file(name)}: changed meanwhile; run the comparison again.")
+    result = WORK[found["kind"]](asked)
     write_text(directory / "result.json", json.dumps(result, allow_nan=False) + "\n")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from qadapter.compare.methods import METHODS
+from qadapter.compare.methods import METHODS, Choice, Range
 from qadapter.errors import ConfigError
 from qadapter.files import read_fields
 from qadapter.hub import DEFAULT_BASE
@@ -93,24 +95,33 @@ class CompareConfig:
             named_judge(name)
         if self.reference not in self.methods:
             raise ConfigError(f"reference: {self.reference!r} must be among the methods; add it.")
-        if 1.0 not in self.strengths or min(self.strengths) < 0:
-            raise ConfigError("strengths: must not be negative, with 1 among them.")
+        s = self.strengths
+        if 1.0 not in s or not 0 <= s[0] <= s[-1] < math.inf or any(a >= b for a, b in pairwise(s)):
+            raise ConfigError("strengths: must rise from 0 or more, with 1 among them.")
         if not self.seeds:
             raise ConfigError("seeds: is empty; give one at least.")
+        if len({*self.seeds}) < len(self.seeds) or not all(0 <= n < 2**32 for n in self.seeds):
+            raise ConfigError("seeds: must be different whole numbers from 0, below 2^32.")
+        if not 0 <= self.trunk < 1:
+            raise ConfigError(f"trunk: {self.trunk} must be from 0, below 1.")
         for name in _COUNTS:
             least = 0 if name == "trials" else 1
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: {getattr(self, name)} must be at least {least}.")
-        for text in self.retrain:
-            name, parameter, _ = retrained(text)
-            if name not in METHODS or parameter not in METHODS[name].space:
+        curves = [retrained(text)[:2] for text in self.retrain]
+        for text, (name, parameter) in zip(self.retrain, curves, strict=True):
+            if name not in METHODS or not _has_number(METHODS[name].space.get(parameter)):
                 raise ConfigError(
-                    f"retrain: {text!r} must name a method and what its search varies."
+                    f"retrain: {text!r} must name a method and a number that its search varies."
                 )
+            if curves.count((name, parameter)) > 1:
+                raise ConfigError(f"retrain: {name}.{parameter} is there twice; give one list.")
         for variation in self.vary:
             name, _, value = variation.partition("=")
             if not name or not _is_number(value):
                 raise ConfigError(f"vary: {variation!r} must read NAME=NUMBER, as flipped=0.1.")
+            if name in _WHOLE and not float(value).is_integer():
+                raise ConfigError(f"vary: {variation!r} must be a whole number.")
 
     def seeds_of(self, method: str) -> tuple[int, ...]:
         """Return the training seeds of a method's chosen setting."""
@@ -149,6 +160,8 @@ class CompareConfig:
             raise ConfigError(f"{path}: {error}") from error
 
 
+_WHOLE = ("pairs", "lora_r")
+"""What robustness varies by whole numbers."""
 _COUNTS = (
     "trials",
     "pairs",
@@ -181,10 +194,15 @@ def retrained(text: str) -> tuple[str, str, tuple[float, ...]]:
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True
+
+
+def _has_number(space: Range | Choice | None) -> bool:
+    if isinstance(space, Choice):
+        return all(isinstance(value, int | float) for value in space.values)
+    return space is not None
 
 
 def _value(where: str, value: Any, hint: Any) -> Any:

@@ -71,6 +71,11 @@ def split(config: CompareConfig) -> Splits:
             f"{config.train}: holds fewer than the {need} pairs that `pairs` and "
             "`validation_pairs` ask for; lower them."
         )
+    if "bradley-terry" in config.judges and not rest:
+        raise DataError(
+            f"{config.train}: no pairs are left for the judge bradley-terry to learn from; lower "
+            "`pairs` or `validation_pairs`, or name other `judges`."
+        )
     test = in_turn(held_out.values())[: config.test_pairs]
     return Splits(train, validation, list(chain.from_iterable(rest)), test)
 
@@ -127,6 +132,8 @@ def varied(pairs: Sequence[Pair], name: str, value: float) -> list[Pair]:
         return list(pairs[: int(value)])
     if name not in ("flipped", "irrelevant") or not 0 <= value <= 1:
         raise DataError(f"vary: {name}={value:g} is no share of flipped or irrelevant pairs.")
+    if name == "irrelevant" and len(pairs) < 3:
+        raise DataError("vary: irrelevant takes responses from two other pairs; give more pairs.")
     hit = set(rng.sample(range(len(pairs)), round(value * len(pairs))))
     if name == "flipped":
         return [

@@ -24,8 +24,9 @@ from qadapter.compare.search import searched
 from qadapter.compare.variations import read_variation, retrained_curve, robust
 from qadapter.data import Pair, read_prompts, read_texts, tokenize_pairs
 from qadapter.errors import ConfigError
-from qadapter.files import check_writable, sha256, write_text
+from qadapter.files import alone_in, check_writable, sha256, write_text
 from qadapter.stats import INTERVALS
+from qadapter.suite import local_suite
 
 _PACKAGES = ("qadapter", "torch", "transformers", "peft", "trl", "datasets", "lm_eval", "optuna")
 
@@ -48,7 +49,7 @@ def compare(
         UserError: data or settings cannot be used, or Ray is not reached; nothing is run.
     """
     check_writable(config.output)
-    with fanout(ray) as ways:
+    with alone_in(config.output), fanout(ray) as ways:
         return _compare(config, tell, ways, command)
 
 
@@ -62,6 +63,8 @@ def _compare(
     # Told before anything runs, and not hours later.
     part_of(read_texts(config.text), "report")
     read_prompts(config.prompts)
+    tasks = local_suite(config.suite) if config.suite else []
+    suite = {task["task"]: task["dataset_kwargs"]["data_files"]["test"] for task in tasks}
     if config.anchors:
         general["anchors"] = config.anchors
         read_texts(config.anchors)
@@ -93,6 +96,10 @@ def _compare(
         run.add_file(name, file)
     for name, path in general.items():
         run.add_file(name, Path(path))
+    for name, path in suite.items():
+        run.add_file(name, Path(path))
+    run.suite = tuple(suite)
+    run.weights = _files_of(config.model)
     names = ("prompts", "train", "test")
     run.add_written(
         "answers",
@@ -207,6 +214,12 @@ def _within_max_length(config: CompareConfig, parts: Splits) -> dict[str, int]:
         return len(tokenize_pairs(pairs, tokenizer, end_ids=end_ids, max_length=most)[0])
 
     return {name: kept(pairs) for name, pairs in vars(parts).items() if name != "judge"}
+
+
+def _files_of(model: str) -> list[list[str | int]]:
+    """Return name, size and time of a local base's files; of others the name says what they are."""
+    files = sorted(file for file in Path(model).glob("*") if file.is_file())
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
 def _machine() -> dict[str, str]:

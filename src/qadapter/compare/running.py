@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from qadapter.compare.config import CompareConfig
 from qadapter.compare.fanout import Fanout
 from qadapter.compare.methods import METHODS, starts_at_base
 from qadapter.errors import ConfigError
+from qadapter.files import sha256
 from qadapter.stats import share_interval
 
 _SEARCH_TEXT_TOKENS = 4000
@@ -48,6 +48,10 @@ class Run:
     fanout: Fanout
     files: dict[str, dict[str, str]] = field(default_factory=dict)
     """Every file that cells read, with a digest, so that other data make other cells."""
+    suite: tuple[str, ...] = ()
+    """Names of those that the capability suite reads."""
+    weights: list[list[str | int]] = field(default_factory=list)
+    """Of a base that is a directory its files, by name, size and time: others make other cells."""
     done: int = 0
     fresh: int = 0
     """Of those done, the ones that had no result before."""
@@ -60,6 +64,8 @@ class Run:
         """Return a cell's result with its `directory`, or None if it failed."""
         files = {name: self.files[of] for name, of in spec.pop("files").items()}
         shared = {name: getattr(self.config, name) for name in _SHARED}
+        if self.weights:
+            shared["weights"] = self.weights
         cell = Cell(self.root, kind, label, {"files": files, **shared, **spec})
         with self.locks[cell.directory]:
             return self._run(cell)
@@ -96,7 +102,7 @@ class Run:
         told = path.relative_to(self.root) if path.is_relative_to(self.root) else path
         self.files[name] = {
             "path": str(told),
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
+            "sha256": sha256(path)[:16],
         }
 
 
@@ -150,7 +156,7 @@ def suite_at(run: Run, label: str, adapter: str, strength: float) -> dict[str, A
     found = run.cell(
         "suite",
         label,
-        files={},
+        files={name: name for name in run.suite},
         adapter=adapter,
         strength=strength,
         **{n: getattr(run.config, n) for n in _SUITE},
@@ -179,7 +185,7 @@ def points(
         "text_part": "search" if split == "validation" else "report",
     }
     if whole:
-        files |= {name: name for name in ("judge", "validation", "answers")}
+        files |= {name: name for name in ("judge", "validation", "answers", *run.suite)}
         more |= {n: getattr(config, n) for n in (*_SUITE, "judges")}
     found = run.cell(
         "measure",

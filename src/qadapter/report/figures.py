@@ -179,7 +179,8 @@ def _tasks(results: Results, tasks: Sequence[str], methods: Sequence[Method]) ->
                 colour, marker = styles[method.name]["color"], styles[method.name]["marker"]
                 bars = _bars([drop])
                 axes.errorbar([drop.value], [y], xerr=bars, color=colour, marker=marker, capsize=2)
-        axes.set_title(_plain(task), fontsize=10)
+        unit = "\n(share higher)" if results.is_perplexity(task) else ""
+        axes.set_title(_plain(task) + unit, fontsize=10)
         axes.tick_params(axis="x", labelsize=8)
     panels[0].set_yticks(range(len(methods)), [_plain(method.label) for method in methods])
     panels[0].set_ylim(len(methods) - 0.5, -0.5)

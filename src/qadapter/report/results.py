@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -145,7 +146,7 @@ class Results:
             for field in ("margins", "correct", "ranked", "window_kl")
         )
         (margins, right, ranked), pairs = by_group(by_pair, self._prompts)
-        curve = resampled_curve(name, margins, pairs, far, self._tokens)
+        curve = resampled_curve(_runs_of(name), margins, pairs, far, self._tokens)
         return Method(
             name=name,
             label=fields["label"],
@@ -180,8 +181,9 @@ class Results:
 
     @property
     def ours(self) -> list[Method]:
-        """The Q-Adapters; the first is the one that the words are about."""
-        return [method for method in self.methods.values() if method.ours]
+        """The Q-Adapters but the reference; the first is the one that the words are about."""
+        reference = self.comparison["reference"]
+        return [m for m in self.methods.values() if m.ours and m.name != reference]
 
     @property
     def others(self) -> list[Method]:
@@ -215,7 +217,9 @@ class Results:
         """Return what each method forgets at the reference's accuracy, which sees no sizes."""
         pairs = np.bincount(self._prompts)
         curves = {
-            name: resampled_curve(name, method.right, pairs, method.window_kl, self._tokens)
+            name: resampled_curve(
+                _runs_of(name), method.right, pairs, method.window_kl, self._tokens
+            )
             for name, method in self.methods.items()
         }
         return frontier(curves, reference=reference.name, reference_dial=reference.own)
@@ -245,6 +249,8 @@ class Results:
     def drop(self, method: Method, task: str, *, level: bool = False) -> Interval | None:
         """Return the base's figure less the method's, over the same items; None without both.
 
+        Of a perplexity (`is_perplexity`) it is the share by which the method's is the higher.
+
         Args:
             level: at the reference's margin, and not at the method's own setting.
         """
@@ -254,15 +260,29 @@ class Results:
             self._drops[key] = self._drop(points, task)
         return self._drops[key]
 
+    def is_perplexity(self, task: str) -> bool:
+        """Return whether a task's figure is a perplexity, the lower the better."""
+        points = (point for method in self.methods.values() for point in method.own_points)
+        return any(point["tasks"].get(task, {}).get("weights") for point in points)
+
     def _drop(self, points: Sequence[Point], task: str) -> Interval | None:
         base = self.base
         if base is None or not points or any(task not in p["tasks"] for p in (base, *points)):
             return None
         kept = [point["tasks"][task]["items"] for point in points]
-        before = base["tasks"][task]["items"]
+        before, weights = (base["tasks"][task].get(name) for name in ("items", "weights"))
         if not before or any(len(items) != len(before) for items in kept):
             return None
-        return paired_bootstrap([before], kept)
+        if not weights:
+            return paired_bootstrap([before], kept)
+        # Nats a word, the logarithm of perplexity.
+        lost = paired_bootstrap([before], kept, weights)
+        return Interval(*map(math.expm1, (lost.value, lost.low, lost.high)))
+
+
+def _runs_of(name: str) -> str:
+    """Return the method whose runs begin a curve: DPO's that of `dpo.beta`, one of them its own."""
+    return name.partition(".")[0]
 
 
 def _equal_learning(methods: Mapping[str, Method], reference: Method) -> dict[str, EqualLearning]:

@@ -180,11 +180,11 @@ def _tasks(results: Results, method: Method, *, level: bool) -> list[str]:
     points, cells = results.level(method) if level else method.own_points, []
     for task in results.tasks():
         found = [p["tasks"][task]["value"] for p in points if task in p["tasks"]]
-        drop = results.drop(method, task, level=level)
         cell = number(fmean(found)) if found else NONE
-        cells.append(
-            cell if drop is None or method.name == "base" else f"{cell}; drop {ranged(drop)}"
-        )
+        if method.name != "base" and (drop := results.drop(method, task, level=level)):
+            higher = results.is_perplexity(task)
+            cell += f"; higher by {ranged(drop, percent)}" if higher else f"; drop {ranged(drop)}"
+        cells.append(cell)
     return cells
 
 
@@ -275,7 +275,7 @@ def made(results: Results) -> Table:
     seeds = sorted({run["seed"] for fields in found["methods"].values() for run in fields["runs"]})
     rows = [
         ["Command", found["command"]],
-        ["Begun", found["created"]],
+        ["Written", found["created"]],
         ["Seeds", ", ".join(map(str, seeds)) or NONE],
         *([f"Data: {name}", _settings(fields)] for name, fields in found["data"].items()),
         *([f"Machine: {name}", str(value)] for name, value in found["machine"].items()),

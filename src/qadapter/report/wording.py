@@ -55,8 +55,8 @@ def _between(interval: Interval, told: Callable[[float], str] = number) -> str:
     return f"{told(interval.low)} to {told(interval.high)}".replace(" ", "\u00a0")
 
 
-def _brief(interval: Interval) -> str:
-    return f"{number(interval.value)}, {_between(interval)}"
+def _brief(interval: Interval, told: Callable[[float], str] = number) -> str:
+    return f"{told(interval.value)}, {_between(interval, told)}"
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -69,7 +69,7 @@ def lead(results: Results) -> str:
     if not results.methods:
         return "No method finished, so nothing can be said."
     if not results.ours:
-        return "No Q-Adapter finished, so nothing is said of it."
+        return "No Q-Adapter finished beside the reference, so nothing is said of it."
     if results.reference is None:
         name = results.comparison["reference"]
         return f"The reference, {name}, has no figures here that others could be put beside."
@@ -177,16 +177,24 @@ def _drops(results: Results, method: Method, where: str, *, level: bool) -> list
     known = {task: drop for task, drop in drops.items() if drop is not None}
     if not known:
         return []
-    lost = [f"{task} ({_brief(d)})" for task, d in known.items() if d.low > 0]
-    gained = [f"{task} ({_brief(d)})" for task, d in known.items() if d.high < 0]
-    same = [f"{task} ({_brief(d)})" for task, d in known.items() if d.low <= 0 <= d.high]
+
+    def of(tasks: Iterable[str]) -> str:
+        told = {t: percent if results.is_perplexity(t) else number for t in tasks}
+        return ", ".join(
+            f"{task} ({_brief(known[task], as_text)})" for task, as_text in told.items()
+        )
+
+    lost = [task for task, d in known.items() if d.low > 0]
+    gained = [task for task, d in known.items() if d.high < 0]
+    same = [task for task, d in known.items() if d.low <= 0 <= d.high]
     parts = [
-        f"a drop on {', '.join(lost)}" if lost else "",
-        f"a gain on {', '.join(gained)}" if gained else "",
-        f"no drop shown on {', '.join(same)}" if same else "",
+        f"a drop on {of(lost)}" if lost else "",
+        f"a gain on {of(gained)}" if gained else "",
+        f"no drop shown on {of(same)}" if same else "",
     ]
     told = "; ".join(part for part in parts if part)
-    return [f"On the tasks, {where} (base less method, 95% CI): {told}."]
+    how = "base less method, of perplexities how much higher the method’s is; 95% CI"
+    return [f"On the tasks, {where} ({how}): {told}."]
 
 
 def _variants(results: Results, reference: Method) -> list[str]:
