@@ -235,30 +235,31 @@ def _answered(work: _Work, policy: Any) -> dict[str, Any]:
         "answers": made,
         "greedy_changed": changed / len(made),
         "kl_generations": measure.generations_kl(policy, prompts, base),
-        **_judged(work, prompts, made, base),
     }
 
 
-def _judged(
-    work: _Work, prompts: list[Any], made: list[str], base: list[str]
-) -> dict[str, list[Any]]:
-    """Return each judge's win rate, or why it may not vote, after its validation."""
+def _judge(work: _Work) -> dict[str, Any]:
+    """Return a judge's win rate, or why it may not vote, after its validation.
+
+    Answers are those of a measurement, which a judge that cannot be reached leaves as it is.
+    """
     from qadapter.data import read_pairs
     from qadapter.judge import BradleyTerryJudge, NoVoteError, OpenAIJudge, named_judge
 
-    rates, refused = [], []
-    for name in work.spec["judges"]:
-        judge, held_out = named_judge(name), list(read_pairs(work.file("validation")))
-        if isinstance(judge, BradleyTerryJudge):
-            judge.fit(list(read_pairs(work.file("judge"))))
-        if isinstance(judge, OpenAIJudge):
-            held_out = held_out[:_ASKED]
-        try:
-            judge.validate(held_out)
-            rates.append(dataclasses.asdict(judge.win_rate(prompts, made, base)))
-        except NoVoteError as error:
-            refused.append(str(error))
-    return {"win_rates": rates, "judges_refused": refused}
+    measured = work.directory.parent.parent / work.spec["measured"] / "result.json"
+    points = json.loads(measured.read_text(encoding="utf-8"))["points"]
+    made = next(point["answers"] for point in points if point["dial"] == 1.0)
+    prompts, base = work.answers("test")
+    judge, held_out = named_judge(work.spec["judge"]), list(read_pairs(work.file("validation")))
+    if isinstance(judge, BradleyTerryJudge):
+        judge.fit(list(read_pairs(work.file("judge"))))
+    if isinstance(judge, OpenAIJudge):
+        held_out = held_out[:_ASKED]
+    try:
+        judge.validate(held_out)
+        return {"win_rate": dataclasses.asdict(judge.win_rate(prompts, made, base))}
+    except NoVoteError as error:
+        return {"refused": str(error)}
 
 
 def _suite(work: _Work) -> dict[str, Any]:
@@ -296,6 +297,7 @@ WORK = {
     "anchors": _anchors,
     "train": _train,
     "measure": _measure,
+    "judge": _judge,
     "suite": _suite,
 }
 

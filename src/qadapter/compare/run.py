@@ -81,11 +81,13 @@ def _compare(
     varied_methods = [n for n in (config.reference, *ours[:1]) if n in trained]
     variations = [read_variation(text, parts.train, varied_methods) for text in config.vary]
     curves = [curve for curve in map(retrained, config.retrain) if curve[0] in config.methods]
+    whole = 1 + len(config.judges)  # a measurement and the verdicts on its answers
     total = (
         1
         + int(writes)
-        + 2 * sum(config.trials + len(config.seeds_of(name)) for name in trained)
-        + int("base" in config.methods)
+        + 2 * len(trained) * config.trials
+        + sum((1 + whole) * len(config.seeds_of(name)) for name in trained)
+        + whole * int("base" in config.methods)
         + 2 * sum(len(config.seeds_of(n)) * len(values) for n, _, values in curves)
         + 2 * len(variations) * len(varied_methods)
     )

@@ -185,8 +185,8 @@ def points(
         "text_part": "search" if split == "validation" else "report",
     }
     if whole:
-        files |= {name: name for name in ("judge", "validation", "answers", *run.suite)}
-        more |= {n: getattr(config, n) for n in (*_SUITE, "judges")}
+        files |= {name: name for name in ("answers", *run.suite)}
+        more |= {n: getattr(config, n) for n in _SUITE}
     found = run.cell(
         "measure",
         label,
@@ -200,4 +200,20 @@ def points(
         return None
     for point in found["points"]:
         point["accuracy_ci"] = share_interval(point["correct"], found["prompts"])
+        if whole and point["dial"] == 1.0:
+            point |= _judged(run, label, found["directory"])
     return {name: found[name] for name in ("points", "length_baseline", "prompts")}
+
+
+def _judged(run: Run, label: str, measured: str) -> dict[str, list[Any]]:
+    """Return what the judges say of the answers that a measurement made, but those that failed."""
+    files = {name: name for name in ("judge", "validation", "answers")}
+    place = str(Path(measured).relative_to(run.root))
+    told = [
+        run.cell("judge", label, files=files, measured=place, judge=name) or {}
+        for name in run.config.judges
+    ]
+    return {
+        "win_rates": [found["win_rate"] for found in told if "win_rate" in found],
+        "judges_refused": [found["refused"] for found in told if "refused" in found],
+    }
