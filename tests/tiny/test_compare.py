@@ -808,6 +808,7 @@ def test_a_retrained_curve_has_its_method_s_own_point_among_the_others(
     assert other["window_tokens"] == trained["window_tokens"]
     results = Results(comparison)
     assert results.methods["dpo.beta"].dials == (0.1, 1.0)
+    assert results.others == []  # no method beside itself
     assert "DPO, beta retrained" in (tmp_path / "out" / "report.html").read_text()
 
 

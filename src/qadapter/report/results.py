@@ -187,9 +187,13 @@ class Results:
 
     @property
     def others(self) -> list[Method]:
-        """What is neither a Q-Adapter, nor the reference, nor the base."""
+        """What is neither a Q-Adapter, nor the reference, nor the base; each method once."""
         not_these = (self.comparison["reference"], "base")
-        return [m for m in self.methods.values() if not (m.ours or m.name in not_these)]
+        return [
+            m
+            for m in self.methods.values()
+            if not (m.ours or m.name in not_these) and _runs_of(m.name) == m.name
+        ]
 
     @property
     def base(self) -> Point | None:
