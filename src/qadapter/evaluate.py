@@ -161,7 +161,7 @@ def _score(
         if sample["filter"] == filtered
     ]
     # Perplexities: a log-likelihood and what it is divided by.
-    pairs = [value for value in samples if isinstance(value, tuple) and isinstance(value[0], float)]
+    pairs = [v for v in samples if isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], float)]
     by_weight = bool(samples) and len(pairs) == len(samples)
     items = [_item(value[0] if by_weight else value) for value in samples]
     return TaskScore(
@@ -300,7 +300,8 @@ def _set_model(options: argparse.Namespace, written: dict[str, Any], model: dict
     # Its cache of answers would answer for every adapter and strength.
     if use_cache := options.use_cache or written.get("use_cache"):
         weights = find_weights(model["pretrained"])
-        files = [sha256(path) for path in (weights, weights.parent / Q_CONFIG_NAME)]
+        names = (weights.name, "adapter_config.json", Q_CONFIG_NAME)
+        files = [sha256(weights.parent / name) for name in names]
         told = json.dumps([files, options.model_args], sort_keys=True, default=str)
         options.use_cache = f"{use_cache}_{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 

@@ -293,9 +293,9 @@ def frontier(
     runs straight from one value of the dial to the next, in dial order, through (learning, √KL);
     its forgetting is the least KL on it at which the learning is the target or more. Why so:
 
-    - To second order the margin grows with the adapter's weight and KL with its square, so between
-      two values of the dial it is √KL that runs straight; KL itself would be read too high,
-      halfway from the base to the next value twice what it is.
+    - To second order the margin grows with the adapter's weight and KL with its square, so along
+      that dial √KL runs nearly straight, where KL itself would be read too high, halfway from the
+      base to the next value twice what it is. On other dials, and for accuracy, it is a convention.
     - Prompts, windows and seeds are all drawn anew, the first two for all methods at once, since
       they are the same pairs and the same text; the seeds for each method by itself (see
       `resampled_curve`). The target is drawn with them: that it is an estimate is part of the
@@ -339,7 +339,7 @@ def dial_at(
     where it does not pass the target.
     """
     places = []
-    points = zip(dials, learning, np.sqrt(kl), strict=True)
+    points = zip(dials, learning, np.sqrt(np.maximum(kl, 0.0)), strict=True)
     for (dial, learned, far), (next_dial, next_learned, next_far) in pairwise(points):
         if min(learned, next_learned) <= target <= max(learned, next_learned):
             rise = next_learned - learned
@@ -369,6 +369,7 @@ def _least_kl(curve: Curve, target: Array) -> Array:
 
 
 def _ratio(kl: Array, reference: Array) -> Array:
-    """Return KL over the reference's, which counts as the floor where it is 0; 1 of both."""
-    ratio: Array = np.where(kl + reference > 0, kl / np.maximum(reference, KL_FLOOR), 1.0)
+    """Return KL over the reference's, at least the floor; 1 where both are below the floor."""
+    none = np.maximum(kl, reference) < KL_FLOOR
+    ratio: Array = np.where(none, 1.0, kl / np.maximum(reference, KL_FLOOR))
     return ratio

@@ -386,6 +386,13 @@ def test_where_the_reference_learned_nothing_nobody_forgets_less() -> None:
     assert found["costly"].not_reached == 0.0
 
 
+def test_below_the_floor_nobody_forgets_less() -> None:
+    kl = np.array([0.0, 1e-9, 9e-7, 2e-6])
+    assert stats._ratio(kl[:3], np.array([5e-7, 1e-8, 0.0])).tolist() == [1.0, 1.0, 1.0]
+    assert stats._ratio(kl[3:], np.array([5e-7])) == pytest.approx([2.0])
+    assert stats._ratio(kl[1:2], np.array([2e-6])) == pytest.approx([5e-4])
+
+
 def test_a_method_does_not_change_with_its_company() -> None:
     dpo = curve([0.5, 0.7], [0.0, 0.1], seeds=3)
     ours, other = scaled(dpo, 0.4), scaled(dpo, 2.0)

@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from models import disturbed
 
-from qadapter import hub
+from qadapter import evaluate, hub
 from qadapter.cli import main
 from qadapter.config import QConfig
 from qadapter.errors import ConfigError, DataError
@@ -248,6 +248,31 @@ def test_the_local_suite_scores_what_it_says(
     assert ifeval.metric == "prompt_level_strict_acc"
     assert [s.n for s in scores] == [3, 3, 3, 4, 2]
     assert [s.n for s in evaluate_tasks(policy, local_suite(suite)[:4], limit=2)] == [2] * 4
+
+
+@pytest.mark.parametrize(
+    ("values", "items", "weights"),
+    [
+        ([(-2.5, 3), (-4.0, 5)], (-2.5, -4.0), (3.0, 5.0)),
+        ([(1, 0), (0, 0)], (), ()),  # right and given answers, of F1
+        ([(0.5, 1, 2), (1.0, 1, 1)], (), ()),  # what another metric puts together
+        ([True, 0.5], (1.0, 0.5), ()),
+    ],
+)
+def test_of_a_document_a_figure_is_kept_and_a_weight_where_it_has_one(
+    values: list[Any], items: tuple[float, ...], weights: tuple[float, ...]
+) -> None:
+    class Task:
+        def aggregation(self) -> dict[str, None]:
+            return {"m": None}
+
+    found = {
+        "samples": {"t": [{"m": value, "filter": "none"} for value in values]},
+        "n-samples": {"t": {"effective": len(values)}},
+        "higher_is_better": {"t": {"m": True}},
+    }
+    score = evaluate._score("t", {"m,none": 1.0}, {"t": Task()}, found)
+    assert (score.items, score.weights, score.n) == (items, weights, 2)
 
 
 def test_fewshot_and_chat_template_change_the_prompt(base: str, suite: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -49,12 +50,11 @@ def _compare(args: argparse.Namespace) -> None:
 
     flags = {"methods": args.methods, "vary": args.vary, "output": args.output}
     config = CompareConfig.read(args.config, full=args.full, **flags)
-    words = [args.config, *(["--full"] if args.full else [])]
+    words = ["qadapter", "compare", args.config, *(["--full"] if args.full else [])]
     for name in ("methods", "vary"):
-        words += [f"--{name} {' '.join(flags[name])}"] if flags[name] else []
-    words += [f"--output {args.output}"] if args.output else []
-    command = f"qadapter compare {' '.join(words)}"
-    path = compare(config, tell, command=command, ray=args.ray)
+        words += [f"--{name}", *flags[name]] if flags[name] else []
+    words += ["--output", args.output] if args.output else []
+    path = compare(config, tell, command=shlex.join(words), ray=args.ray)
     found = json.loads(path.read_text(encoding="utf-8"))
     for failure in found["failures"]:
         print(printable(f"failed {failure['cell']}: {failure['error']}"), file=sys.stderr)

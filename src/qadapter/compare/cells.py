@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -50,7 +51,8 @@ class Cell:
         """Where it lives: the same for the same spec, whatever asks for it."""
         text = json.dumps([self.kind, _FORMAT, self.spec], sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()[:10]
-        return self.root / "cells" / f"{self.kind}-{self.label.replace(' ', '-')}-{name}"
+        label = re.sub(r"[^\w.=+-]", "-", self.label)[:80]  # a judge's has an address
+        return self.root / "cells" / f"{self.kind}-{label}-{name}"
 
     @property
     def result(self) -> dict[str, Any] | None:

@@ -96,7 +96,8 @@ class CompareConfig:
         if self.reference not in self.methods:
             raise ConfigError(f"reference: {self.reference!r} must be among the methods; add it.")
         s = self.strengths
-        if 1.0 not in s or not 0 <= s[0] <= s[-1] < math.inf or any(a >= b for a, b in pairwise(s)):
+        rise = all(a < b for a, b in pairwise(s))
+        if 1.0 not in s or not rise or not 0 <= s[0] <= s[-1] < math.inf:
             raise ConfigError("strengths: must rise from 0 or more, with 1 among them.")
         if not self.seeds:
             raise ConfigError("seeds: is empty; give one at least.")

@@ -101,7 +101,7 @@ def _compare(
     for name, path in suite.items():
         run.add_file(name, Path(path))
     run.suite = tuple(suite)
-    run.weights = _files_of(config.model)
+    run.base = _digests(config.model)
     names = ("prompts", "train", "test")
     run.add_written(
         "answers",
@@ -218,10 +218,10 @@ def _within_max_length(config: CompareConfig, parts: Splits) -> dict[str, int]:
     return {name: kept(pairs) for name, pairs in vars(parts).items() if name != "judge"}
 
 
-def _files_of(model: str) -> list[list[str | int]]:
-    """Return name, size and time of a local base's files; of others the name says what they are."""
-    files = sorted(file for file in Path(model).glob("*") if file.is_file())
-    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+def _digests(model: str) -> dict[str, str]:
+    """Return digests of a local base's files, by name; of others the name says what they are."""
+    files = sorted(f for f in Path(model).glob("[!.]*") if f.is_file() and f.suffix != ".md")
+    return {file.name: sha256(file)[:16] for file in files}
 
 
 def _machine() -> dict[str, str]:

@@ -50,8 +50,8 @@ class Run:
     """Every file that cells read, with a digest, so that other data make other cells."""
     suite: tuple[str, ...] = ()
     """Names of those that the capability suite reads."""
-    weights: list[list[str | int]] = field(default_factory=list)
-    """Of a base that is a directory its files, by name, size and time: others make other cells."""
+    base: dict[str, str] = field(default_factory=dict)
+    """Digests of a local base's files, so that another one in its place makes other cells."""
     done: int = 0
     fresh: int = 0
     """Of those done, the ones that had no result before."""
@@ -64,8 +64,8 @@ class Run:
         """Return a cell's result with its `directory`, or None if it failed."""
         files = {name: self.files[of] for name, of in spec.pop("files").items()}
         shared = {name: getattr(self.config, name) for name in _SHARED}
-        if self.weights:
-            shared["weights"] = self.weights
+        if self.base:
+            shared["base"] = self.base
         cell = Cell(self.root, kind, label, {"files": files, **shared, **spec})
         with self.locks[cell.directory]:
             return self._run(cell)
@@ -210,7 +210,7 @@ def _judged(run: Run, label: str, measured: str) -> dict[str, list[Any]]:
     files = {name: name for name in ("judge", "validation", "answers")}
     place = str(Path(measured).relative_to(run.root))
     told = [
-        run.cell("judge", label, files=files, measured=place, judge=name) or {}
+        run.cell("judge", f"{label} by {name}", files=files, measured=place, judge=name) or {}
         for name in run.config.judges
     ]
     return {

@@ -183,7 +183,7 @@ class Results:
     def ours(self) -> list[Method]:
         """The Q-Adapters but the reference; the first is the one that the words are about."""
         reference = self.comparison["reference"]
-        return [m for m in self.methods.values() if m.ours and m.name != reference]
+        return [m for m in self.methods.values() if m.ours and _runs_of(m.name) != reference]
 
     @property
     def others(self) -> list[Method]:
