@@ -28,10 +28,10 @@ import torch
 import yaml
 
 from qadapter import hub
-from qadapter.config import Q_CONFIG_NAME, QConfig
+from qadapter.config import QConfig
 from qadapter.errors import ConfigError, UserError
 from qadapter.files import sha256
-from qadapter.model.adapter import find_weights
+from qadapter.model.adapter import FILES, find_weights
 from qadapter.policy import Policy
 from qadapter.suite import LOCAL_SUITE, installed, local_suite, supply_sentences
 
@@ -299,9 +299,8 @@ def _set_model(options: argparse.Namespace, written: dict[str, Any], model: dict
     options.device = str(hub.pick_device(options.device or written.get("device")))
     # Its cache of answers would answer for every adapter and strength.
     if use_cache := options.use_cache or written.get("use_cache"):
-        weights = find_weights(model["pretrained"])
-        names = (weights.name, "adapter_config.json", Q_CONFIG_NAME)
-        files = [sha256(weights.parent / name) for name in names]
+        directory = find_weights(model["pretrained"]).parent
+        files = [sha256(directory / name) for name in FILES]
         told = json.dumps([files, options.model_args], sort_keys=True, default=str)
         options.use_cache = f"{use_cache}_{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 

@@ -111,9 +111,14 @@ class _Work:
     spec: dict[str, Any]
     directory: Path
 
+    @property
+    def root(self) -> Path:
+        """The comparison's directory, to which its own paths in the spec are relative."""
+        return self.directory.parent.parent
+
     def file(self, name: str) -> str:
-        """Return the path of a file that the spec names; those of the comparison are relative."""
-        return str(self.directory.parent.parent / self.spec["files"][name]["path"])
+        """Return the path of a file that the spec names."""
+        return str(self.root / self.spec["files"][name]["path"])
 
     def answers(self, kind: str) -> tuple[list[Any], list[str]]:
         """Return the prompts of a kind and the base's answers to them."""
@@ -135,8 +140,7 @@ class _Work:
         # Also where training is in bfloat16, which blurs log-ratios as small as these.
         dtype = torch.float32
         if adapter := self.spec.get("adapter"):
-            directory = self.directory.parent.parent / adapter
-            return Policy.from_pretrained(directory, name, dtype=dtype, device=device)
+            return Policy.from_pretrained(self.root / adapter, name, dtype=dtype, device=device)
         base = hub.load_base(name, dtype=dtype, device=device)
         q_config = QConfig(alpha_0=1.0, alpha_tilde=1.0)
         return Policy(QAdapterModel.create(base, q_config), hub.load_tokenizer(name))
@@ -248,7 +252,7 @@ def _judge(work: _Work) -> dict[str, Any]:
     from qadapter.data import read_pairs
     from qadapter.judge import BradleyTerryJudge, NoVoteError, OpenAIJudge, named_judge
 
-    measured = work.directory.parent.parent / work.spec["measured"] / "result.json"
+    measured = work.root / work.spec["measured"] / "result.json"
     points = json.loads(measured.read_text(encoding="utf-8"))["points"]
     made = next(point["answers"] for point in points if point["dial"] == 1.0)
     prompts, base = work.answers("test")

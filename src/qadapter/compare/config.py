@@ -87,10 +87,11 @@ class CompareConfig:
     """Share of layers left alone by the methods that share a trunk."""
 
     def __post_init__(self) -> None:
-        names = [("reference", self.reference), *(("methods", name) for name in self.methods)]
-        for where, name in [*names, *(("headline", name) for name in self.headline)]:
-            if name not in METHODS:
-                raise ConfigError(f"{where}: {name!r} is not one of {', '.join(sorted(METHODS))}.")
+        named = {"reference": (self.reference,), "methods": self.methods, "headline": self.headline}
+        for where, names in named.items():
+            if unknown := [name for name in names if name not in METHODS]:
+                known = ", ".join(sorted(METHODS))
+                raise ConfigError(f"{where}: {unknown[0]!r} is not one of {known}.")
         for name in self.judges:
             named_judge(name)
         if self.reference not in self.methods:

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qadapter.config import Q_CONFIG_NAME
 from qadapter.decoder import decoder_layers
 from qadapter.errors import ArtefactError, ConfigError
 
@@ -61,6 +62,10 @@ def lora_config(
         target_modules=names,
         layers_to_transform=chosen,
     )
+
+
+FILES = ("adapter_config.json", "adapter_model.safetensors", Q_CONFIG_NAME)
+"""What is read of a saved Q-adapter's directory."""
 
 
 def find_weights(directory: str | Path) -> Path:

@@ -178,11 +178,10 @@ def _drops(results: Results, method: Method, where: str, *, level: bool) -> list
     if not known:
         return []
 
+    unit = {task: percent if results.is_perplexity(task) else number for task in known}
+
     def of(tasks: Iterable[str]) -> str:
-        told = {t: percent if results.is_perplexity(t) else number for t in tasks}
-        return ", ".join(
-            f"{task} ({_brief(known[task], as_text)})" for task, as_text in told.items()
-        )
+        return ", ".join(f"{task} ({_brief(known[task], unit[task])})" for task in tasks)
 
     lost = [task for task, d in known.items() if d.low > 0]
     gained = [task for task, d in known.items() if d.high < 0]

@@ -8,11 +8,9 @@ import time
 from pathlib import Path
 
 from qadapter.errors import ConfigError, UserError
+from qadapter.model.adapter import FILES
 from qadapter.serve.asking import Desk, Refused, Served, closing
 from qadapter.serve.engine import EngineClosed, EngineFull
-
-_FILES = ("adapter_config.json", "adapter_model.safetensors", "qadapter_config.json")
-"""What is read of an adapter's directory."""
 
 
 class Shelf:
@@ -38,7 +36,7 @@ class Shelf:
         """
         try:
             place = (self.root / path).resolve(strict=True)
-            files = [(place / name).resolve(strict=True) for name in _FILES]
+            files = [(place / name).resolve(strict=True) for name in FILES]
         except (OSError, RuntimeError, ValueError):  # not there, a ring of links, a zero byte
             files = []
         inside = [file.is_relative_to(self.root) and file.is_file() for file in files]
