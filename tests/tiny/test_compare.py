@@ -12,7 +12,8 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -213,6 +214,15 @@ def test_settings_are_searched_on_other_text_than_is_reported() -> None:
         ({"pairs": 80}, "no pairs are left for the judge"),
         ({"pairs": 500}, "holds fewer than the 540 pairs"),
         ({"full": [1]}, "`full` must hold fields"),
+        ({"held_out_pairs": -1}, "held_out_pairs: -1 must be at least 0"),
+        ({"settings": ["dpo"]}, "'settings' is ['dpo']; write names and values under it"),
+        ({"settings": {"magic": {}}}, "settings: 'magic' is not one of"),
+        ({"settings": {"dpo": 2}}, "'settings': 'dpo' is 2; write names"),
+        ({"settings": {"dpo": {"gamma": 1}}}, "settings: dpo: 'gamma' is not one of beta, learn"),
+        ({"settings": {"base": {"beta": 1}}}, "settings: base: nothing is searched"),
+        ({"settings": {"dpo": {"epochs": 3}}}, "settings: dpo: epochs 3.0 is not one of 1, 2"),
+        ({"settings": {"dpo": {"beta": "low"}}}, "settings: dpo: beta 'low' must be a number"),
+        ({"settings": {"dpo": {"beta": 0}}}, "settings: dpo: beta 0.0 must be a number above 0"),
         ({"judges": ["my aunt"]}, "'my aunt' is none"),
         ({"judges": ["rule:shortest"]}, "'shortest'"),
         ({"judges": ["openai:gpt@nowhere"]}, "not an address"),
@@ -243,6 +253,41 @@ def test_every_method_starts_its_search_inside_its_space() -> None:
             assert value in values if values else space.low <= value <= space.high
 
 
+def search_of(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    """Return DPO's search, in which nothing is trained."""
+    point = {"accuracy": 0.7, "accuracy_ci": (0.6, 0.8), "kl": 0.1, "margin": 1.0}
+    found = {"points": [point], "seconds": 1.0}
+    monkeypatch.setattr(search, "tried", lambda *_, **__: found)
+    config = CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings))
+    return search.searched(cast(Run, SimpleNamespace(config=config)), "dpo", METHODS["dpo"])
+
+
+def test_given_settings_are_not_searched(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings |= {"trials": 3, "settings": {"dpo": {"beta": 0.3, "epochs": 2}}}
+    found = search_of(settings, tmp_path, monkeypatch)
+    assert set(found["space"]) == {"learning_rate"}
+    tried = [trial["params"] for trial in found["trials"]]
+    assert tried[0] == {"beta": 0.3, "epochs": 2, "learning_rate": 2e-4}
+    assert len({params["learning_rate"] for params in tried}) == 3
+    assert {(params["beta"], params["epochs"]) for params in tried} == {(0.3, 2)}
+    # As the search would have them: 2.0 would make another cell.
+    assert type(tried[0]["epochs"]) is int
+
+
+@pytest.mark.parametrize("trials", [0, 3])
+def test_where_everything_is_given_nothing_is_tried(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trials: int
+) -> None:
+    best = {"beta": 0.3, "epochs": 2, "learning_rate": 1e-4}
+    settings |= {"trials": trials, "settings": {"dpo": best}}
+    found = search_of(settings, tmp_path, monkeypatch)
+    assert found == {"sampler": None, "space": {}, "trials": [], "best": best}
+
+
 # ── splits ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -258,6 +303,27 @@ def test_no_prompt_is_in_two_splits(settings: dict[str, Any], tmp_path: Path) ->
     assert set(seen.values()) == {1}
     assert sum(map(len, groups)) == 120 + 20
     assert split(config) == parts
+
+
+def test_pairs_of_the_training_file_are_held_out_beside_the_test_file(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    before = split(CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings)))
+    settings["held_out_pairs"] = 30
+    parts = split(CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings)))
+    assert (parts.train, parts.validation) == (before.train, before.validation)
+    assert parts.test[:20] == before.test
+    assert parts.test[20:] + parts.judge == before.judge
+    assert len(parts.test) == 50
+
+
+def test_more_pairs_than_the_training_file_can_hold_out(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings["held_out_pairs"] = 73
+    said = "fewer than the 121 pairs that `pairs` and `validation_pairs` and `held_out_pairs` ask"
+    with pytest.raises(DataError, match=said):
+        split(CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings)))
 
 
 def of_four(count: int, start: int = 0) -> list[dict[str, Any]]:

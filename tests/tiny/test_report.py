@@ -608,6 +608,8 @@ def test_caveats_are_told() -> None:
     results = Results(comparison(dpo={**DPO, "search": untuned}, q={**BETTER, "search": untuned}))
     assert "No method was tuned" in " ".join(paragraph(results))
     assert "No method was tuned" not in told
+    results.comparison["config"]["settings"] = {"dpo": {"beta": 0.1}, "sft": {}}
+    assert "or ours, but “DPO”, whose settings the comparison gave." in " ".join(paragraph(results))
 
 
 # --- What may be missing, and what may be hostile -------------------------------------------------

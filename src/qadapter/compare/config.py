@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from qadapter.compare.methods import METHODS, Choice, Range
+from qadapter.compare.methods import METHODS, Choice, Range, Space
 from qadapter.errors import ConfigError
 from qadapter.files import read_fields
 from qadapter.hub import DEFAULT_BASE
@@ -50,6 +50,8 @@ class CompareConfig:
     trials: int = 3
     """Settings tried for each method on the validation pairs; the first are its defaults. 0 takes
     these untried."""
+    settings: dict[str, dict[str, float | str]] = field(default_factory=dict)
+    """By method, settings that are given and not searched: `dpo: {beta: 0.3}`."""
     seeds: tuple[int, ...] = (0,)
     """Training seeds of the chosen setting."""
     headline: tuple[str, ...] = ()
@@ -69,6 +71,9 @@ class CompareConfig:
     """Pairs of the training file that settings are chosen on."""
     test_pairs: int = 300
     """Pairs of the test file: one of each prompt, then a second, and so on."""
+    held_out_pairs: int = 0
+    """Pairs of the training file to test on, too, where the test file is small: of prompts that
+    training and validation leave, and that then are not the judge's."""
     text_tokens: int = 8000
     """Tokens of the general text."""
     replay_prompts: int = 200
@@ -87,7 +92,12 @@ class CompareConfig:
     """Share of layers left alone by the methods that share a trunk."""
 
     def __post_init__(self) -> None:
-        named = {"reference": (self.reference,), "methods": self.methods, "headline": self.headline}
+        named = {
+            "reference": (self.reference,),
+            "methods": self.methods,
+            "headline": self.headline,
+            "settings": tuple(self.settings),
+        }
         for where, names in named.items():
             if unknown := [name for name in names if name not in METHODS]:
                 known = ", ".join(sorted(METHODS))
@@ -107,9 +117,12 @@ class CompareConfig:
         if not 0 <= self.trunk < 1:
             raise ConfigError(f"trunk: {self.trunk} must be from 0, below 1.")
         for name in _COUNTS:
-            least = 0 if name == "trials" else 1
+            least = 0 if name in ("trials", "held_out_pairs") else 1
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: {getattr(self, name)} must be at least {least}.")
+        for name, given in self.settings.items():
+            for parameter, value in given.items():
+                _check_setting(f"settings: {name}", METHODS[name].space, parameter, value)
         curves = [retrained(text)[:2] for text in self.retrain]
         for text, (name, parameter) in zip(self.retrain, curves, strict=True):
             if name not in METHODS or not _has_number(METHODS[name].space.get(parameter)):
@@ -152,8 +165,12 @@ class CompareConfig:
                 raise ConfigError(
                     f"{path}: {name!r} is not a field; the fields are {', '.join(hints)}."
                 )
-        required = (f for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING)
-        if missing := [f.name for f in required if f.name not in fields]:
+        missing = [
+            f.name
+            for f in dataclasses.fields(cls)
+            if f.default is f.default_factory is dataclasses.MISSING and f.name not in fields
+        ]
+        if missing:
             raise ConfigError(f"{path}: {missing[0]!r} is missing; add it.")
         values = {n: _value(f"{path}: {n!r}", v, hints[n]) for n, v in fields.items()}
         try:
@@ -169,6 +186,7 @@ _COUNTS = (
     "pairs",
     "validation_pairs",
     "test_pairs",
+    "held_out_pairs",
     "text_tokens",
     "replay_prompts",
     "rl_prompts",
@@ -194,6 +212,19 @@ def retrained(text: str) -> tuple[str, str, tuple[float, ...]]:
     return name, parameter, tuple(map(float, values.split(",")))
 
 
+def _check_setting(where: str, space: Space, parameter: str, value: Any) -> None:
+    """Raise ConfigError where the parameter is not searched, or cannot be of that value."""
+    if not space:
+        raise ConfigError(f"{where}: nothing is searched there; leave {parameter!r} out.")
+    if (values := space.get(parameter)) is None:
+        raise ConfigError(f"{where}: {parameter!r} is not one of {', '.join(space)}.")
+    if isinstance(values, Choice):
+        if value not in values.values:
+            raise ConfigError(f"{where}: {parameter} {value!r} is not one of {values}.")
+    elif isinstance(value, str) or not 0 < value < math.inf:
+        raise ConfigError(f"{where}: {parameter} {value!r} must be a number above 0.")
+
+
 def _is_number(text: str) -> bool:
     try:
         return math.isfinite(float(text))
@@ -212,6 +243,11 @@ def _value(where: str, value: Any, hint: Any) -> Any:
     if get_origin(hint) is tuple:
         values = value if isinstance(value, list | tuple) else [value]
         return tuple(_value(where, v, get_args(hint)[0]) for v in values)
+    if get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where} is {value!r}; write names and values under it.")
+        of = get_args(hint)[1]
+        return {str(k): _value(f"{where}: {k!r}", v, of) for k, v in value.items()}
     kinds = get_args(hint) or (hint,)
     if float in kinds and type(value) is int:
         value = float(value)

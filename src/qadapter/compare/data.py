@@ -55,28 +55,30 @@ def split(config: CompareConfig) -> Splits:
     random.Random(_SEED).shuffle(keys)
     prompts = [by_prompt[key] for key in keys]
 
-    def parts(most: int) -> tuple[list[Pair], list[Pair], list[list[Pair]]]:
+    def parts(most: int) -> tuple[list[Pair], list[Pair], list[Pair], list[list[Pair]]]:
         validation, rest = _take(prompts, config.validation_pairs, most)
         train, rest = _take(rest, config.pairs, most)
-        return validation, train, rest
+        more, rest = _take(rest, config.held_out_pairs, most)
+        return validation, train, more, rest
 
     longest = max(map(len, prompts))
     most = 1 + bisect_left(
-        range(1, longest), True, key=lambda most: 2 * len(parts(most)[2]) >= len(prompts)
+        range(1, longest), True, key=lambda most: 2 * len(parts(most)[-1]) >= len(prompts)
     )
-    validation, train, rest = parts(most)
-    if len(train) < config.pairs:
-        need = config.pairs + config.validation_pairs
+    validation, train, more, rest = parts(most)
+    asked = ("pairs", "validation_pairs", *["held_out_pairs"] * bool(config.held_out_pairs))
+    need = sum(getattr(config, name) for name in asked)
+    if len(train) + len(validation) + len(more) < need:
+        names = " and ".join(f"`{name}`" for name in asked)
         raise DataError(
-            f"{config.train}: holds fewer than the {need} pairs that `pairs` and "
-            "`validation_pairs` ask for; lower them."
+            f"{config.train}: holds fewer than the {need} pairs that {names} ask for; lower them."
         )
     if "bradley-terry" in config.judges and not rest:
         raise DataError(
             f"{config.train}: no pairs are left for the judge bradley-terry to learn from; lower "
             "`pairs` or `validation_pairs`, or name other `judges`."
         )
-    test = in_turn(held_out.values())[: config.test_pairs]
+    test = in_turn(held_out.values())[: config.test_pairs] + more
     return Splits(train, validation, list(chain.from_iterable(rest)), test)
 
 
@@ -89,6 +91,8 @@ def _by_prompt(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
 
 def _take(prompts: list[list[Pair]], wanted: int, most: int) -> tuple[list[Pair], list[list[Pair]]]:
     """Return pairs of the first prompts, at most so many of each, and the prompts left."""
+    if not wanted:
+        return [], prompts
     held = list(accumulate(min(most, len(pairs)) for pairs in prompts))
     end = bisect_left(held, wanted) + 1
     return in_turn(pairs[:most] for pairs in prompts[:end])[:wanted], prompts[end:]

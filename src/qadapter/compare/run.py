@@ -173,6 +173,7 @@ def _write(
     config = run.config
     runs = [found for method in methods.values() for found in method["runs"]]
     runs += robustness
+    tested = [config.test, *[config.train] * bool(config.held_out_pairs)]
     # The same of every run, since all are measured on the same pairs.
     told = [(found.pop("length_baseline"), found.pop("prompts")) for found in runs]
     baseline, prompts = told[0] if told else (None, [])
@@ -184,7 +185,7 @@ def _write(
         "config": dataclasses.asdict(config),
         "data": {
             name: {
-                "path": config.test if name == "test" else config.train,
+                "path": ", ".join(tested) if name == "test" else config.train,
                 "pairs": len(pairs),
                 "prompts": len(prompts_of(pairs)),
                 **({"within_max_length": fit[name]} if name in fit else {}),

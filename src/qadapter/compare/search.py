@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qadapter.compare.methods import Choice, Method, Range
+from qadapter.compare.methods import Choice, Method, Params, Range, Value
 from qadapter.compare.running import Run, tried
 
 SEED = 0
@@ -22,10 +22,14 @@ def searched(run: Run, name: str, method: Method) -> dict[str, Any]:
     It begins with the method's defaults, each number of epochs in turn. Two aims, accuracy and a
     low `kl_of_one_nat`. Chosen is, of the settings whose accuracy is within one standard error of
     the best, the one with the least of it: a search for accuracy alone would pick among equals by
-    noise, and so make any method's forgetting a matter of luck.
+    noise, and so make any method's forgetting a matter of luck. Settings that the comparison gives
+    are not searched.
     """
-    if run.config.trials == 0:
-        return {"sampler": None, "space": {}, "trials": [], "best": dict(method.defaults)}
+    given = _given(method, run.config.settings.get(name, {}))
+    space = {k: v for k, v in method.space.items() if k not in given}
+    if run.config.trials == 0 or not space:
+        best = {**method.defaults, **given}
+        return {"sampler": None, "space": {}, "trials": [], "best": best}
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -33,12 +37,13 @@ def searched(run: Run, name: str, method: Method) -> dict[str, Any]:
         directions=["maximize", "minimize"],
         sampler=optuna.samplers.TPESampler(seed=SEED, n_startup_trials=_STARTUP),
     )
-    for epochs in getattr(method.space.get("epochs"), "values", (None,)):
-        study.enqueue_trial({**method.defaults, **({"epochs": epochs} if epochs else {})})
+    start = {k: v for k, v in method.defaults.items() if k in space}
+    for epochs in getattr(space.get("epochs"), "values", (None,)):
+        study.enqueue_trial({**start, **({"epochs": epochs} if epochs else {})})
     trials = []
     for i in range(run.config.trials):
-        trial = study.ask({k: _distribution(v) for k, v in method.space.items()})
-        params = {k: _rounded(v) for k, v in trial.params.items()}
+        trial = study.ask({k: _distribution(v) for k, v in space.items()})
+        params = {**given, **{k: _rounded(v) for k, v in trial.params.items()}}
         if found := tried(run, name, params, SEED, f"{name} trial {i}"):
             point = found["points"][0]
             figures = {k: point[k] for k in ("accuracy", "accuracy_ci", "kl", "margin")}
@@ -52,7 +57,7 @@ def searched(run: Run, name: str, method: Method) -> dict[str, Any]:
             trials.append({"params": params, "state": "failed", "seconds": 0.0})
     return {
         "sampler": _sampler(run.config.trials),
-        "space": {k: str(v) for k, v in method.space.items()},
+        "space": {k: str(v) for k, v in space.items()},
         "trials": trials,
         "best": one_standard_error(trials),
     }
@@ -87,6 +92,15 @@ def one_standard_error(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any] | 
     mark = best["accuracy"] - (best["accuracy"] - best["accuracy_ci"][0]) / 1.96
     good = (t for t in done if t["accuracy"] >= mark)
     return dict(min(good, key=lambda t: t["kl_of_one_nat"])["params"])
+
+
+def _given(method: Method, settings: Mapping[str, float | str]) -> Params:
+    """Return given settings as the search would have them, so that they make the same cells."""
+
+    def told(values: Range | Choice, value: float | str) -> Value:
+        return values.values[values.values.index(value)] if isinstance(values, Choice) else value
+
+    return {name: told(method.space[name], value) for name, value in settings.items()}
 
 
 def _distribution(space: Range | Choice) -> Any:

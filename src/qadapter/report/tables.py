@@ -191,13 +191,15 @@ def _tasks(results: Results, method: Method, *, level: bool) -> list[str]:
 def tuning(results: Results) -> Table:
     """Return how each method's settings were found."""
     rows = []
-    for fields in results.comparison["methods"].values():
+    given = results.comparison["config"].get("settings", {})
+    for name, fields in results.comparison["methods"].items():
         search = fields["search"]
         row = [fields["label"], fields["library"], fields["about"], fields["dial"]]
         if search is None:
             row += ["not searched", NONE, NONE, NONE]
         elif not search["trials"]:
-            row += ["not searched", "0", _settings(search["best"]), NONE]
+            found = "given" if name in given else "not searched"
+            row += [found, "0", _settings(search["best"]), NONE]
         else:
             trials = search["trials"]
             failed = sum(trial["state"] == "failed" for trial in trials)

@@ -216,8 +216,11 @@ def _caveats(results: Results) -> list[str]:
         )
     searches = [m["search"] for m in results.comparison["methods"].values() if m["search"]]
     budgets = {len(search["trials"]) for search in searches}
+    settings = results.comparison["config"].get("settings", {})
+    given = [results.methods[name].label for name in settings if name in results.methods]
     if budgets == {0}:
-        told.append("No method was tuned: each has its library's defaults, or ours.")
+        but = f", but {_listed(given)}, whose settings the comparison gave" if given else ""
+        told.append(f"No method was tuned here: each has its library's defaults, or ours{but}.")
     if len(budgets) > 1:
         told.append(
             f"The tuning budgets differ, from {min(budgets)} to {max(budgets)} trials: a method "
