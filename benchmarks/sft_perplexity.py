@@ -16,7 +16,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +30,8 @@ from qadapter.compare.data import part_of, split, write_pairs
 from qadapter.compare.measure import row_figures
 from qadapter.compare.train import Task, train
 from qadapter.config import QConfig
-from qadapter.data import Pair, prompt_key, read_texts
+from qadapter.data import Pair, read_texts
+from qadapter.data.tokens import kept_pairs
 from qadapter.files import read_jsonl, write_text
 from qadapter.model import QAdapterModel
 from qadapter.policy import Policy
@@ -39,17 +40,22 @@ from qadapter.stats import mean_intervals
 DATA = Path(os.environ.get("QADAPTER_DATA", "../shared/data"))
 SETTINGS = Path(__file__).parent / "compare" / "entertainment.yaml"
 PARAMS = {"trunk": 0.0, "learning_rate": 2e-4, "epochs": 1}
-MOST = 128
+Rows = dict[str, list[list[int]]]
+MOST = 192
 """Tokens of an answer that the base samples."""
 
 
-def own_answers(base: Policy, pairs: Sequence[Pair]) -> list[Pair]:
-    """Return a pair a prompt, its chosen answer sampled by the base: those that came to an end."""
-    asked = list({prompt_key(pair): pair for pair in pairs}.values())
-    out = []
+def fitting(base: Policy, pairs: Iterable[Pair], most: int) -> list[Pair]:
+    """Return the pairs of at most so many tokens, which are those that training keeps."""
+    kept = kept_pairs(pairs, base.tokenizer, {}, end_ids=base.end_ids, max_length=most)
+    return [pair for pair, _ in kept]
+
+
+def own_answers(base: Policy, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Pair]]:
+    """Yield each pair whose prompt the base answers to the end, and it with that for chosen."""
     torch.manual_seed(0)
-    for start in range(0, len(asked), 16):
-        part = asked[start : start + 16]
+    for start in range(0, len(pairs), 16):
+        part = pairs[start : start + 16]
         prompts = [pair.prompt for pair in part]
         made = base.answer(
             prompts, strength=0.0, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=MOST
@@ -57,21 +63,24 @@ def own_answers(base: Policy, pairs: Sequence[Pair]) -> list[Pair]:
         for pair, answer in zip(part, made, strict=True):
             length = len(base.tokenizer(answer, add_special_tokens=False)["input_ids"])
             if answer and length < MOST - 2:
-                out.append(replace(pair, chosen=[{"role": "assistant", "content": answer}]))
-    return out
+                yield pair, replace(pair, chosen=[{"role": "assistant", "content": answer}])
 
 
 def authors(base: Policy, config: CompareConfig) -> dict[str, list[Pair]]:
-    """Return training pairs by who wrote what is trained on."""
-    pairs = split(config).train
+    """Return the same training pairs by who wrote what is trained on."""
+    pairs = fitting(base, split(config).train, config.max_length)
+    both = list(own_answers(base, pairs))
+    own = fitting(base, (answered for _, answered in both), config.max_length)
+    asked = {pair.source for pair in own}
+    chosen = [pair for pair, _ in both if pair.source in asked]
     return {
-        "chosen": pairs,
-        "rejected": [replace(p, chosen=p.rejected, rejected=p.chosen) for p in pairs],
-        "the base's own": own_answers(base, pairs),
+        "chosen": chosen,
+        "rejected": [replace(p, chosen=p.rejected, rejected=p.chosen) for p in chosen],
+        "the base's own": own,
     }
 
 
-def texts(base: Policy, config: CompareConfig, tokens: int) -> dict[str, list[list[int]]]:
+def texts(base: Policy, config: CompareConfig, tokens: int) -> Rows:
     """Return rows of tokens by text."""
     novels = [
         str(cast(dict[str, Any], row)["context"])
@@ -94,6 +103,46 @@ def losses(policy: Policy, rows: Sequence[Sequence[int]]) -> tuple[list[float], 
     return rise, found.tokens.tolist(), float(found.kl.sum() / found.tokens.sum())
 
 
+def trained(config: CompareConfig, pairs: Sequence[Pair], seed: int) -> Policy:
+    """Return the policy of an SFT on the chosen answers."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, "pairs.jsonl")
+        write_pairs(file, pairs)
+        task = Task(
+            params=PARAMS,
+            seed=seed,
+            model=config.model,
+            max_length=config.max_length,
+            answer_tokens=config.answer_tokens,
+            rl_prompts=config.rl_prompts,
+            common_trunk=config.trunk,
+            pairs=file,
+            answers=None,
+            anchors=None,
+            output=Path(directory, "adapter"),
+        )
+        train(task, "train_sft")
+        device = hub.pick_device()
+        return Policy.from_pretrained(
+            str(task.output), config.model, dtype=torch.float32, device=device
+        )
+
+
+def measured(policies: Iterable[Policy], rows: Rows) -> list[dict[str, Any]]:
+    """Return by text how perplexity rose over the base's, with its interval, and KL a token."""
+    found: dict[str, list[Any]] = {name: [] for name in rows}
+    for policy in policies:
+        for name in rows:
+            found[name].append(losses(policy, rows[name]))
+    out = []
+    for name, runs in found.items():
+        [rise] = mean_intervals([[run[0]] for run in runs], runs[0][1])
+        share = {k: math.expm1(getattr(rise, k)) for k in ("value", "low", "high")}
+        kl = sum(run[2] for run in runs) / len(runs)
+        out.append({"text": name, "perplexity_rise": share, "kl": kl})
+    return out
+
+
 def main() -> None:
     """Train each way with each seed, measure, write and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -109,45 +158,17 @@ def main() -> None:
     untrained = QAdapterModel.create(model, QConfig(alpha_0=1.0, alpha_tilde=1.0))
     base = Policy(untrained, hub.load_tokenizer(config.model))
     rows = texts(base, config, args.tokens)
-    trained_on = authors(base, config)
-    out: dict[str, Any] = {"params": PARAMS, "seeds": args.seeds, "tokens": args.tokens, "rows": []}
-    for author, pairs in trained_on.items():
-        found: dict[str, list[Any]] = {name: [] for name in rows}
-        for seed in args.seeds:
-            with tempfile.TemporaryDirectory() as directory:
-                file = Path(directory, "pairs.jsonl")
-                write_pairs(file, pairs)
-                task = Task(
-                    params=PARAMS,
-                    seed=seed,
-                    model=config.model,
-                    max_length=config.max_length,
-                    answer_tokens=config.answer_tokens,
-                    rl_prompts=config.rl_prompts,
-                    common_trunk=config.trunk,
-                    pairs=file,
-                    answers=None,
-                    anchors=None,
-                    output=Path(directory, "adapter"),
-                )
-                train(task, "train_sft")
-                policy = Policy.from_pretrained(
-                    str(task.output), config.model, dtype=torch.float32, device=hub.pick_device()
-                )
-            for name in rows:
-                found[name].append(losses(policy, rows[name]))
-        for name, runs in found.items():
-            [rise] = mean_intervals([[run[0]] for run in runs], runs[0][1])
-            share = {k: math.expm1(getattr(rise, k)) for k in ("value", "low", "high")}
-            kl = sum(run[2] for run in runs) / len(runs)
-            out["rows"].append(
-                {"answers": author, "text": name, "perplexity_rise": share, "kl": kl}
-            )
-            low, high = share["low"], share["high"]
-            print(
-                f"{author:26}{name:24}{share['value']:+.2%} ({low:+.2%} to {high:+.2%}) KL {kl:.5f}"
-            )
-    out |= {"pairs": {k: len(v) for k, v in trained_on.items()}, "processor": hub.processor()}
+    out: dict[str, Any] = {"params": PARAMS, "processor": hub.processor(), **vars(args), "rows": []}
+    del out["output"]
+    for author, pairs in authors(base, config).items():
+        out["pairs"] = len(pairs)
+        found = measured((trained(config, pairs, seed) for seed in args.seeds), rows)
+        out["rows"] += [{"answers": author, **row} for row in found]
+        for row in found:
+            share = row["perplexity_rise"]
+            between = f"{share['low']:+.2%} to {share['high']:+.2%}"
+            told = f"{share['value']:+.2%} ({between}) KL {row['kl']:.5f}"
+            print(f"{author:16}{row['text']:24}{told}", flush=True)
     write_text(args.output, json.dumps(out, indent=1, allow_nan=False) + "\n")
 
 

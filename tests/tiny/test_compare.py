@@ -214,6 +214,15 @@ def test_settings_are_searched_on_other_text_than_is_reported() -> None:
         ({"pairs": 80}, "no pairs are left for the judge"),
         ({"pairs": 500}, "holds fewer than the 540 pairs"),
         ({"full": [1]}, "`full` must hold fields"),
+        ({"vary": ["lora_r=0"]}, "vary: 'lora_r=0': lora_r must be above 0"),
+        ({"vary": ["trunk=1"]}, "vary: 'trunk=1': trunk must be below 1"),
+        ({"vary": ["gamma=1.1"]}, "vary: 'gamma=1.1': gamma must be at most 1"),
+        ({"vary": ["beta=-1"]}, "vary: 'beta=-1': beta must not be below 0"),
+        ({"vary": ["flipped=0.1", "flipped=0.10"]}, "vary: 'flipped=0.1' is there twice"),
+        ({"judges": ["rule:shorter", "rule:shorter"]}, "judges: 'rule:shorter' is there twice"),
+        ({"methods": ["dpo", "dpo"]}, "methods: 'dpo' is there twice; give it once"),
+        ({"retrain": ["dpo.beta=0.1,0"]}, "'dpo.beta=0.1,0' holds 0; it must be above 0"),
+        ({"retrain": ["dpo.beta=-0.1"]}, "'dpo.beta=-0.1' holds -0.1; it must be above 0"),
         ({"held_out_pairs": -1}, "held_out_pairs: -1 must be at least 0"),
         ({"settings": ["dpo"]}, "'settings' is ['dpo']; write names and values under it"),
         ({"settings": {"magic": {}}}, "settings: 'magic' is not one of"),
@@ -267,7 +276,7 @@ def search_of(
 def test_given_settings_are_not_searched(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings |= {"trials": 3, "settings": {"dpo": {"beta": 0.3, "epochs": 2}}}
+    settings |= {"trials": 3, "settings": {"dpo": {"beta": "3e-1", "epochs": 2}}}
     found = search_of(settings, tmp_path, monkeypatch)
     assert set(found["space"]) == {"learning_rate"}
     tried = [trial["params"] for trial in found["trials"]]
@@ -317,11 +326,27 @@ def test_pairs_of_the_training_file_are_held_out_beside_the_test_file(
     assert len(parts.test) == 50
 
 
+def test_holding_out_leaves_training_as_it_is(settings: dict[str, Any], tmp_path: Path) -> None:
+    # Several pairs a prompt: the judge gets less, and no other prompt is trained on.
+    settings |= {"train": write_rows(tmp_path / "four.jsonl", of_four(100)), "pairs": 10}
+    before = split(CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings)))
+    settings["held_out_pairs"] = 40
+    parts = split(CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings)))
+    assert (parts.train, parts.validation) == (before.train, before.validation)
+    assert len(parts.test) == 20 + 40
+    groups = [parts.train, parts.validation, parts.judge, parts.test]
+    seen = Counter(key for group in groups for key in {prompt_key(p) for p in group})
+    assert set(seen.values()) == {1}
+    settings["held_out_pairs"] = 50
+    with pytest.raises(DataError, match=r"left for the judge.*`held_out_pairs`, or name other"):
+        split(CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings)))
+
+
 def test_more_pairs_than_the_training_file_can_hold_out(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
     settings["held_out_pairs"] = 73
-    said = "fewer than the 121 pairs that `pairs` and `validation_pairs` and `held_out_pairs` ask"
+    said = "fewer than the 121 pairs that `pairs`, `validation_pairs`, `held_out_pairs` ask"
     with pytest.raises(DataError, match=said):
         split(CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings)))
 
@@ -541,6 +566,15 @@ def test_what_a_trainer_leaves_is_a_policy_that_differs_from_the_base(
     assert layers == ({"0", "1", "2", "3"} if params.get("trunk") == 0.0 else {"2", "3"})
 
 
+def test_online_learning_of_too_few_prompts_for_a_step_is_refused(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    done = replace(task(settings, tmp_path, beta=0.05), rl_prompts=3)
+    with pytest.raises(DataError, match="rl_prompts: online learning asks 4 prompts a step, and"):
+        training.train(done, "train_rloo")
+    assert not done.output.exists()
+
+
 @pytest.mark.parametrize(
     ("trainer", "more"),
     [
@@ -698,6 +732,8 @@ def test_a_comparison_is_made_and_resumed_and_reported(
     assert "train dpo seed 0" in said
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert found["failures"] == []
+    here = {"machine": found["machine"], "versions": found["versions"]}
+    assert found["cells"] == [{"count": sum(wanted.values()) + 2 * 5, **here}]
     assert [r["seed"] for r in found["methods"]["dpo"]["runs"]] == [0, 1]
     point = found["methods"]["qadapter"]["runs"][0]["points"][-1]
     assert point["dial"] == 1.0

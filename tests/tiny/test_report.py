@@ -87,6 +87,7 @@ def point(dial: float, accuracy: float, kl: float, seed: int, task_drop: float) 
                 "ties": 4,
                 "judge_accuracy": 0.823,
                 "length_delta": 3.25,
+                "items": [0.9, 0.2, 0.5, 0.6, 0.55],
             }
         ],
     }
@@ -366,8 +367,11 @@ def test_learning_figures_are_those_of_the_json(full: dict[str, Any], page: Page
         assert row["Margin a token, nats"] == number(fmean(p["margin_per_token"] for p in points))
         ranking = fmean(p["ranking_accuracy"] for p in points)
         assert row["Ranking accuracy"].startswith(f"{percent(ranking)} (")
-    wins = "55.0% (50.8% to 59.0%); a judge right in 82.3%; 12 ties of 300; +3.2 words"
-    assert rows[1]["Wins, says Bradley–Terry"] == wins
+    wins = (
+        "55.0% (50.8% to 59.0%); 70.0% preferred, 12 ties of 300; a judge right in 82.3%; "
+        "+3.2 words"
+    )
+    assert rows[1]["Mean vote of Bradley–Terry"] == wins
     assert longer["Accuracy"] == "54.1%"
 
 
@@ -608,8 +612,52 @@ def test_caveats_are_told() -> None:
     results = Results(comparison(dpo={**DPO, "search": untuned}, q={**BETTER, "search": untuned}))
     assert "No method was tuned" in " ".join(paragraph(results))
     assert "No method was tuned" not in told
-    results.comparison["config"]["settings"] = {"dpo": {"beta": 0.1}, "sft": {}}
-    assert "or ours, but “DPO”, whose settings the comparison gave." in " ".join(paragraph(results))
+
+
+def test_results_of_another_version_are_told() -> None:
+    made = comparison(dpo=DPO, q=BETTER)
+    here = {"machine": made["machine"], "versions": made["versions"]}
+    made["cells"] = [{"count": 7, **here}]
+    assert "another version" not in " ".join(paragraph(Results(made)))
+    older = {**here, "versions": {**made["versions"], "torch": "2.12.0"}}
+    made["cells"] += [{"count": 4, **older}, {"count": 1}]
+    results = Results(made)
+    assert "5 of the results behind this were made on another machine or by another version" in (
+        " ".join(paragraph(results))
+    )
+    rows = dict(tables.made(results).rows[-2:])
+    assert rows["4 results made by"] == "versions: torch 2.12.0"
+    assert "machine: processor unknown" in rows["1 results made by"]
+
+
+def tuned(best: dict[str, float], given: dict[str, Any], trials: int) -> tuple[str, str]:
+    """Return the caveats and what is said of DPO's search, Q-Adapter's being of four trials."""
+    search = {"sampler": "TPE", "space": {"beta": "0 to 1"}, "trials": [], "best": best}
+    search["trials"] = DPO["search"]["trials"][:1] * trials
+    made = comparison(dpo={**DPO, "search": search}, q=BETTER)
+    made["config"]["settings"] = given
+    results = Results(made)
+    rows = tables.tuning(results).rows
+    return " ".join(paragraph(results)), next(row for row in rows if row[0] == "DPO")[4]
+
+
+def test_settings_that_were_given_are_told() -> None:
+    best = {"beta": 0.1, "epochs": 2}
+    said = "Settings were given for “DPO” ({}), and not searched"
+    told, search = tuned(best, {"dpo": {"beta": 0.1, "epochs": 2}, "sft": {}}, 0)
+    assert said.format("beta, epochs") in told
+    assert "SFT" not in told
+    # Nobody knows how much trouble went into these.
+    assert "budgets" not in told
+    assert search == "given"
+    # The rest was searched less, or not at all.
+    told, search = tuned(best, {"dpo": {"epochs": 2}}, 4)
+    assert said.format("epochs") in told
+    assert "budgets" not in told
+    assert search == "TPE: beta 0 to 1; epochs was given"
+    told, search = tuned(best, {"dpo": {"epochs": 2}}, 0)
+    assert "The tuning budgets differ, from 0 to 4 trials" in told
+    assert search == "not searched"
 
 
 # --- What may be missing, and what may be hostile -------------------------------------------------
@@ -630,7 +678,7 @@ def test_text_is_escaped(tmp_path: Path) -> None:
     assert not any("onerror" in attributes for _, attributes in page.tags)
     assert page.table("Method", "Verdict")[1]["Method"] == hostile
     assert page.table("Cell", "Error")[0]["Cell"] == hostile
-    assert f"Wins, says {hostile}" in page.table("Method", "Margin, nats")[0]
+    assert f"Mean vote of {hostile}" in page.table("Method", "Margin, nats")[0]
     assert page.text.count("alert('1')") > 5
 
 
@@ -716,7 +764,7 @@ def test_a_figure_that_was_not_measured_is_a_dash(tmp_path: Path) -> None:
     page = written(made, tmp_path)
     row = page.table("Method", "Perplexity")[1]
     assert (row["KL on the base’s answers"], row["Greedy answers changed"]) == ("–", "–")
-    assert page.table("Method", "Margin, nats")[1]["Wins, says Bradley–Terry"] == "–"
+    assert page.table("Method", "Margin, nats")[1]["Mean vote of Bradley–Terry"] == "–"
     assert "No task was measured on it and on the base." in page.text
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+from qadapter.compare.origin import origin
 from qadapter.errors import DataError
 from qadapter.files import sha256, write_jsonl, write_text
 from qadapter.stats import numbered
@@ -319,5 +320,5 @@ def work(directory: Path) -> None:
     for name, file in asked.spec["files"].items():
         if not sha256(asked.file(name)).startswith(file["sha256"]):
             raise DataError(f"{asked.file(name)}: changed meanwhile; run the comparison again.")
-    result = WORK[found["kind"]](asked)
+    result = WORK[found["kind"]](asked) | {"made_by": origin()}
     write_text(directory / "result.json", json.dumps(result, allow_nan=False) + "\n")

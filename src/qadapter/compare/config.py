@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from qadapter.compare.methods import METHODS, Choice, Range, Space
+from qadapter.compare.methods import METHODS, Choice, Range, Space, why_not
 from qadapter.errors import ConfigError
 from qadapter.files import read_fields
 from qadapter.hub import DEFAULT_BASE
@@ -129,6 +130,10 @@ class CompareConfig:
                 raise ConfigError(
                     f"retrain: {text!r} must name a method and a number that its search varies."
                 )
+            for value in retrained(text)[2]:
+                # What a search varies along a logarithm is never 0.
+                if value == 0 or why_not(parameter, value):
+                    raise ConfigError(f"retrain: {text!r} holds {value:g}; it must be above 0.")
             if curves.count((name, parameter)) > 1:
                 raise ConfigError(f"retrain: {name}.{parameter} is there twice; give one list.")
         for variation in self.vary:
@@ -137,6 +142,11 @@ class CompareConfig:
                 raise ConfigError(f"vary: {variation!r} must read NAME=NUMBER, as flipped=0.1.")
             if name in _WHOLE and not float(value).is_integer():
                 raise ConfigError(f"vary: {variation!r} must be a whole number.")
+            if why := why_not(name, float(value)):
+                raise ConfigError(f"vary: {variation!r}: {name} {why}.")
+        _check_once("methods", self.methods)
+        _check_once("judges", self.judges)
+        _check_once("vary", [f"{n}={float(v):g}" for n, _, v in map(_parted, self.vary)])
 
     def seeds_of(self, method: str) -> tuple[int, ...]:
         """Return the training seeds of a method's chosen setting."""
@@ -212,6 +222,16 @@ def retrained(text: str) -> tuple[str, str, tuple[float, ...]]:
     return name, parameter, tuple(map(float, values.split(",")))
 
 
+def _parted(text: str) -> tuple[str, str, str]:
+    return text.partition("=")
+
+
+def _check_once(where: str, names: Sequence[str]) -> None:
+    """Raise ConfigError where one stands twice, and its figures would count double."""
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise ConfigError(f"{where}: {twice[0]!r} is there twice; give it once.")
+
+
 def _check_setting(where: str, space: Space, parameter: str, value: Any) -> None:
     """Raise ConfigError where the parameter is not searched, or cannot be of that value."""
     if not space:
@@ -249,7 +269,8 @@ def _value(where: str, value: Any, hint: Any) -> Any:
         of = get_args(hint)[1]
         return {str(k): _value(f"{where}: {k!r}", v, of) for k, v in value.items()}
     kinds = get_args(hint) or (hint,)
-    if float in kinds and type(value) is int:
+    # To YAML 2e-4, without a point, is a text.
+    if float in kinds and (type(value) is int or (isinstance(value, str) and _is_number(value))):
         value = float(value)
     if value is None and type(None) in kinds:
         return None

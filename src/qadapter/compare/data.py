@@ -55,28 +55,29 @@ def split(config: CompareConfig) -> Splits:
     random.Random(_SEED).shuffle(keys)
     prompts = [by_prompt[key] for key in keys]
 
-    def parts(most: int) -> tuple[list[Pair], list[Pair], list[Pair], list[list[Pair]]]:
+    def parts(most: int) -> tuple[list[Pair], list[Pair], list[list[Pair]]]:
         validation, rest = _take(prompts, config.validation_pairs, most)
         train, rest = _take(rest, config.pairs, most)
-        more, rest = _take(rest, config.held_out_pairs, most)
-        return validation, train, more, rest
+        return validation, train, rest
 
     longest = max(map(len, prompts))
     most = 1 + bisect_left(
-        range(1, longest), True, key=lambda most: 2 * len(parts(most)[-1]) >= len(prompts)
+        range(1, longest), True, key=lambda most: 2 * len(parts(most)[2]) >= len(prompts)
     )
-    validation, train, more, rest = parts(most)
+    validation, train, rest = parts(most)
+    # After these, so that whoever tests on more pairs trains on the same.
+    more, rest = _take(rest, config.held_out_pairs, most)
     asked = ("pairs", "validation_pairs", *["held_out_pairs"] * bool(config.held_out_pairs))
+    names = ", ".join(f"`{name}`" for name in asked)
     need = sum(getattr(config, name) for name in asked)
     if len(train) + len(validation) + len(more) < need:
-        names = " and ".join(f"`{name}`" for name in asked)
         raise DataError(
-            f"{config.train}: holds fewer than the {need} pairs that {names} ask for; lower them."
+            f"{config.train}: holds fewer than the {need} pairs that {names} ask for; lower one."
         )
     if "bradley-terry" in config.judges and not rest:
         raise DataError(
             f"{config.train}: no pairs are left for the judge bradley-terry to learn from; lower "
-            "`pairs` or `validation_pairs`, or name other `judges`."
+            f"{names}, or name other `judges`."
         )
     test = in_turn(held_out.values())[: config.test_pairs] + more
     return Splits(train, validation, list(chain.from_iterable(rest)), test)

@@ -33,6 +33,22 @@ class Choice:
 Space = Mapping[str, Range | Choice]
 
 
+_ABOVE_ZERO = ("learning_rate", "epochs", "alpha", "alpha_0", "lora_r")
+_MOST = {"gamma": 1.0}
+_BELOW = {"trunk": 1.0}
+
+
+def why_not(parameter: str, value: float) -> str | None:
+    """Return why a parameter cannot have that value, or None."""
+    if value < 0 or (value == 0 and parameter in _ABOVE_ZERO):
+        return f"must {'be above' if parameter in _ABOVE_ZERO else 'not be below'} 0"
+    if value > _MOST.get(parameter, value):
+        return f"must be at most {_MOST[parameter]:g}"
+    if parameter in _BELOW and value >= _BELOW[parameter]:
+        return f"must be below {_BELOW[parameter]:g}"
+    return None
+
+
 def starts_at_base(settings: Mapping[str, Value]) -> bool:
     """Return whether what these settings train is the base at strength 0: α0 = α̃ (METHOD M2)."""
     return settings.get("alpha_0", settings.get("alpha")) == settings.get("alpha")
@@ -156,8 +172,10 @@ METHODS: dict[str, Method] = {
         "of the training pairs; stands for the paper's PPO, which TRL no longer keeps.",
         "train_rloo",
         {"trunk": 0.0},
-        {"beta": Range(0.01, 0.3), "learning_rate": Range(2e-5, 5e-4)},
-        {"beta": 0.05, "learning_rate": 1e-4},
+        # Each epoch asks a prompt once, and a prompt has several pairs: twice as many are as many
+        # steps as the others make.
+        {"beta": Range(0.01, 0.3), "learning_rate": _RATE, "epochs": Choice((2, 4))},
+        {"beta": 0.05, "learning_rate": 2e-4, "epochs": 2},
     ),
     "qadapter": _ours(
         "Q-Adapter",

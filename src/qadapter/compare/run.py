@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from qadapter.compare.data import Splits, part_of, prompts_of, split, write_pair
 from qadapter.compare.equal import add_equal_learning
 from qadapter.compare.fanout import Fanout, fanout
 from qadapter.compare.methods import METHODS, Method, starts_at_base
+from qadapter.compare.origin import origin
 from qadapter.compare.running import Progress, Run, points, tried
 from qadapter.compare.search import searched
 from qadapter.compare.variations import read_variation, retrained_curve, robust
@@ -27,8 +25,6 @@ from qadapter.errors import ConfigError
 from qadapter.files import alone_in, check_writable, sha256, write_text
 from qadapter.stats import INTERVALS
 from qadapter.suite import local_suite
-
-_PACKAGES = ("qadapter", "torch", "transformers", "peft", "trl", "datasets", "lm_eval", "optuna")
 
 
 def compare(
@@ -180,8 +176,8 @@ def _write(
     out = {
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": _machine(),
-        "versions": {name: version(name) for name in _PACKAGES},
+        **origin(),
+        "cells": run.made_by(),
         "config": dataclasses.asdict(config),
         "data": {
             name: {
@@ -223,16 +219,3 @@ def _digests(model: str) -> dict[str, str]:
     """Return digests of a local base's files, by name; of others the name says what they are."""
     files = sorted(f for f in Path(model).glob("[!.]*") if f.is_file() and f.suffix != ".md")
     return {file.name: sha256(file)[:16] for file in files}
-
-
-def _machine() -> dict[str, str]:
-    import torch
-
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return {
-        "cpus": str(os.cpu_count()),
-        "processor": hub.processor(),
-        "device": str(device),
-        "python": platform.python_version(),
-        "system": platform.platform(),
-    }

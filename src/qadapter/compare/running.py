@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from qadapter.compare.cells import Cell, CellFailed
 from qadapter.compare.config import CompareConfig
 from qadapter.compare.fanout import Fanout
 from qadapter.compare.methods import METHODS, starts_at_base
+from qadapter.compare.origin import Origin
 from qadapter.errors import ConfigError
 from qadapter.files import sha256
 from qadapter.stats import share_interval
@@ -57,6 +59,8 @@ class Run:
     """Of those done, the ones that had no result before."""
     began: float = field(default_factory=time.perf_counter)
     failures: list[dict[str, str]] = field(default_factory=list)
+    origins: dict[Path, Origin] = field(default_factory=dict)
+    """What made the result of each cell's directory, in this run or an earlier one."""
     locks: defaultdict[Path, Lock] = field(default_factory=lambda: defaultdict(Lock))
     """One a cell: two askers of the same one get the same result."""
 
@@ -77,13 +81,20 @@ class Run:
         self.tell(Progress(self.done, self.total, label, left))
         fresh = cell.result is None
         try:
-            return {**cell.run(self.fanout.launch), "directory": str(cell.directory)}
+            found = cell.run(self.fanout.launch)
+            self.origins[cell.directory] = found.get("made_by", {})
+            return {**found, "directory": str(cell.directory)}
         except CellFailed as error:
             self.failures.append({"cell": label, "error": str(error)})
             return None
         finally:
             self.done += 1
             self.fresh += fresh
+
+    def made_by(self) -> list[dict[str, Any]]:
+        """Return what made the results, most of them first, and how many each made."""
+        counts = Counter(json.dumps(made, sort_keys=True) for made in self.origins.values())
+        return [{"count": count, **json.loads(made)} for made, count in counts.most_common()]
 
     def add_written(self, kind: str, **spec: Any) -> None:
         """Let cells read what the base writes in a cell of that kind.

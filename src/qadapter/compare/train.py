@@ -20,6 +20,7 @@ from qadapter.compare.data import prompts_of
 from qadapter.config import QAdapterConfig, QConfig
 from qadapter.data import Pair, TokenizedPair, read_pairs, read_texts, tokenize_prompt
 from qadapter.data.tokens import kept_pairs
+from qadapter.errors import DataError
 from qadapter.files import read_jsonl
 from qadapter.held import anchor_rows, anchor_turn
 from qadapter.judge.verdicts import plain
@@ -28,6 +29,9 @@ from qadapter.packing import pad_rows
 from qadapter.train import run_training
 
 Params = Mapping[str, Any]
+
+_RL_PROMPTS, _RL_ANSWERS = 4, 4
+"""Prompts of a step of online learning, and answers to each."""
 
 
 @dataclass(frozen=True)
@@ -236,14 +240,21 @@ def train_rloo(task: Task) -> None:
         return judge.rewards(prompts, [plain(c) for c in completions])
 
     prompts = [{"prompt": prompt} for prompt in prompts_of(base.raw)[: task.rl_prompts]]
-    settings = _settings(task, base) | {"per_device_train_batch_size": 16}
+    if len(prompts) < _RL_PROMPTS:
+        # TRL would leave out the step that they do not fill, and learn nothing.
+        raise DataError(
+            f"rl_prompts: online learning asks {_RL_PROMPTS} prompts a step, and there are "
+            f"{len(prompts)}; give more, or more training pairs."
+        )
+    batch = _RL_PROMPTS * _RL_ANSWERS
+    settings = _settings(task, base) | {"per_device_train_batch_size": batch}
     trainer = RLOOTrainer(
         base.model,
         reward_funcs=reward,
         args=RLOOConfig(
             **settings,
             beta=float(p["beta"]),
-            num_generations=4,
+            num_generations=_RL_ANSWERS,
             max_completion_length=task.answer_tokens,
         ),
         train_dataset=Dataset.from_list(prompts),

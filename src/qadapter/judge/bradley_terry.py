@@ -126,7 +126,7 @@ class BradleyTerryJudge(Judge):
     def win_rate(
         self, prompts: Sequence[Text], answers: Sequence[str], base_answers: Sequence[str]
     ) -> WinRate:
-        """Return how often it prefers the answers to the base's, prompt by prompt.
+        """Return how far it prefers the answers to the base's: its votes, prompt by prompt.
 
         Raises:
             NoVoteError: it is not shown to be better than chance.

@@ -37,10 +37,11 @@ class Validation:
 
 @dataclass(frozen=True)
 class WinRate:
-    """How often a judge prefers the answers to the base's."""
+    """How far a judge prefers the answers to the base's."""
 
     value: float
-    """Mean of the votes: 1 for the answer, 0 for the base's, 0.5 a tie, or a probability."""
+    """Mean of the votes: 1 for the answer, 0 for the base's, 0.5 a tie. Of a judge that gives
+    probabilities it is their mean, as in AlpacaEval, and not the share of answers it prefers."""
     low: float
     """Lower end of its 95% interval, prompts resampled with all their answers."""
     high: float
@@ -115,7 +116,7 @@ class Judge(ABC):
     def win_rate(
         self, prompts: Sequence[Text], answers: Sequence[str], base_answers: Sequence[str]
     ) -> WinRate:
-        """Return how often it prefers the answers to the base's, prompt by prompt.
+        """Return how far it prefers the answers to the base's: its votes, prompt by prompt.
 
         Raises:
             NoVoteError: there is no prompt with a verdict.

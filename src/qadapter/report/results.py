@@ -112,6 +112,27 @@ class Results:
         self._equal: dict[str, dict[str, EqualLearning]] = {}
         self._drops: dict[tuple[str, str, bool], Interval | None] = {}
 
+    @property
+    def otherwise_made(self) -> list[tuple[int, dict[str, str]]]:
+        """How many results another machine, library or code made than wrote this, and which."""
+        found = []
+        for made in self.comparison.get("cells", ()):
+            other = {
+                f"{kind}: {name}": made.get(kind, {}).get(name, "unknown")
+                for kind in ("machine", "versions")
+                for name, value in self.comparison[kind].items()
+                if made.get(kind, {}).get(name, "unknown") != value
+            }
+            if other:
+                found.append((made["count"], other))
+        return found
+
+    def given(self, name: str) -> Mapping[str, Any]:
+        """Return the settings of a method that the comparison gave and did not search."""
+        settings: Mapping[str, Any] = self.comparison["config"].get("settings", {})
+        found: Mapping[str, Any] = settings.get(name, {})
+        return found
+
     def _varied(self) -> dict[str, dict[str, Method]]:
         methods = self.comparison["methods"]
         runs: dict[tuple[str, str], list[Any]] = {}

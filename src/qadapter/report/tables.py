@@ -10,7 +10,7 @@ from typing import Any
 
 from qadapter.report.results import Method, Results
 from qadapter.report.wording import VERDICTS, number, outcome, percent, ranged
-from qadapter.stats import Interval
+from qadapter.stats import Interval, half_ties
 
 NONE = "–"
 """Stands where nothing was measured."""
@@ -89,11 +89,15 @@ def learning(results: Results) -> Table:
     rows.append(["The longer response, whatever it says", NONE, *told])
     margins = ("Margin, nats", "Margin a token, nats", "Ranking accuracy")
     columns = ("Method", "Seeds", "Accuracy", *margins)
-    return Table((*columns, *(f"Wins, says {judge}" for judge in judges)), rows)
+    return Table((*columns, *(f"Mean vote of {judge}" for judge in judges)), rows)
 
 
 def _win_rate(method: Method, judge: str) -> str:
-    """Return the mean win rate over seeds; its interval reaches from the lowest to the highest."""
+    """Return the mean win rate over seeds; its interval reaches from the lowest to the highest.
+
+    Beside it stands the share of answers preferred, which is another number where votes are
+    probabilities.
+    """
     rates = [r for p in method.own_points for r in p["win_rates"] if r["judge"] == judge]
     if not rates:
         return NONE
@@ -105,8 +109,11 @@ def _win_rate(method: Method, judge: str) -> str:
     right = rates[0]["judge_accuracy"]
     known = "a judge not validated" if right is None else f"a judge right in {percent(right)}"
     n, ties = (sum(rate[key] for rate in rates) for key in ("n", "ties"))
+    votes = [vote for rate in rates for vote in rate["items"] if vote is not None]
+    preferred = fmean(half_ties(vote, 0.5) for vote in votes)
     longer = fmean(rate["length_delta"] for rate in rates)
-    return f"{ranged(interval, percent)}; {known}; {ties} ties of {n}; {longer:+.1f} words"
+    counted = f"{percent(preferred)} preferred, {ties} ties of {n}"
+    return f"{ranged(interval, percent)}; {counted}; {known}; {longer:+.1f} words"
 
 
 def refused(results: Results) -> Table:
@@ -191,20 +198,20 @@ def _tasks(results: Results, method: Method, *, level: bool) -> list[str]:
 def tuning(results: Results) -> Table:
     """Return how each method's settings were found."""
     rows = []
-    given = results.comparison["config"].get("settings", {})
     for name, fields in results.comparison["methods"].items():
         search = fields["search"]
         row = [fields["label"], fields["library"], fields["about"], fields["dial"]]
         if search is None:
             row += ["not searched", NONE, NONE, NONE]
         elif not search["trials"]:
-            found = "given" if name in given else "not searched"
+            found = "given" if set(search["best"]) == {*results.given(name)} else "not searched"
             row += [found, "0", _settings(search["best"]), NONE]
         else:
             trials = search["trials"]
             failed = sum(trial["state"] == "failed" for trial in trials)
             row += [
-                f"{search['sampler']}: {_settings(search['space'])}",
+                f"{search['sampler']}: {_settings(search['space'])}"
+                + "".join(f"; {setting} was given" for setting in results.given(name)),
                 f"{len(trials)}" + (f", {failed} failed" if failed else ""),
                 _settings(search["best"]),
                 f"{sum(trial['seconds'] for trial in trials):,.0f} s",
@@ -282,6 +289,7 @@ def made(results: Results) -> Table:
         *([f"Data: {name}", _settings(fields)] for name, fields in found["data"].items()),
         *([f"Machine: {name}", str(value)] for name, value in found["machine"].items()),
         *([f"Version: {name}", str(value)] for name, value in found["versions"].items()),
+        *([f"{n} results made by", _settings(o)] for n, o in results.otherwise_made),
     ]
     return Table(("What", "Value"), rows)
 

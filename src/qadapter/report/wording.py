@@ -214,17 +214,31 @@ def _caveats(results: Results) -> list[str]:
             "Some methods have fewer than three seeds, so their intervals know little or nothing "
             "of how runs differ."
         )
-    searches = [m["search"] for m in results.comparison["methods"].values() if m["search"]]
-    budgets = {len(search["trials"]) for search in searches}
-    settings = results.comparison["config"].get("settings", {})
-    given = [results.methods[name].label for name in settings if name in results.methods]
+    budgets = set()
+    given = []
+    for name, method in results.comparison["methods"].items():
+        settings = results.given(name)
+        if settings:
+            given.append(f"{_listed([method['label']])} ({', '.join(settings)})")
+        if (search := method["search"]) and set(search["best"] or ()) != set(settings):
+            budgets.add(len(search["trials"]))
+    if given:
+        told.append(
+            f"Settings were given for {', '.join(given)}, and not searched: how they were found, "
+            "and with what trouble, is not known here."
+        )
     if budgets == {0}:
-        but = f", but {_listed(given)}, whose settings the comparison gave" if given else ""
+        but = ", but for what was given" if given else ""
         told.append(f"No method was tuned here: each has its library's defaults, or ours{but}.")
     if len(budgets) > 1:
         told.append(
             f"The tuning budgets differ, from {min(budgets)} to {max(budgets)} trials: a method "
             "tuned less than another is at a disadvantage here."
+        )
+    if n := sum(count for count, _ in results.otherwise_made):
+        told.append(
+            f"{n} of the results behind this were made on another machine or by another version; "
+            "they are named below."
         )
     if results.unlike:
         told.append(f"Left out, since scored on other pairs or text: {', '.join(results.unlike)}.")
