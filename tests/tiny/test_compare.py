@@ -44,6 +44,8 @@ from qadapter.suite import local_suite
 
 WORDS = ["red", "green", "blue", "pink", "grey", "black", "white", "brown", "gold", "teal"]
 
+SHIPPED = sorted((Path(__file__).parents[2] / "benchmarks" / "compare").glob("*.yaml"))
+
 
 def chat(role: str, text: str) -> list[dict[str, str]]:
     return [{"role": role, "content": text}]
@@ -250,6 +252,17 @@ def test_bad_settings_are_told_in_one_sentence(
     assert said in err
     assert "Traceback" not in err
     assert not (tmp_path / "out" / "cells").exists()
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_what_is_shipped_can_be_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QADAPTER_DATA", "data")
+    config = CompareConfig.read(file)
+    assert config.train.startswith("data/preference/")
+    if "\nfull:\n" in file.read_text():
+        full = CompareConfig.read(file, full=True)
+        assert full.trials > config.trials
+        assert len(full.seeds) == 3
 
 
 def test_every_method_starts_its_search_inside_its_space() -> None:

@@ -172,8 +172,8 @@ METHODS: dict[str, Method] = {
         "of the training pairs; stands for the paper's PPO, which TRL no longer keeps.",
         "train_rloo",
         {"trunk": 0.0},
-        # Each epoch asks a prompt once, and a prompt has several pairs: twice as many are as many
-        # steps as the others make.
+        # An epoch asks each prompt once, whatever pairs it has: of two pairs a prompt, these are as
+        # many steps as the others make.
         {"beta": Range(0.01, 0.3), "learning_rate": _RATE, "epochs": Choice((2, 4))},
         {"beta": 0.05, "learning_rate": 2e-4, "epochs": 2},
     ),

@@ -52,61 +52,21 @@ def compare(
 def _compare(
     config: CompareConfig, tell: Callable[[Progress], None], ways: Fanout, command: str
 ) -> Path:
-    root = Path(config.output).resolve()
     parts = split(config)
     fit = _within_max_length(config, parts)
-    general = {"text": config.text, "prompts": config.prompts}
-    # Told before anything runs, and not hours later.
-    part_of(read_texts(config.text), "report")
-    read_prompts(config.prompts)
-    tasks = local_suite(config.suite) if config.suite else []
-    suite = {task["task"]: task["dataset_kwargs"]["data_files"]["test"] for task in tasks}
-    if config.anchors:
-        general["anchors"] = config.anchors
-        read_texts(config.anchors)
-        if sha256(config.anchors) == sha256(config.text):
-            raise ConfigError(
-                "anchors: is `text` too, where methods with anchors would look better than they "
-                "are; give another text."
-            )
+    suite = _told_early(config)
     trained = [n for n in config.methods if METHODS[n].trainer]
-    # Methods with anchors that are told no text are held to what the base writes.
-    anchored = any(METHODS[n].has("anchor_weight") for n in trained)
-    writes = anchored and not config.anchors
     ours = [n for n in trained if METHODS[n].library == "qadapter" and n != config.reference]
     varied_methods = [n for n in (config.reference, *ours[:1]) if n in trained]
     variations = [read_variation(text, parts.train, varied_methods) for text in config.vary]
     curves = [curve for curve in map(retrained, config.retrain) if curve[0] in config.methods]
-    whole = 1 + len(config.judges)  # a measurement and the verdicts on its answers
+    # Methods with anchors that are told no text are held to what the base writes.
+    writes = not config.anchors and any(METHODS[n].has("anchor_weight") for n in trained)
     total = (
-        1
-        + int(writes)
-        + 2 * len(trained) * config.trials
-        + sum((1 + whole) * len(config.seeds_of(name)) for name in trained)
-        + whole * int("base" in config.methods)
-        + 2 * sum(len(config.seeds_of(n)) * len(values) for n, _, values in curves)
-        + 2 * len(variations) * len(varied_methods)
+        _cells(config, trained, curves) + int(writes) + 2 * len(variations) * len(varied_methods)
     )
-    run = Run(config, root, tell, total, ways)
-    for name, pairs in vars(parts).items():
-        file = root / "data" / f"{name}.jsonl"
-        write_pairs(file, pairs)
-        run.add_file(name, file)
-    for name, path in general.items():
-        run.add_file(name, Path(path))
-    for name, path in suite.items():
-        run.add_file(name, Path(path))
-    run.suite = tuple(suite)
-    run.base = _digests(config.model)
-    names = ("prompts", "train", "test")
-    run.add_written(
-        "answers",
-        files={name: name for name in names},
-        replay_prompts=config.replay_prompts,
-        answers=config.answers,
-    )
-    if writes:
-        run.add_written("anchors", files={}, count=COUNT, seed=0, most=MAX_TOKENS)
+    run = Run(config, Path(config.output).resolve(), tell, total, ways)
+    _add_files(run, parts, suite, writes=writes)
     told = ways.map(lambda name: _method(run, name, METHODS[name]), config.methods)
     methods = dict(zip(config.methods, told, strict=True))
     rows = ways.map(
@@ -121,6 +81,61 @@ def _compare(
     for (name, parameter, _), curve in zip(curves, told, strict=True):
         methods[f"{name}.{parameter}"] = curve
     return _write(run, parts, fit, methods, robustness, command)
+
+
+def _told_early(config: CompareConfig) -> dict[str, str]:
+    """Read what would else fail hours later; return the suite's files by task."""
+    part_of(read_texts(config.text), "report")
+    read_prompts(config.prompts)
+    if config.anchors:
+        read_texts(config.anchors)
+        if sha256(config.anchors) == sha256(config.text):
+            raise ConfigError(
+                "anchors: is `text` too, where methods with anchors would look better than they "
+                "are; give another text."
+            )
+    tasks = local_suite(config.suite) if config.suite else []
+    return {task["task"]: task["dataset_kwargs"]["data_files"]["test"] for task in tasks}
+
+
+def _cells(
+    config: CompareConfig,
+    trained: Sequence[str],
+    curves: Sequence[tuple[str, str, Sequence[float]]],
+) -> int:
+    """Return how many cells the methods and curves are, and the base's answers."""
+    whole = 1 + len(config.judges)  # a measurement and the verdicts on its answers
+    return (
+        1
+        + 2 * len(trained) * config.trials
+        + sum((1 + whole) * len(config.seeds_of(name)) for name in trained)
+        + whole * int("base" in config.methods)
+        + 2 * sum(len(config.seeds_of(n)) * len(values) for n, _, values in curves)
+    )
+
+
+def _add_files(run: Run, parts: Splits, suite: Mapping[str, str], *, writes: bool) -> None:
+    """Let cells read pairs, texts, the suite, and what the base writes: answers, anchors."""
+    config = run.config
+    for name, pairs in vars(parts).items():
+        file = run.root / "data" / f"{name}.jsonl"
+        write_pairs(file, pairs)
+        run.add_file(name, file)
+    given = {"text": config.text, "prompts": config.prompts, "anchors": config.anchors, **suite}
+    for name, path in given.items():
+        if path:
+            run.add_file(name, Path(path))
+    run.suite = tuple(suite)
+    run.base = _digests(config.model)
+    names = ("prompts", "train", "test")
+    run.add_written(
+        "answers",
+        files={name: name for name in names},
+        replay_prompts=config.replay_prompts,
+        answers=config.answers,
+    )
+    if writes:
+        run.add_written("anchors", files={}, count=COUNT, seed=0, most=MAX_TOKENS)
 
 
 def _method(run: Run, name: str, method: Method) -> dict[str, Any]:
