@@ -114,7 +114,6 @@ def trained(config: CompareConfig, pairs: Sequence[Pair], seed: int) -> Policy:
             model=config.model,
             max_length=config.max_length,
             answer_tokens=config.answer_tokens,
-            rl_prompts=config.rl_prompts,
             common_trunk=config.trunk,
             pairs=file,
             answers=None,

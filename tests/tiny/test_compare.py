@@ -99,7 +99,6 @@ def settings(base: str, tmp_path: Path) -> dict[str, Any]:
         "test_pairs": 20,
         "text_tokens": 300,
         "replay_prompts": 4,
-        "rl_prompts": 8,
         "answers": 4,
         "answer_tokens": 6,
         "max_length": 128,
@@ -206,7 +205,7 @@ def test_settings_are_searched_on_other_text_than_is_reported() -> None:
         ({"retrain": ["magic.epochs=1,2"]}, "must name a method"),
         ({"retrain": ["dpo.gamma=1,2"]}, "must name a method and a number that its search"),
         ({"retrain": ["replay.replay=1,2"]}, "must name a method and a number that its search"),
-        ({"retrain": ["dpo.beta=1", "dpo.beta=2"]}, "dpo.beta is there twice; give one list"),
+        ({"retrain": ["dpo.beta=1", "dpo.beta=2"]}, "'dpo.beta' is there twice; give it once"),
         ({"vary": ["flipped"]}, "must read NAME=NUMBER"),
         ({"vary": ["magic=2"]}, "'magic' is neither of flipped"),
         ({"vary": ["flipped=1.5"]}, "no share"),
@@ -219,21 +218,24 @@ def test_settings_are_searched_on_other_text_than_is_reported() -> None:
         ({"vary": ["lora_r=0"]}, "vary: 'lora_r=0': lora_r must be above 0"),
         ({"vary": ["trunk=1"]}, "vary: 'trunk=1': trunk must be below 1"),
         ({"vary": ["gamma=1.1"]}, "vary: 'gamma=1.1': gamma must be at most 1"),
-        ({"vary": ["beta=-1"]}, "vary: 'beta=-1': beta must not be below 0"),
+        ({"vary": ["beta=0"]}, "vary: 'beta=0': beta must be above 0 for DPO"),
+        ({"vary": ["beta=-1"]}, "vary: 'beta=-1': beta must be above 0 for DPO"),
+        ({"vary": ["parameterization=1"]}, "'parameterization' is neither of flipped"),
         ({"vary": ["flipped=0.1", "flipped=0.10"]}, "vary: 'flipped=0.1' is there twice"),
         ({"judges": ["rule:shorter", "rule:shorter"]}, "judges: 'rule:shorter' is there twice"),
         ({"methods": ["dpo", "dpo"]}, "methods: 'dpo' is there twice; give it once"),
-        ({"retrain": ["dpo.beta=0.1,0"]}, "'dpo.beta=0.1,0' holds 0; it must be above 0"),
-        ({"retrain": ["dpo.beta=-0.1"]}, "'dpo.beta=-0.1' holds -0.1; it must be above 0"),
+        ({"retrain": ["dpo.beta=0.1,0"]}, "'dpo.beta=0.1,0': beta must be above 0"),
+        ({"retrain": ["dpo.beta=-0.1"]}, "'dpo.beta=-0.1': beta must be above 0"),
         ({"held_out_pairs": -1}, "held_out_pairs: -1 must be at least 0"),
         ({"settings": ["dpo"]}, "'settings' is ['dpo']; write names and values under it"),
         ({"settings": {"magic": {}}}, "settings: 'magic' is not one of"),
         ({"settings": {"dpo": 2}}, "'settings': 'dpo' is 2; write names"),
         ({"settings": {"dpo": {"gamma": 1}}}, "settings: dpo: 'gamma' is not one of beta, learn"),
         ({"settings": {"base": {"beta": 1}}}, "settings: base: nothing is searched"),
-        ({"settings": {"dpo": {"epochs": 3}}}, "settings: dpo: epochs 3.0 is not one of 1, 2"),
+        ({"settings": {"dpo": {"epochs": 0}}}, "settings: dpo: epochs 0 must be above 0"),
+        ({"settings": {"replay": {"replay": "all"}}}, "settings: replay: replay 'all' is not one"),
         ({"settings": {"dpo": {"beta": "low"}}}, "settings: dpo: beta 'low' must be a number"),
-        ({"settings": {"dpo": {"beta": 0}}}, "settings: dpo: beta 0.0 must be a number above 0"),
+        ({"settings": {"dpo": {"beta": 0}}}, "settings: dpo: beta 0 must be above 0"),
         ({"judges": ["my aunt"]}, "'my aunt' is none"),
         ({"judges": ["rule:shortest"]}, "'shortest'"),
         ({"judges": ["openai:gpt@nowhere"]}, "not an address"),
@@ -350,7 +352,11 @@ def test_holding_out_leaves_training_as_it_is(settings: dict[str, Any], tmp_path
     groups = [parts.train, parts.validation, parts.judge, parts.test]
     seen = Counter(key for group in groups for key in {prompt_key(p) for p in group})
     assert set(seen.values()) == {1}
-    settings["held_out_pairs"] = 50
+    # Where one pair of each prompt does not do, more of them.
+    settings["held_out_pairs"] = 150
+    parts = split(CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings)))
+    assert (parts.train, len(parts.test)) == (before.train, 20 + 150)
+    settings["held_out_pairs"] = 200
     with pytest.raises(DataError, match=r"left for the judge.*`held_out_pairs`, or name other"):
         split(CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings)))
 
@@ -541,7 +547,6 @@ def task(settings: dict[str, Any], directory: Path, **params: Any) -> training.T
         model=settings["model"],
         max_length=128,
         answer_tokens=6,
-        rl_prompts=8,
         common_trunk=0.5,
         pairs=Path(write_rows(directory / "pairs.jsonl", rows(8))),
         answers=Path(write_rows(directory / "answers.jsonl", answers)),
@@ -579,13 +584,39 @@ def test_what_a_trainer_leaves_is_a_policy_that_differs_from_the_base(
     assert layers == ({"0", "1", "2", "3"} if params.get("trunk") == 0.0 else {"2", "3"})
 
 
-def test_online_learning_of_too_few_prompts_for_a_step_is_refused(
+def test_online_learning_of_too_few_pairs_for_a_step_is_refused(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    done = replace(task(settings, tmp_path, beta=0.05), rl_prompts=3)
-    with pytest.raises(DataError, match="rl_prompts: online learning asks 4 prompts a step, and"):
+    done = task(settings, tmp_path, beta=0.05)
+    write_rows(done.pairs, rows(3))
+    with pytest.raises(DataError, match="3 pairs fit, and online learning asks the prompts of 4"):
         training.train(done, "train_rloo")
     assert not done.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("trainer", "params"), [("train_dpo", {"beta": 0.1}), ("train_rloo", {"beta": 0.05})]
+)
+def test_an_epoch_is_as_many_steps_for_every_method(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trainer: str,
+    params: dict[str, Any],
+) -> None:
+    steps = []
+    finish = training._finish
+
+    def counted(done: training.Task, trainer: Any, base: Any) -> None:
+        finish(done, trainer, base)
+        steps.append(trainer.state.global_step)
+
+    monkeypatch.setattr(training, "_finish", counted)
+    done = task(settings, tmp_path, epochs=2, **params)
+    # Two pairs of each prompt: it is pairs that count.
+    write_rows(done.pairs, [row for row in rows(4) for _ in range(2)])
+    training.train(done, trainer)
+    assert steps == [2 * 8 // 4]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from qadapter.stats import numbered
 UNSEEN = -1000
 """Exit code of a cell whose directory is not there on the machine that was to run it."""
 
-_FORMAT = 2
+_FORMAT = 3
 """Of what results hold; another number makes other cells, so that none of an older one is read."""
 _ASKED = 50
 """Held-out pairs that an endpoint is validated on: each is two calls."""
@@ -188,7 +188,7 @@ def _train(work: _Work) -> dict[str, Any]:
     from qadapter.estimate import peak_memory
 
     spec = work.spec
-    names = ("params", "seed", "model", "max_length", "answer_tokens", "rl_prompts", "common_trunk")
+    names = ("params", "seed", "model", "max_length", "answer_tokens", "common_trunk")
     task = Task(
         **{name: spec[name] for name in names},
         pairs=Path(work.file("train")),
@@ -320,5 +320,6 @@ def work(directory: Path) -> None:
     for name, file in asked.spec["files"].items():
         if not sha256(asked.file(name)).startswith(file["sha256"]):
             raise DataError(f"{asked.file(name)}: changed meanwhile; run the comparison again.")
-    result = WORK[found["kind"]](asked) | {"made_by": origin()}
+    made_by = origin()  # the code as it begins
+    result = WORK[found["kind"]](asked) | {"made_by": made_by}
     write_text(directory / "result.json", json.dumps(result, allow_nan=False) + "\n")

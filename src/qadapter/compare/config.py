@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from qadapter.compare.methods import METHODS, Choice, Range, Space, why_not
+from qadapter.compare.methods import METHODS, Choice, Space, has_number, why_not
 from qadapter.errors import ConfigError
 from qadapter.files import read_fields
 from qadapter.hub import DEFAULT_BASE
@@ -79,8 +79,6 @@ class CompareConfig:
     """Tokens of the general text."""
     replay_prompts: int = 200
     """General prompts that the base answers."""
-    rl_prompts: int = 96
-    """Distinct training prompts of online reinforcement learning, which answers each four times."""
     answers: int = 48
     """Distinct test prompts answered for the win rate."""
     answer_tokens: int = 96
@@ -105,6 +103,8 @@ class CompareConfig:
                 raise ConfigError(f"{where}: {unknown[0]!r} is not one of {known}.")
         for name in self.judges:
             named_judge(name)
+        _check_once("methods", self.methods)
+        _check_once("judges", self.judges)
         if self.reference not in self.methods:
             raise ConfigError(f"reference: {self.reference!r} must be among the methods; add it.")
         s = self.strengths
@@ -124,29 +124,30 @@ class CompareConfig:
         for name, given in self.settings.items():
             for parameter, value in given.items():
                 _check_setting(f"settings: {name}", METHODS[name].space, parameter, value)
-        curves = [retrained(text)[:2] for text in self.retrain]
-        for text, (name, parameter) in zip(self.retrain, curves, strict=True):
-            if name not in METHODS or not _has_number(METHODS[name].space.get(parameter)):
+        self._check_retrain()
+        self._check_vary()
+
+    def _check_retrain(self) -> None:
+        curves = []
+        for text in self.retrain:
+            name, parameter, values = retrained(text)
+            space = METHODS[name].space if name in METHODS else {}
+            if parameter not in space or not has_number(space[parameter]):
                 raise ConfigError(
                     f"retrain: {text!r} must name a method and a number that its search varies."
                 )
-            for value in retrained(text)[2]:
-                # What a search varies along a logarithm is never 0.
-                if value == 0 or why_not(parameter, value):
-                    raise ConfigError(f"retrain: {text!r} holds {value:g}; it must be above 0.")
-            if curves.count((name, parameter)) > 1:
-                raise ConfigError(f"retrain: {name}.{parameter} is there twice; give one list.")
-        for variation in self.vary:
-            name, _, value = variation.partition("=")
-            if not name or not _is_number(value):
-                raise ConfigError(f"vary: {variation!r} must read NAME=NUMBER, as flipped=0.1.")
-            if name in _WHOLE and not float(value).is_integer():
-                raise ConfigError(f"vary: {variation!r} must be a whole number.")
-            if why := why_not(name, float(value)):
-                raise ConfigError(f"vary: {variation!r}: {name} {why}.")
-        _check_once("methods", self.methods)
-        _check_once("judges", self.judges)
-        _check_once("vary", [f"{n}={float(v):g}" for n, _, v in map(_parted, self.vary)])
+            for value in values:
+                if why := why_not(parameter, value, space):
+                    raise ConfigError(f"retrain: {text!r}: {parameter} {why}.")
+            curves.append(f"{name}.{parameter}")
+        _check_once("retrain", curves)
+
+    def _check_vary(self) -> None:
+        variations = [named_number(text) for text in self.vary]
+        for text, (name, value) in zip(self.vary, variations, strict=True):
+            if name in _WHOLE and not value.is_integer():
+                raise ConfigError(f"vary: {text!r} must be a whole number.")
+        _check_once("vary", [f"{name}={value!r}" for name, value in variations])
 
     def seeds_of(self, method: str) -> tuple[int, ...]:
         """Return the training seeds of a method's chosen setting."""
@@ -199,7 +200,6 @@ _COUNTS = (
     "held_out_pairs",
     "text_tokens",
     "replay_prompts",
-    "rl_prompts",
     "answers",
     "answer_tokens",
     "suite_limit",
@@ -222,27 +222,38 @@ def retrained(text: str) -> tuple[str, str, tuple[float, ...]]:
     return name, parameter, tuple(map(float, values.split(",")))
 
 
-def _parted(text: str) -> tuple[str, str, str]:
-    return text.partition("=")
+def named_number(text: str) -> tuple[str, float]:
+    """Return name and number of `flipped=0.1`.
+
+    Raises:
+        ConfigError: it does not read so.
+    """
+    name, _, value = text.partition("=")
+    if not name or not _is_number(value):
+        raise ConfigError(f"vary: {text!r} must read NAME=NUMBER, as flipped=0.1.")
+    return name, float(value)
 
 
 def _check_once(where: str, names: Sequence[str]) -> None:
     """Raise ConfigError where one stands twice, and its figures would count double."""
-    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise ConfigError(f"{where}: {twice[0]!r} is there twice; give it once.")
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise ConfigError(f"{where}: {name!r} is there twice; give it once.")
 
 
-def _check_setting(where: str, space: Space, parameter: str, value: Any) -> None:
+def _check_setting(where: str, space: Space, parameter: str, value: float | str) -> None:
     """Raise ConfigError where the parameter is not searched, or cannot be of that value."""
     if not space:
         raise ConfigError(f"{where}: nothing is searched there; leave {parameter!r} out.")
     if (values := space.get(parameter)) is None:
         raise ConfigError(f"{where}: {parameter!r} is not one of {', '.join(space)}.")
-    if isinstance(values, Choice):
-        if value not in values.values:
-            raise ConfigError(f"{where}: {parameter} {value!r} is not one of {values}.")
-    elif isinstance(value, str) or not 0 < value < math.inf:
-        raise ConfigError(f"{where}: {parameter} {value!r} must be a number above 0.")
+    if has_number(values):
+        if isinstance(value, str):
+            raise ConfigError(f"{where}: {parameter} {value!r} must be a number.")
+        if why := why_not(parameter, value, space):
+            raise ConfigError(f"{where}: {parameter} {value:g} {why}.")
+    elif isinstance(values, Choice) and value not in values.values:
+        raise ConfigError(f"{where}: {parameter} {value!r} is not one of {values}.")
 
 
 def _is_number(text: str) -> bool:
@@ -250,12 +261,6 @@ def _is_number(text: str) -> bool:
         return math.isfinite(float(text))
     except ValueError:
         return False
-
-
-def _has_number(space: Range | Choice | None) -> bool:
-    if isinstance(space, Choice):
-        return all(isinstance(value, int | float) for value in space.values)
-    return space is not None
 
 
 def _value(where: str, value: Any, hint: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from operator import itemgetter
@@ -36,7 +36,8 @@ def split(config: CompareConfig) -> Splits:
 
     Pairs of one prompt are alike: 60 of 15 prompts tell less than 60 of 60. Prompts of the training
     file are shuffled, and validation and training get the first of them, with as few pairs of each
-    as leave half of the prompts to the judge; where none do, with all.
+    as leave half of the prompts to the judge; where none do, with all. What is held out beside the
+    test file is taken from the judge's prompts by the same rule.
 
     Raises:
         DataError: a file cannot be read, holds too few pairs or prompts, or shares a prompt with
@@ -60,13 +61,12 @@ def split(config: CompareConfig) -> Splits:
         train, rest = _take(rest, config.pairs, most)
         return validation, train, rest
 
-    longest = max(map(len, prompts))
-    most = 1 + bisect_left(
-        range(1, longest), True, key=lambda most: 2 * len(parts(most)[2]) >= len(prompts)
-    )
+    most = _sparing(prompts, lambda most: parts(most)[2])
     validation, train, rest = parts(most)
     # After these, so that whoever tests on more pairs trains on the same.
-    more, rest = _take(rest, config.held_out_pairs, most)
+    left, count = rest, config.held_out_pairs
+    most = _sparing(left, lambda most: _take(left, count, most)[1])
+    more, rest = _take(left, count, most)
     asked = ("pairs", "validation_pairs", *["held_out_pairs"] * bool(config.held_out_pairs))
     names = ", ".join(f"`{name}`" for name in asked)
     need = sum(getattr(config, name) for name in asked)
@@ -88,6 +88,14 @@ def _by_prompt(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
     for pair in pairs:
         found[prompt_key(pair)].append(pair)
     return found
+
+
+def _sparing(prompts: Sequence[list[Pair]], left: Callable[[int], Sequence[list[Pair]]]) -> int:
+    """Return the fewest pairs of a prompt that leave half of the prompts; all, if none do."""
+    longest = max(map(len, prompts), default=1)
+    return 1 + bisect_left(
+        range(1, longest), True, key=lambda most: 2 * len(left(most)) >= len(prompts)
+    )
 
 
 def _take(prompts: list[list[Pair]], wanted: int, most: int) -> tuple[list[Pair], list[list[Pair]]]:

@@ -38,10 +38,16 @@ _MOST = {"gamma": 1.0}
 _BELOW = {"trunk": 1.0}
 
 
-def why_not(parameter: str, value: float) -> str | None:
-    """Return why a parameter cannot have that value, or None."""
-    if value < 0 or (value == 0 and parameter in _ABOVE_ZERO):
-        return f"must {'be above' if parameter in _ABOVE_ZERO else 'not be below'} 0"
+def has_number(space: Range | Choice) -> bool:
+    """Return whether what is searched is a number."""
+    return isinstance(space, Range) or all(isinstance(v, int | float) for v in space.values)
+
+
+def why_not(parameter: str, value: float, space: Space) -> str | None:
+    """Return why a method with that search cannot be trained with a number, or None."""
+    positive = parameter in _ABOVE_ZERO or parameter in space  # searched along a logarithm
+    if value < 0 or (value == 0 and positive):
+        return f"must {'be above' if positive else 'not be below'} 0"
     if value > _MOST.get(parameter, value):
         return f"must be at most {_MOST[parameter]:g}"
     if parameter in _BELOW and value >= _BELOW[parameter]:
@@ -76,6 +82,12 @@ class Method:
     def has(self, parameter: str) -> bool:
         """Return whether the method is trained with a parameter of that name."""
         return parameter in {*self.fixed, *self.space, *self.knobs}
+
+    def takes_number(self, parameter: str) -> bool:
+        """Return whether the method is trained with a number of that name."""
+        return self.has(parameter) and not isinstance(
+            {**self.fixed, **self.defaults}.get(parameter), str
+        )
 
 
 _RATE = Range(5e-5, 8e-4)
@@ -172,10 +184,8 @@ METHODS: dict[str, Method] = {
         "of the training pairs; stands for the paper's PPO, which TRL no longer keeps.",
         "train_rloo",
         {"trunk": 0.0},
-        # An epoch asks each prompt once, whatever pairs it has: of two pairs a prompt, these are as
-        # many steps as the others make.
-        {"beta": Range(0.01, 0.3), "learning_rate": _RATE, "epochs": Choice((2, 4))},
-        {"beta": 0.05, "learning_rate": 2e-4, "epochs": 2},
+        {**_PLAIN_SPACE, "beta": Range(0.01, 0.3)},
+        {**_PLAIN, "beta": 0.05},
     ),
     "qadapter": _ours(
         "Q-Adapter",

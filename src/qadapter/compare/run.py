@@ -18,7 +18,7 @@ from qadapter.compare.fanout import Fanout, fanout
 from qadapter.compare.methods import METHODS, Method, starts_at_base
 from qadapter.compare.origin import origin
 from qadapter.compare.running import Progress, Run, points, tried
-from qadapter.compare.search import searched
+from qadapter.compare.search import searched, trials_of
 from qadapter.compare.variations import read_variation, retrained_curve, robust
 from qadapter.data import Pair, read_prompts, read_texts, tokenize_pairs
 from qadapter.errors import ConfigError
@@ -45,6 +45,7 @@ def compare(
         UserError: data or settings cannot be used, or Ray is not reached; nothing is run.
     """
     check_writable(config.output)
+    origin()  # the code as it begins
     with alone_in(config.output), fanout(ray) as ways:
         return _compare(config, tell, ways, command)
 
@@ -107,7 +108,7 @@ def _cells(
     whole = 1 + len(config.judges)  # a measurement and the verdicts on its answers
     return (
         1
-        + 2 * len(trained) * config.trials
+        + 2 * sum(trials_of(config, name, METHODS[name]) for name in trained)
         + sum((1 + whole) * len(config.seeds_of(name)) for name in trained)
         + whole * int("base" in config.methods)
         + 2 * sum(len(config.seeds_of(n)) * len(values) for n, _, values in curves)

@@ -150,7 +150,6 @@ def tried(
         trainer=method.trainer,
         params=params,
         seed=seed,
-        rl_prompts=run.config.rl_prompts,
         common_trunk=run.config.trunk,
     )
     if trained is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qadapter.compare.config import CompareConfig
 from qadapter.compare.methods import Choice, Method, Params, Range, Value
 from qadapter.compare.running import Run, tried
 
@@ -27,7 +28,7 @@ def searched(run: Run, name: str, method: Method) -> dict[str, Any]:
     """
     given = _given(method, run.config.settings.get(name, {}))
     space = {k: v for k, v in method.space.items() if k not in given}
-    if run.config.trials == 0 or not space:
+    if trials_of(run.config, name, method) == 0:
         best = {**method.defaults, **given}
         return {"sampler": None, "space": {}, "trials": [], "best": best}
     import optuna
@@ -61,6 +62,11 @@ def searched(run: Run, name: str, method: Method) -> dict[str, Any]:
         "trials": trials,
         "best": one_standard_error(trials),
     }
+
+
+def trials_of(config: CompareConfig, name: str, method: Method) -> int:
+    """Return how many settings are tried: none where all are given."""
+    return config.trials if set(method.space) - set(config.settings.get(name, {})) else 0
 
 
 def _sampler(trials: int) -> str:
@@ -98,7 +104,8 @@ def _given(method: Method, settings: Mapping[str, float | str]) -> Params:
     """Return given settings as the search would have them, so that they make the same cells."""
 
     def told(values: Range | Choice, value: float | str) -> Value:
-        return values.values[values.values.index(value)] if isinstance(values, Choice) else value
+        whole = isinstance(values, Choice) and isinstance(value, float) and value.is_integer()
+        return int(value) if whole else value
 
     return {name: told(method.space[name], value) for name, value in settings.items()}
 

@@ -16,7 +16,6 @@ import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from qadapter import hub
-from qadapter.compare.data import prompts_of
 from qadapter.config import QAdapterConfig, QConfig
 from qadapter.data import Pair, TokenizedPair, read_pairs, read_texts, tokenize_prompt
 from qadapter.data.tokens import kept_pairs
@@ -30,8 +29,8 @@ from qadapter.train import run_training
 
 Params = Mapping[str, Any]
 
-_RL_PROMPTS, _RL_ANSWERS = 4, 4
-"""Prompts of a step of online learning, and answers to each."""
+_RL_ANSWERS = 4
+"""Answers of online learning to a prompt."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,6 @@ class Task:
     max_length: int
     answer_tokens: int
     """Most tokens of an answer that is made."""
-    rl_prompts: int
-    """Training prompts of online reinforcement learning."""
     common_trunk: float
     """Share of layers left alone where the method does not say otherwise."""
     pairs: Path
@@ -225,7 +222,11 @@ def _replayed(task: Task, base: _Base, kind: str) -> list[tuple[list[int], list[
 
 
 def train_rloo(task: Task) -> None:
-    """Train by TRL's RLOOTrainer on a Bradley–Terry reward model of the training pairs."""
+    """Train by TRL's RLOOTrainer on a Bradley–Terry reward model of the training pairs.
+
+    Raises:
+        DataError: the pairs do not fill a step.
+    """
     from datasets import Dataset
     from trl import RLOOConfig, RLOOTrainer
 
@@ -239,15 +240,17 @@ def train_rloo(task: Task) -> None:
     def reward(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
         return judge.rewards(prompts, [plain(c) for c in completions])
 
-    prompts = [{"prompt": prompt} for prompt in prompts_of(base.raw)[: task.rl_prompts]]
-    if len(prompts) < _RL_PROMPTS:
+    # The prompt of each pair, as many a step as the others' pairs: an epoch is as many steps.
+    prompts = [{"prompt": pair.prompt} for pair in base.raw]
+    settings = _settings(task, base)
+    size = settings["per_device_train_batch_size"]
+    if len(prompts) < size:
         # TRL would leave out the step that they do not fill, and learn nothing.
         raise DataError(
-            f"rl_prompts: online learning asks {_RL_PROMPTS} prompts a step, and there are "
-            f"{len(prompts)}; give more, or more training pairs."
+            f"{task.pairs}: {len(prompts)} pairs fit, and online learning asks the prompts of "
+            f"{size} a step; give more `pairs`."
         )
-    batch = _RL_PROMPTS * _RL_ANSWERS
-    settings = _settings(task, base) | {"per_device_train_batch_size": batch}
+    settings |= {"per_device_train_batch_size": size * _RL_ANSWERS}
     trainer = RLOOTrainer(
         base.model,
         reward_funcs=reward,

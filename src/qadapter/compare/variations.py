@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qadapter.compare.config import named_number
 from qadapter.compare.data import DATA_VARIATIONS, varied, write_pairs
-from qadapter.compare.methods import METHODS
+from qadapter.compare.methods import METHODS, why_not
 from qadapter.compare.running import Run, tried
 from qadapter.errors import ConfigError
 
@@ -20,15 +21,19 @@ def read_variation(text: str, train: Sequence[Any], methods: Sequence[str]) -> V
     Raises:
         ConfigError: it changes neither the pairs nor a parameter of those methods.
     """
-    name, _, value = text.partition("=")
+    name, value = named_number(text)
     if name in DATA_VARIATIONS:
-        return text, name, float(value), varied(train, name, float(value))
-    if not any(METHODS[method].has(name) for method in methods):
+        return text, name, value, varied(train, name, value)
+    able = [METHODS[method] for method in methods if METHODS[method].takes_number(name)]
+    if not able:
         raise ConfigError(
-            f"vary: {name!r} is neither of {', '.join(DATA_VARIATIONS)} nor a parameter of "
-            f"{' or '.join(methods)}."
+            f"vary: {name!r} is neither of {', '.join(DATA_VARIATIONS)} nor a number that "
+            f"{' or '.join(methods)} is trained with."
         )
-    return text, name, float(value), None
+    for method in able:
+        if why := why_not(name, value, method.space):
+            raise ConfigError(f"vary: {text!r}: {name} {why} for {method.label}.")
+    return text, name, value, None
 
 
 def robust(
@@ -37,7 +42,7 @@ def robust(
     """Return a method's curve under a variation of its chosen setting; None if it has none."""
     text, what, value, pairs = variation
     best = (told["search"] or {}).get("best")
-    if best is None or (pairs is None and not METHODS[name].has(what)):
+    if best is None or (pairs is None and not METHODS[name].takes_number(what)):
         return None
     train, params = "train", dict(best)
     if pairs is None:

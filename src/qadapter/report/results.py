@@ -114,7 +114,10 @@ class Results:
 
     @property
     def otherwise_made(self) -> list[tuple[int, dict[str, str]]]:
-        """How many results another machine, library or code made than wrote this, and which."""
+        """By what else than this report's machine and versions results were made.
+
+        Their number, and what differs.
+        """
         found = []
         for made in self.comparison.get("cells", ()):
             other = {

@@ -204,14 +204,14 @@ def tuning(results: Results) -> Table:
         if search is None:
             row += ["not searched", NONE, NONE, NONE]
         elif not search["trials"]:
-            found = "given" if set(search["best"]) == {*results.given(name)} else "not searched"
+            whole = set(search["best"]) == {*results.given(name)}
+            found = "given" if whole else "not searched" + _given(results, name)
             row += [found, "0", _settings(search["best"]), NONE]
         else:
             trials = search["trials"]
             failed = sum(trial["state"] == "failed" for trial in trials)
             row += [
-                f"{search['sampler']}: {_settings(search['space'])}"
-                + "".join(f"; {setting} was given" for setting in results.given(name)),
+                f"{search['sampler']}: {_settings(search['space'])}{_given(results, name)}",
                 f"{len(trials)}" + (f", {failed} failed" if failed else ""),
                 _settings(search["best"]),
                 f"{sum(trial['seconds'] for trial in trials):,.0f} s",
@@ -219,6 +219,10 @@ def tuning(results: Results) -> Table:
         rows.append(row)
     columns = ("Method", "Library", "What it is", "Its dial", "Search", "Trials", "Best", "Took")
     return Table(columns, rows)
+
+
+def _given(results: Results, name: str) -> str:
+    return "".join(f"; {setting} was given" for setting in results.given(name))
 
 
 def trials(results: Results) -> Table:

@@ -237,8 +237,8 @@ def _caveats(results: Results) -> list[str]:
         )
     if n := sum(count for count, _ in results.otherwise_made):
         told.append(
-            f"{n} of the results behind this were made on another machine or by another version; "
-            "they are named below."
+            f"{n} {'result' if n == 1 else 'results'} behind this came from another machine or "
+            "version, which is named below."
         )
     if results.unlike:
         told.append(f"Left out, since scored on other pairs or text: {', '.join(results.unlike)}.")
