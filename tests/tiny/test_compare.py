@@ -29,6 +29,7 @@ from qadapter.compare import train as training
 from qadapter.compare.data import Splits, part_of, prompts_of, split, varied
 from qadapter.compare.equal import add_equal_learning
 from qadapter.compare.fanout import Fanout
+from qadapter.compare.methods import why_not
 from qadapter.compare.running import Run
 from qadapter.data import prompt_key, read_pairs, read_texts, tokenize_pairs
 from qadapter.errors import ConfigError, DataError, UserError
@@ -265,6 +266,12 @@ def test_what_is_shipped_can_be_read(file: Path, monkeypatch: pytest.MonkeyPatch
         full = CompareConfig.read(file, full=True)
         assert full.trials > config.trials
         assert len(full.seeds) == 3
+
+
+@pytest.mark.parametrize("parameter", ["anchor_weight", "beta"])
+def test_what_may_be_left_out_may_be_0(parameter: str) -> None:
+    assert METHODS["qadapter"].takes_number(parameter)
+    assert why_not(parameter, 0.0, METHODS["qadapter"].space) is None
 
 
 def test_every_method_starts_its_search_inside_its_space() -> None:

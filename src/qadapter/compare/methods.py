@@ -34,6 +34,7 @@ Space = Mapping[str, Range | Choice]
 
 
 _ABOVE_ZERO = ("learning_rate", "epochs", "alpha", "alpha_0", "lora_r")
+_FROM_ZERO = ("anchor_weight", "sft_weight")
 _MOST = {"gamma": 1.0}
 _BELOW = {"trunk": 1.0}
 
@@ -45,7 +46,8 @@ def has_number(space: Range | Choice) -> bool:
 
 def why_not(parameter: str, value: float, space: Space) -> str | None:
     """Return why a method with that search cannot be trained with a number, or None."""
-    positive = parameter in _ABOVE_ZERO or parameter in space  # searched along a logarithm
+    # DPO's β is searched, and without it nothing is learned; ours is 0.
+    positive = parameter in _ABOVE_ZERO or parameter in {*space} - {*_FROM_ZERO}
     if value < 0 or (value == 0 and positive):
         return f"must {'be above' if positive else 'not be below'} 0"
     if value > _MOST.get(parameter, value):
