@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qadapter import hub
+from qadapter.files import code_digest
 
 
 def versions() -> dict[str, str]:
@@ -27,14 +27,8 @@ def origin(scripts: Path) -> dict[str, Any]:
     package = importlib.util.find_spec("qadapter")
     assert package is not None
     assert package.origin is not None
-    places = (Path(package.origin).parent, scripts)
-    found = [sorted(p.rglob("*.py")) if p.is_dir() else [p] for p in places]
-    code = hashlib.sha256()
-    for place, paths in zip(places, found, strict=True):
-        for path in paths:
-            code.update(f"{path.relative_to(place)}|{path.stat().st_size}|".encode())
-            code.update(path.read_bytes())
-    return {"code": code.hexdigest(), "cpu": hub.processor(), "versions": versions()}
+    code = code_digest(Path(package.origin).parent, scripts)
+    return {"code": code, "cpu": hub.processor(), "versions": versions()}
 
 
 def read_rows(path: Path, key: dict[str, Any]) -> list[dict[str, Any]]:

@@ -27,13 +27,11 @@ from qadapter import hub
 from qadapter.anchors import COUNT, free_texts
 from qadapter.compare.config import CompareConfig
 from qadapter.compare.data import part_of, split, write_pairs
-from qadapter.compare.measure import row_figures
+from qadapter.compare.measure import load_policy, row_figures
 from qadapter.compare.train import Task, train
-from qadapter.config import QConfig
 from qadapter.data import Pair, read_texts
 from qadapter.data.tokens import kept_pairs
 from qadapter.files import read_jsonl, write_text
-from qadapter.model import QAdapterModel
 from qadapter.policy import Policy
 from qadapter.stats import mean_intervals
 
@@ -121,10 +119,7 @@ def trained(config: CompareConfig, pairs: Sequence[Pair], seed: int) -> Policy:
             output=Path(directory, "adapter"),
         )
         train(task, "train_sft")
-        device = hub.pick_device()
-        return Policy.from_pretrained(
-            str(task.output), config.model, dtype=torch.float32, device=device
-        )
+        return load_policy(config.model, task.output)
 
 
 def measured(policies: Iterable[Policy], rows: Rows) -> list[dict[str, Any]]:
@@ -153,9 +148,7 @@ def main() -> None:
         parser.exit(message=f"skipped: no data in {DATA}; set QADAPTER_DATA\n")
     os.environ["QADAPTER_DATA"] = str(DATA)
     config = CompareConfig.read(SETTINGS, full=True)
-    model = hub.load_base(config.model, dtype=torch.float32, device=hub.pick_device())
-    untrained = QAdapterModel.create(model, QConfig(alpha_0=1.0, alpha_tilde=1.0))
-    base = Policy(untrained, hub.load_tokenizer(config.model))
+    base = load_policy(config.model, None)
     rows = texts(base, config, args.tokens)
     out: dict[str, Any] = {"params": PARAMS, "processor": hub.processor(), **vars(args), "rows": []}
     del out["output"]

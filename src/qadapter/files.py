@@ -250,6 +250,20 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def code_digest(*places: Path) -> str:
+    """Return the hexadecimal SHA-256 of Python files and their names.
+
+    Args:
+        places: files, and directories with all that is under them.
+    """
+    digest = hashlib.sha256()
+    for place in places:
+        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            digest.update(f"{path.relative_to(place)}|{path.stat().st_size}|".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 MANIFEST = "manifest.json"
 """Written last: a directory without it was cut while it was written."""
 

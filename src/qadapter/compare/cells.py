@@ -130,21 +130,10 @@ class _Work:
 
     def policy(self) -> Any:
         """Return the policy of the adapter, or of an untrained one: the base."""
-        import torch
+        from qadapter.compare.measure import load_policy
 
-        from qadapter import hub
-        from qadapter.config import QConfig
-        from qadapter.model import QAdapterModel
-        from qadapter.policy import Policy
-
-        name, device = self.spec["model"], hub.pick_device()
-        # Also where training is in bfloat16, which blurs log-ratios as small as these.
-        dtype = torch.float32
-        if adapter := self.spec.get("adapter"):
-            return Policy.from_pretrained(self.root / adapter, name, dtype=dtype, device=device)
-        base = hub.load_base(name, dtype=dtype, device=device)
-        q_config = QConfig(alpha_0=1.0, alpha_tilde=1.0)
-        return Policy(QAdapterModel.create(base, q_config), hub.load_tokenizer(name))
+        adapter = self.spec.get("adapter")
+        return load_policy(self.spec["model"], self.root / adapter if adapter else None)
 
 
 def _answers(work: _Work) -> dict[str, Any]:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from qadapter import fused
+from qadapter import fused, hub
+from qadapter.config import QConfig
 from qadapter.data import Text, TokenizedPair, tokenize_prompt
 from qadapter.model import QAdapterModel, Streams
 from qadapter.packing import pad_rows
@@ -23,6 +25,19 @@ from qadapter.policy import Policy
 from qadapter.stats import half_ties
 
 _BATCH_TOKENS = 4096
+
+
+def load_policy(model: str, adapter: Path | None) -> Policy:
+    """Return the policy of an adapter's directory, or of an untrained one: the base.
+
+    In float32 also where training is in bfloat16, which blurs log-ratios as small as these.
+    """
+    dtype, device = torch.float32, hub.pick_device()
+    if adapter:
+        return Policy.from_pretrained(adapter, model, dtype=dtype, device=device)
+    base = hub.load_base(model, dtype=dtype, device=device)
+    q_config = QConfig(alpha_0=1.0, alpha_tilde=1.0)
+    return Policy(QAdapterModel.create(base, q_config), hub.load_tokenizer(model))
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,6 @@ Space = Mapping[str, Range | Choice]
 
 _ABOVE_ZERO = ("learning_rate", "epochs", "alpha", "alpha_0", "lora_r")
 _FROM_ZERO = ("anchor_weight", "sft_weight")
-_MOST = {"gamma": 1.0}
-_BELOW = {"trunk": 1.0}
 
 
 def has_number(space: Range | Choice) -> bool:
@@ -50,10 +48,10 @@ def why_not(parameter: str, value: float, space: Space) -> str | None:
     positive = parameter in _ABOVE_ZERO or parameter in {*space} - {*_FROM_ZERO}
     if value < 0 or (value == 0 and positive):
         return f"must {'be above' if positive else 'not be below'} 0"
-    if value > _MOST.get(parameter, value):
-        return f"must be at most {_MOST[parameter]:g}"
-    if parameter in _BELOW and value >= _BELOW[parameter]:
-        return f"must be below {_BELOW[parameter]:g}"
+    if parameter == "gamma" and value > 1:
+        return "must be at most 1"
+    if parameter == "trunk" and value >= 1:
+        return "must be below 1"
     return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 from functools import cache
@@ -13,6 +12,7 @@ import torch
 
 import qadapter
 from qadapter import hub
+from qadapter.files import code_digest
 
 Origin = dict[str, dict[str, str]]
 _PACKAGES = ("qadapter", "torch", "transformers", "peft", "trl", "datasets", "lm_eval", "optuna")
@@ -29,13 +29,5 @@ def origin() -> Origin:
         "python": platform.python_version(),
         "system": platform.platform(),
     }
-    return {"machine": machine, "versions": {n: version(n) for n in _PACKAGES} | {"code": _code()}}
-
-
-def _code() -> str:
-    root = Path(qadapter.__file__).parent
-    found = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        found.update(f"{path.relative_to(root)}|{path.stat().st_size}|".encode())
-        found.update(path.read_bytes())
-    return found.hexdigest()[:16]
+    code = code_digest(Path(qadapter.__file__).parent)[:16]
+    return {"machine": machine, "versions": {n: version(n) for n in _PACKAGES} | {"code": code}}

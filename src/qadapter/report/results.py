@@ -121,10 +121,10 @@ class Results:
         found = []
         for made in self.comparison.get("cells", ()):
             other = {
-                f"{kind}: {name}": made.get(kind, {}).get(name, "unknown")
+                f"{kind}: {name}": there
                 for kind in ("machine", "versions")
-                for name, value in self.comparison[kind].items()
-                if made.get(kind, {}).get(name, "unknown") != value
+                for name, here in self.comparison[kind].items()
+                if (there := made.get(kind, {}).get(name, "unknown")) != here
             }
             if other:
                 found.append((made["count"], other))
