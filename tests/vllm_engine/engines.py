@@ -32,7 +32,10 @@ os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
-}
+    # So that of an engine that dies its last words are left in what a test prints.
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "PYTHONFAULTHANDLER": "1",
+} | os.environ
 
 
 def tiny_policy(

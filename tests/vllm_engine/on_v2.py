@@ -21,6 +21,7 @@ _PLACES = [HERE / "interpreter", HERE, HERE.parent, HERE.parent / "tiny"]
 ENVIRONMENT = {
     "TRITON_INTERPRET": "1",
     "TRITON_DEFAULT_BACKEND": "cpu",
+    "VLLM_LOGGING_LEVEL": "INFO",  # it says which runner it takes
     "PYTHONPATH": os.pathsep.join([*map(str, _PLACES), os.environ.get("PYTHONPATH", "")]),
 }
 """In which vLLM takes its model runner V2 on a CPU."""

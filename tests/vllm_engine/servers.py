@@ -30,7 +30,8 @@ def serving(words: Sequence[str], tmp_path: Path, environment: Mapping[str, str]
     temporary.mkdir()
     command = [sys.executable, "-m", "qadapter.cli", "serve", *words]
     command += ["--engine", "vllm", "--port", str(port)]
-    own = {"TMPDIR": str(temporary), "QADAPTER_API_KEY": KEY}
+    # All that it can say, to be searched for the key.
+    own = {"TMPDIR": str(temporary), "QADAPTER_API_KEY": KEY, "VLLM_LOGGING_LEVEL": "INFO"}
     with log.open("w") as file:
         server = subprocess.Popen(
             command, env=os.environ | own | environment, stdout=file, stderr=file
