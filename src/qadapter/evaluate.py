@@ -127,6 +127,21 @@ def evaluate_tasks(
     return [score for part in parts for score in _scores(part, found)]
 
 
+def generates(task: str | dict[str, Any]) -> bool:
+    """Return whether the policy is to write an answer in a task, or in a part of a group.
+
+    Raises:
+        ConfigError: lm-eval is not installed, has no such task, or cannot get its data.
+    """
+    if isinstance(task, dict):
+        return bool(task["output_type"] == "generate_until")
+    with _told():
+        with installed():
+            from lm_eval.tasks import TaskManager
+        tasks = TaskManager().load([task])["tasks"].values()
+        return any(part.OUTPUT_TYPE == "generate_until" for part in tasks)
+
+
 def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
     """Set the number of examples by lm-eval's own rule."""
     usual = task.get_config("num_fewshot")

@@ -207,11 +207,37 @@ def local_suite(directory: str | Path, tasks: Sequence[str] = LOCAL_SUITE) -> li
     return [_task_on(name, _the_file(Path(directory), _TASKS[name][0], name)) for name in tasks]
 
 
+def suite_tasks(entries: Sequence[str]) -> list[str | dict[str, Any]]:
+    """Return the tasks of a suite as `evaluate_tasks` takes them; those of files are read.
+
+    Args:
+        entries: files (.jsonl, .txt) as `file_task` takes them, directories of a `local_suite`,
+            and lm-eval's names of tasks or paths of its YAML files.
+
+    Raises:
+        DataError: a file cannot be read or has other rows.
+        ConfigError: two are of one name.
+    """
+    found: list[str | dict[str, Any]] = []
+    for entry in entries:
+        path = Path(entry)
+        if path.suffix in (".jsonl", ".txt"):
+            found.append(file_task(path))
+        elif path.suffix not in (".yaml", ".yml") and (path.is_dir() or path.name != entry):
+            found += local_suite(path)
+        else:
+            found.append(entry)
+    names = [task if isinstance(task, str) else task["task"] for task in found]
+    if again := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise ConfigError(f"suite: two tasks are named {again}; leave one out, or rename its file.")
+    return found
+
+
 def file_task(path: str | Path) -> dict[str, Any]:
     """Return the lm-eval task configuration of one file, all of it read and checked.
 
     A file that is named as one of `local_suite` is that task; another has the rows of
-    `arc_easy.jsonl` or of `lambada*.jsonl`, and is scored as they are.
+    `arc_easy.jsonl` or of `lambada*.jsonl`, is scored as they are, and is a task of its own name.
 
     Raises:
         DataError: the file cannot be read or has other rows.
@@ -224,7 +250,7 @@ def file_task(path: str | Path) -> dict[str, Any]:
     _, first = next(read_jsonl(path), (0, None))
     for field, name in (("choices", "local_arc_easy"), ("continuation", "local_lambada")):
         if isinstance(first, dict) and field in first:
-            return _task_on(name, path)
+            return _task_on(name, path) | {"task": path.stem}
     raise DataError(
         f"{path}: has neither 'choices' nor 'continuation'; give query, choices and gold, or "
         "context and continuation."

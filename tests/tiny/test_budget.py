@@ -501,8 +501,8 @@ def test_a_file_is_known_by_its_name_or_its_rows(tmp_path: Path) -> None:
     words = '{"context": "a b", "continuation": "c"}\n'
     cases = {
         "piqa.jsonl": (choice, "local_piqa"),
-        "own.jsonl": (choice, "local_arc_easy"),
-        "last.jsonl": (words, "local_lambada"),
+        "own.jsonl": (choice, "own"),
+        "last.jsonl": (words, "last"),
         "lambada.dev.jsonl": (words, "local_lambada"),
     }
     for name, (row, task) in cases.items():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,10 +22,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import tiny_adapter
 from safetensors.torch import load_file
+from test_judge import Endpoint
+from test_judge import serve as endpoint_server
 
 from qadapter import files, hub
 from qadapter.cli import main
-from qadapter.compare import METHODS, CompareConfig, cells, fanout, measure, search
+from qadapter.compare import (
+    METHODS,
+    CompareConfig,
+    Progress,
+    cells,
+    compare,
+    fanout,
+    measure,
+    search,
+)
 from qadapter.compare import train as training
 from qadapter.compare.data import Splits, part_of, prompts_of, split, varied
 from qadapter.compare.equal import add_equal_learning
@@ -212,7 +224,10 @@ def test_settings_are_searched_on_other_text_than_is_reported() -> None:
         ({"vary": ["flipped=1.5"]}, "no share"),
         ({"vary": ["lora_r=4.5"]}, "'lora_r=4.5' must be a whole number"),
         ({"vary": ["flipped=nan"]}, "must read NAME=NUMBER"),
-        ({"vary": ["irrelevant=0.5"], "pairs": 2}, "takes responses from two other pairs"),
+        (
+            {"vary": ["irrelevant=0.5"], "pairs": 2},
+            "takes responses from two pairs of other prompts",
+        ),
         ({"pairs": 80}, "no pairs are left for the judge"),
         ({"pairs": 500}, "holds fewer than the 540 pairs"),
         ({"full": [1]}, "`full` must hold fields"),
@@ -240,6 +255,7 @@ def test_settings_are_searched_on_other_text_than_is_reported() -> None:
         ({"judges": ["my aunt"]}, "'my aunt' is none"),
         ({"judges": ["rule:shortest"]}, "'shortest'"),
         ({"judges": ["openai:gpt@nowhere"]}, "not an address"),
+        ({"judge_criterion": "brevity"}, "judge_criterion: no judge is told it"),
     ],
 )
 def test_bad_settings_are_told_in_one_sentence(
@@ -555,6 +571,7 @@ def task(settings: dict[str, Any], directory: Path, **params: Any) -> training.T
         max_length=128,
         answer_tokens=6,
         common_trunk=0.5,
+        training={"per_device_train_batch_size": 4},
         pairs=Path(write_rows(directory / "pairs.jsonl", rows(8))),
         answers=Path(write_rows(directory / "answers.jsonl", answers)),
         anchors=Path(shipped("anchors.txt")),
@@ -589,6 +606,36 @@ def test_what_a_trainer_leaves_is_a_policy_that_differs_from_the_base(
     assert (logits.log_softmax(-1) - base.log_softmax(-1)).abs().max() > 1e-3
     layers = {name.split("layers.")[1][0] for name in policy.model.adapter_parameters()}
     assert layers == ({"0", "1", "2", "3"} if params.get("trunk") == 0.0 else {"2", "3"})
+
+
+@pytest.mark.parametrize(
+    ("trainer", "params"),
+    [
+        ("train_dpo", {"beta": 0.1, "anchor_weight": 30.0}),
+        ("train_sft", {"anchor_weight": 30.0}),
+        ("train_qadapter", {**METHODS["qadapter"].fixed, **METHODS["qadapter"].defaults}),
+    ],
+)
+def test_steps_of_two_micro_batches_are_steps_of_one(
+    settings: dict[str, Any], tmp_path: Path, trainer: str, params: dict[str, Any]
+) -> None:
+    """With less memory the same is learned, to Adam's eye for small gradients."""
+    ways = {
+        "whole": {"per_device_train_batch_size": 4},
+        "halves": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        "less": {"per_device_train_batch_size": 2},
+    }
+    found = {}
+    for name, way in ways.items():
+        (tmp_path / name).mkdir()
+        done = task(settings, tmp_path / name, **{**params, "learning_rate": 1e-3, "epochs": 3})
+        training.train(replace(done, training=way), trainer)
+        found[name] = load_file(done.output / "adapter_model.safetensors")
+    halves, less = (
+        math.hypot(*(float((found[name][k] - v).norm()) for k, v in found["whole"].items()))
+        for name in ("halves", "less")
+    )
+    assert halves < 0.04 * less
 
 
 def test_online_learning_of_too_few_pairs_for_a_step_is_refused(
@@ -778,13 +825,14 @@ def test_a_comparison_is_made_and_resumed_and_reported(
     # dpo and qadapter: a search cell, which is also seed 0's, seed 1, and two variations.
     wanted = {"answers": 1, "anchors": 1, "train": 8, "measure": 1 + 2 * (1 + 2 + 2)}
     # Two judges of the base, and of two methods with two seeds each.
-    assert Counter(in_process) == {**wanted, "judge": 2 * 5}
+    wanted |= {"validate": 2, "judge": 2 * 5}
+    assert Counter(in_process) == wanted
     said = capsys.readouterr().out
     assert "train dpo seed 0" in said
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert found["failures"] == []
     here = {"machine": found["machine"], "versions": found["versions"]}
-    assert found["cells"] == [{"count": sum(wanted.values()) + 2 * 5, **here}]
+    assert found["cells"] == [{"count": sum(wanted.values()), **here}]
     assert [r["seed"] for r in found["methods"]["dpo"]["runs"]] == [0, 1]
     point = found["methods"]["qadapter"]["runs"][0]["points"][-1]
     assert point["dial"] == 1.0
@@ -949,7 +997,8 @@ def test_a_retrained_curve_has_its_method_s_own_point_among_the_others(
     path = yaml_file(tmp_path / "run.yaml", settings)
     assert main(["compare", path]) == 0
     # The search's default β is 0.1: that point is there already.
-    assert Counter(in_process) == {"answers": 1, "train": 2, "measure": 1 + 2 + 1, "judge": 2}
+    wanted = {"answers": 1, "train": 2, "measure": 1 + 2 + 1, "validate": 1, "judge": 2}
+    assert Counter(in_process) == wanted
     comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
     curve = comparison["methods"]["dpo.beta"]
     assert curve["own_dial"] == 0.1
@@ -1015,7 +1064,6 @@ def test_a_judge_that_gives_no_verdict_is_told_and_one_that_is_down_asked_again(
         return says
 
     monkeypatch.setattr(OpenAIJudge, "_ask", asked)
-    monkeypatch.setenv("OPENAI_API_KEY", "key")
     judges = ["rule:contains:!", "openai:gpt@http://127.0.0.1:1/v1"]
     settings |= {"methods": ["base"], "reference": "base", "judges": judges}
     path = yaml_file(tmp_path / "run.yaml", settings)
@@ -1026,7 +1074,7 @@ def test_a_judge_that_gives_no_verdict_is_told_and_one_that_is_down_asked_again(
     assert [rate["judge"] for rate in run["points"][0]["win_rates"]] == ["contains:!"]
     if says is None:
         assert code == 2
-        said = f"failed judge base by {judges[1]}: exit code 1: UserError: http"
+        said = f"failed validate {judges[1]}: exit code 1: UserError: http"
         assert said in capsys.readouterr().err
         assert run["points"][0]["judges_refused"] == []
         assert len(list(tmp_path.glob("out/cells/judge-*/result.json"))) == 1
@@ -1034,6 +1082,39 @@ def test_a_judge_that_gives_no_verdict_is_told_and_one_that_is_down_asked_again(
     assert code == 0
     assert "Judge that gives no win rate" in page
     assert "gpt: no readable verdict on any of 40 pairs" in page
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
+    yield from endpoint_server(monkeypatch)
+
+
+def test_a_judge_is_validated_once_and_told_what_the_preference_asks_for(
+    settings: dict[str, Any], tmp_path: Path, in_process: list[str], endpoint: Endpoint
+) -> None:
+    """Every vote validated its endpoint anew: with 23 of them 2,300 calls instead of 100."""
+    endpoint.says(lambda asked: "A" if "!" in asked.split("</reply_A>")[0] else "B")
+    judges = ["rule:contains:!", f"openai:some-model@{endpoint.url}"]
+    settings |= {"methods": ["base", "dpo"], "trials": 0, "judges": judges}
+    config = CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings))
+    for criterion in ("loud words", "louder words"):
+        in_process.clear()
+        endpoint.requests.clear()
+        told: list[Progress] = []
+        path = compare(replace(config, judge_criterion=criterion), told.append, command="")
+        found = json.loads(path.read_text())
+        assert found["failures"] == []
+        assert [(p.done, p.total) for p in told] == [(i, len(told)) for i in range(len(told))]
+        # Two calls each: 40 validation pairs, and 4 answers of each method.
+        assert len(endpoint.requests) == 2 * (40 + 2 * 4)
+        for request in endpoint.requests:
+            assert request["messages"][0]["content"].endswith(f"\nThe reader wants: {criterion}")
+        for method in found["methods"].values():
+            rates = {r["judge"]: r for r in method["runs"][0]["points"][-1]["win_rates"]}
+            assert rates["some-model"]["judge_accuracy"] == 1.0
+            assert rates["contains:!"]["judge_accuracy"] == 1.0
+    # Who is not told the criterion does not vote anew.
+    assert Counter(in_process) == {"validate": 1, "judge": 2}
 
 
 @pytest.mark.usefixtures("failing_in_process")
@@ -1138,6 +1219,66 @@ def test_a_suite_that_cannot_be_read_is_told_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("in_process", "one_index")
+def test_a_suite_of_files_and_tasks_of_ones_own(
+    settings: dict[str, Any], suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One file of the local suite, one of another name, and a task that lm-eval reads from YAML."""
+    own = tmp_path / "text.jsonl"  # as the file of general text is named in the cells
+    own.write_text('{"query": "q", "choices": ["a", "b"], "gold": 0}\n' * 5)
+    say = {"task": "say", "dataset_path": "json", "output_type": "generate_until"}
+    say |= {"dataset_kwargs": {"data_files": {"test": str(own)}}, "test_split": "test"}
+    say |= {
+        "doc_to_text": "query",
+        "doc_to_target": "x",
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    say |= {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 2}}
+    asked = [str(suite / "piqa.jsonl"), str(own), yaml_file(tmp_path / "say.yaml", say)]
+    changed = {"methods": ["base", "dpo"], "trials": 0, "suite": asked, "suite_limit": 3}
+    changed |= {"answers": 2, "judges": []}
+    path = yaml_file(tmp_path / "run.yaml", settings | changed)
+    assert main(["compare", path]) == 0
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    for name in ("base", "dpo"):
+        (run,) = found["methods"][name]["runs"]
+        (point,) = (point for point in run["points"] if point["dial"] == 1.0)
+        assert {k: v["n"] for k, v in point["tasks"].items()} == {
+            "local_piqa": 3,
+            "text": 3,
+            "say": 2,
+        }
+    capsys.readouterr()
+    for entry, message in (
+        ("no_such_task", "lm-eval cannot run this"),
+        (str(tmp_path / "nowhere"), "nowhere: is not a directory"),
+        (str(tmp_path / "nowhere.jsonl"), "nowhere.jsonl"),
+        (str(own), "suite: two tasks are named text"),
+    ):
+        path = yaml_file(tmp_path / "run.yaml", settings | {"suite": [str(own), entry]})
+        assert main(["compare", path]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("in_process")
+def test_replay_learns_what_the_base_samples_and_the_rest_is_greedy(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    changed = {"methods": ["base", "dpo"], "trials": 0, "judges": []}
+    assert main(["compare", yaml_file(tmp_path / "run.yaml", settings | changed)]) == 0
+    (file,) = (tmp_path / "out" / "cells").glob("answers-*/answers.jsonl")
+    base = measure.load_policy(settings["model"], None)
+    for row in map(json.loads, file.read_text().splitlines()):
+        greedy, longer = (
+            base.answer([row["prompt"]], strength=0.0, max_new_tokens=n)[0] for n in (6, 256)
+        )
+        if row["kind"] == "test":
+            assert row["answer"] == greedy
+        else:
+            assert row["answer"] != longer
+            assert len(row["answer"]) > len(greedy)
+
+
 def test_two_comparisons_do_not_write_to_one_place(
     settings: dict[str, Any],
     tmp_path: Path,
@@ -1185,14 +1326,15 @@ def test_another_suite_or_another_base_makes_other_cells(
     assert main(["compare", path]) == 0
     assert Counter(in_process) == {"measure": 2, "judge": 2}
     in_process.clear()
+    rebuilt = {"answers": 1, "train": 1, "measure": 2, "validate": 1, "judge": 2}
     base = tmp_path / "base"
     shutil.copytree(settings["model"], base)  # with the times that it has there
     assert main(["compare", yaml_file(tmp_path / "run.yaml", settings | {"model": str(base)})]) == 0
-    assert Counter(in_process) == {"answers": 1, "train": 1, "measure": 2, "judge": 2}
+    assert Counter(in_process) == rebuilt
     in_process.clear()
     (base / "config.json").write_text((base / "config.json").read_text() + "\n")
     assert main(["compare", yaml_file(tmp_path / "run.yaml", settings | {"model": str(base)})]) == 0
-    assert Counter(in_process) == {"answers": 1, "train": 1, "measure": 2, "judge": 2}
+    assert Counter(in_process) == rebuilt
 
 
 def test_a_cell_ends_with_whoever_started_it(tmp_path: Path) -> None:

@@ -16,7 +16,14 @@ import pytest
 
 from qadapter.data import Pair
 from qadapter.errors import ConfigError, DataError, UserError
-from qadapter.judge import BradleyTerryJudge, Judge, NoVoteError, OpenAIJudge, RuleJudge
+from qadapter.judge import (
+    BradleyTerryJudge,
+    Judge,
+    NoVoteError,
+    OpenAIJudge,
+    RuleJudge,
+    named_judge,
+)
 from qadapter.stats import wilson_interval
 
 WORDS = ["river", "stone", "window", "garden", "letter", "music", "winter", "engine"]
@@ -273,7 +280,48 @@ def test_a_taste_for_the_first_place_is_a_tie(endpoint: Endpoint) -> None:
     assert rate.length_delta == 1.0
 
 
-@pytest.mark.parametrize("said", ["A is better.", "", "a", "A.", "A or B", "C", None])
+@pytest.mark.parametrize(
+    ("said", "vote"),
+    [
+        ("A.", 1.0),
+        ("**B**", 0.0),
+        ("“A”\n", 1.0),
+        ("'TiE'.", 0.5),
+        ("Answer: A", 1.0),
+        ("**Answer:** B.", 0.0),
+        ("\n<think>B?\nNo: <b> A.</think>\n\n**A**", 1.0),
+        ("<think></think>tie", 0.5),
+    ],
+)
+def test_what_stands_around_a_verdict_is_no_matter(
+    endpoint: Endpoint, said: str, vote: float
+) -> None:
+    other = {1.0: "B", 0.0: "A", 0.5: "tie"}[vote]
+    endpoint.says(lambda asked: said if asked.index("good") < asked.index("bad") else other)
+    assert asked(endpoint).votes(["?"], ["good"], ["bad"]) == [vote]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "A is better.",
+        "",
+        "a",
+        "b.",
+        "A or B",
+        "A. B",
+        "AB",
+        "C",
+        "Answer: a",
+        "I say A",
+        "<think>A",
+        "A<think></think>",
+        "<think></think>",
+        "<think>A</think>B</think>A",
+        "<think>…</think><think>…</think>A",
+        None,
+    ],
+)
 def test_what_is_not_a_verdict_is_not_guessed_at(endpoint: Endpoint, said: str | None) -> None:
     endpoint.says(lambda asked: said if "bad" in asked else " B\n" if "1" in asked else "tie")
     rate = asked(endpoint).win_rate(["0", "1"], ["bad", "x"], ["x", "y"])
@@ -384,6 +432,57 @@ def test_settings_of_the_asked_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     for address in ("localhost:8000", "file:///etc/passwd", "http://", "http://a b/v1"):
         with pytest.raises(ConfigError, match="not an address"):
             OpenAIJudge(address, "m", None)
+
+
+def test_a_judges_name_says_where_its_key_is(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-openai")
+    monkeypatch.setenv("MY_KEY", "sk-mine")
+    for name in (endpoint.url, f"{endpoint.url}#MY_KEY"):
+        named_judge(f"openai:some-model@{name}", "short answers").votes(["?"], ["a"], ["b"])
+    assert endpoint.keys == [None, None, "Bearer sk-mine", "Bearer sk-mine"]
+    for request in endpoint.requests:
+        assert request["path"] == "/v1/chat/completions"
+        assert "short answers" in request["messages"][0]["content"]
+
+
+@pytest.mark.parametrize(
+    ("url", "sent"),
+    [
+        ("https://api.openai.com/v1", "sk-openai"),
+        ("https://eu.api.openai.com:443/v1", "sk-openai"),
+        ("https://api.openai.com/v1#MY_KEY", "sk-mine"),
+        ("http://api.openai.com/v1", ""),
+        ("https://api.openai.com.example/v1", ""),
+        ("https://notopenai.com/v1", ""),
+        ("https://example/openai.com/v1", ""),
+        ("https://api.openai.com@example/v1", ""),
+        ("https://api.openai.com:443@example/v1", ""),
+    ],
+)
+def test_openais_key_goes_to_openai_unasked_and_to_nobody_else(
+    monkeypatch: pytest.MonkeyPatch, url: str, sent: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-openai")
+    monkeypatch.setenv("MY_KEY", "sk-mine")
+    judge = named_judge(f"openai:gpt@{url}")
+    assert isinstance(judge, OpenAIJudge)
+    assert judge._request("?").unredirected_hdrs.get("Authorization", "") == (
+        f"Bearer {sent}" if sent else ""
+    )
+
+
+def test_a_judges_name_without_its_key_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("MY_KEY", raising=False)
+    with pytest.raises(ConfigError, match=r"\$OPENAI_API_KEY: holds no key"):
+        named_judge("openai:gpt@https://api.openai.com/v1")
+    with pytest.raises(ConfigError, match=r"\$MY_KEY: holds no key"):
+        named_judge("openai:gpt@http://localhost/v1#MY_KEY")
+    for name in ("openai:gpt@http://localhost/v1#", "openai:gpt@#MY_KEY", "openai:@http://a/v1"):
+        with pytest.raises(ConfigError, match=r"is none; give .*openai:MODEL@URL#VARIABLE"):
+            named_judge(name)
 
 
 def test_any_judge_can_be_validated(endpoint: Endpoint) -> None:

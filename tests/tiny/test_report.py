@@ -18,10 +18,11 @@ import pytest
 from qadapter.errors import UserError
 from qadapter.report import figures, tables, write_report
 from qadapter.report.results import Results
-from qadapter.report.wording import lead, number, paragraph, percent
+from qadapter.report.wording import lead, number, paragraphs, percent
 from qadapter.stats import (
     INTERVALS,
     EqualLearning,
+    Interval,
     by_group,
     frontier,
     mean_intervals,
@@ -372,7 +373,30 @@ def test_learning_figures_are_those_of_the_json(full: dict[str, Any], page: Page
         "+3.2 words"
     )
     assert rows[1]["Mean vote of Bradley–Terry"] == wins
-    assert longer["Accuracy"] == "54.1%"
+    assert (longer["Method"], longer["Accuracy"]) == (
+        "The longer response, whatever it says",
+        "54.1%",
+    )
+
+
+def test_the_baseline_by_length_is_the_better_of_both() -> None:
+    made = {**comparison(dpo=DPO), "length_baseline": 0.43}
+    told = tables.learning(Results(made)).rows[-1]
+    assert list(told[:3]) == ["The shorter response, whatever it says", "–", "57.0%"]
+
+
+def test_the_place_of_each_adapter_is_told(full: dict[str, Any], tmp_path: Path) -> None:
+    assert "Adapter" not in tables.runs(Results(full)).columns
+    made = json.loads(json.dumps(full))
+    for name, fields in made["methods"].items():
+        for run in fields["runs"] if name != "base" else ():
+            run["adapter"] = f"cells/train-{name}-seed-{run['seed']}/adapter"
+    page = written(made, tmp_path)
+    places = {(r["Method"], r["Seed"]): r["Adapter"] for r in page.table("Method", "Adapter")}
+    assert places["Base", "0"] == "–"
+    assert places["Q-Adapter", "2"] == "cells/train-qadapter-seed-2/adapter"
+    assert len(places) == 13
+    assert "qadapter chat" in page.text
 
 
 def test_intervals_are_over_prompts(tmp_path: Path) -> None:
@@ -468,12 +492,11 @@ def test_tasks_at_the_margin_of_the_reference(full: dict[str, Any], tmp_path: Pa
     (dpo,) = [dict(zip(usual.columns, row, strict=True)) for row in usual.rows if row[0] == "DPO"]
     piqa = dpo["piqa: acc, n = 300"].replace("\u00a0", " ")
     assert rows["DPO"]["piqa: acc, n = 300"] == piqa
-    told = " ".join(paragraph(results))
+    told = " ".join(paragraphs(results))
     where = "with its dial at 0.4, where its mean margin is DPO’s"
-    how = "(base less method, of perplexities how much higher the method’s is; 95% CI)"
-    assert f"{where} {how}: a drop on piqa" in told
+    assert f"{where} (95% CI): a drop on piqa" in told
     assert f"wikitext ({percent(math.expm1(0.3))}, " in told
-    assert f"at its own setting {how}: no drop shown on piqa" in told
+    assert "at its own setting (95% CI): no drop shown on piqa" in told
 
 
 def test_every_point_of_the_curves_is_shown(full: dict[str, Any], page: Page) -> None:
@@ -537,19 +560,80 @@ def test_tuning_failures_robustness_and_origin_are_shown(full: dict[str, Any], p
 @pytest.mark.parametrize(
     ("ours", "told"),
     [
-        (BETTER, "Q-Adapter forgets less than DPO: at DPO’s margin on held-out pairs ("),
-        (
-            ALIKE,
-            "Q-Adapter does not win against DPO, nor lose: at DPO’s margin on held-out pairs (",
-        ),
-        (WORSE, "Q-Adapter does not win against DPO: at DPO’s margin on held-out pairs ("),
-        (WEAKER, "Q-Adapter does not win against DPO: nowhere on its dial does it reach"),
+        (BETTER, "“Q-Adapter” ({}) forgot less."),
+        (ALIKE, "no difference was shown for “Q-Adapter” ({})."),
+        (WORSE, "“Q-Adapter” ({}) forgot more."),
+        (WEAKER, "“Q-Adapter” did not reach that margin."),
     ],
 )
 def test_the_lead_says_who_wins(ours: dict[str, Any], told: str) -> None:
     results = Results(comparison(dpo=DPO, qadapter=ours))
-    assert lead(results).startswith(told)
-    assert paragraph(results)[0] == lead(results)
+    assert lead(results).startswith("Against DPO, at its margin on held-out pairs (")
+    assert lead(results).endswith(f": {told.format(ratio(results, 'qadapter'))}")
+    assert paragraphs(results)[0] == lead(results)
+
+
+def ratio(results: Results, name: str) -> str:
+    """Return the ratio to the reference at its margin, with its interval."""
+    assert results.reference is not None
+    found = results.equal_learning(results.reference)[name].ratio
+    between = f"{number(found.low)} to {number(found.high)}".replace(" ", "\u00a0")
+    return f"{number(found.value)}, {between}"
+
+
+def test_the_words_name_every_q_adapter_in_whatever_order() -> None:
+    better, worse, weaker, alike = (
+        {**one, "label": label}
+        for one, label in ((BETTER, "A"), (WORSE, "B"), (WEAKER, "C"), (ALIKE, "D {}"))
+    )
+    alike = {**alike, "runs": alike["runs"][:1]}
+    fixed = {
+        **alike,
+        "label": "E",
+        "runs": [{**r, "points": r["points"][1:2]} for r in alike["runs"]],
+    }
+    ours = {"a": better, "b": worse, "c": weaker, "d": alike, "e": fixed}
+    results = Results(comparison(base=base(), dpo=DPO, **ours))
+    a, b, d, e = (ratio(results, name) for name in "abde")
+    assert lead(results).endswith(
+        f": “A” ({a}) forgot less; no difference was shown for “D {{}}” ({d}); "
+        f"“B” ({b}) forgot more; “C” did not reach that margin."
+    )
+    first, *each, caveats = paragraphs(results)
+    rest = f"Of those without a dial: no difference was shown for “E” ({e})."
+    assert first == f"{lead(results)} {rest}"
+    # One a method, of those with the most seeds.
+    assert [told.split()[0] for told in each] == ["“A”", "“B”", "“C”"]
+    assert "fewer than three seeds" in caveats
+    turned = dict(reversed(ours.items()))
+    assert paragraphs(Results(comparison(base=base(), dpo=DPO, **turned))) == paragraphs(results)
+
+
+@pytest.mark.parametrize("times", [0.25, 3.0])
+def test_drift_on_the_bases_own_answers_is_told_without_an_interval(times: float) -> None:
+    ours = copy.deepcopy(BETTER)
+    for run in ours["runs"]:
+        run["points"][1]["kl_generations"] = times * 0.18
+    told = " ".join(paragraphs(Results(comparison(dpo=DPO, qadapter=ours))))
+    assert (
+        f"On the base’s own answers it drifts {number(times)} times as far as DPO "
+        f"({number(times * 0.18)} against 0.180 nats a token, each at its own setting), means over "
+        "seeds without an interval."
+    ) in told
+
+
+def test_rounding_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resampled means of equal votes differed by 8.7e-19, and it "learned more"."""
+    results = Results(comparison(base=base(), dpo=DPO, qadapter=BETTER))
+    for low, high in ((8.7e-19, 0.14), (-0.14, -8.7e-19)):
+        found = Interval((low + high) / 2, low, high)
+        monkeypatch.setattr(results, "accuracy_gain", lambda *_, found=found: found)
+        monkeypatch.setattr(results, "drop", lambda *_, found=found, **__: found)
+        told = " ".join(paragraphs(results))
+        assert "no difference in learning is shown" in told
+        assert "no drop shown on piqa" in told
+        assert "a drop on" not in told
+        assert "a gain on" not in told
 
 
 def test_a_point_estimate_below_one_is_no_win() -> None:
@@ -569,7 +653,7 @@ def test_a_point_estimate_below_one_is_no_win() -> None:
     ratio = results.equal_learning(results.reference)["qadapter"].ratio
     assert ratio.value < 0.9
     assert ratio.high > 1
-    assert "nor lose" in lead(results)
+    assert "no difference was shown for “Q-Adapter”" in lead(results)
 
 
 def test_a_copy_of_the_reference_neither_wins_nor_loses_by_rounding() -> None:
@@ -579,38 +663,38 @@ def test_a_copy_of_the_reference_neither_wins_nor_loses_by_rounding() -> None:
         for p in run["points"]:
             p["window_kl"] = [3 * (x / 3) for x in p["window_kl"]]
     results = Results(comparison(dpo=one, qadapter=copy))
-    assert "nor lose" in lead(results)
+    assert "no difference was shown for “DPO”" in lead(results)
 
 
 def test_the_paragraph_tells_losses_beside_wins(full: dict[str, Any]) -> None:
-    told = " ".join(paragraph(Results(full)))
+    told = " ".join(paragraphs(Results(full)))
     assert (
         "at that method’s own margin (ratio of drifts, 95% CI), it forgets less than “SFT” ("
         in told
     )
     assert "no drop shown on piqa (0, 0 to 0), lambada (0, 0 to 0)" in told.replace("\u00a0", " ")
     assert "no difference in learning is shown" in told
-    assert "Its variants against DPO: does not reach that margin: “Q-Adapter, raw”." in told
+    assert "“Q-Adapter, raw” did not reach that margin." in told
     assert "1 cell failed" in told
     forgetful = method("Q-Adapter", "qadapter.QAdapterTrainer", [0.4] * 3, [0.1] * 3, task_drop=0.2)
-    told = " ".join(paragraph(Results(comparison(base=base(), dpo=DPO, qadapter=forgetful))))
+    told = " ".join(paragraphs(Results(comparison(base=base(), dpo=DPO, qadapter=forgetful))))
     assert "a drop on piqa (0." in told
-    assert "it learns less: " in told
+    assert "it learns less, " in told
     better = method("Q-Adapter", "qadapter.QAdapterTrainer", [0.9] * 3, [0.1] * 3, task_drop=-0.2)
-    told = " ".join(paragraph(Results(comparison(base=base(), dpo=DPO, qadapter=better))))
+    told = " ".join(paragraphs(Results(comparison(base=base(), dpo=DPO, qadapter=better))))
     assert "a gain on piqa (−0." in told
-    assert "it learns more: " in told
+    assert "it learns more, " in told
 
 
 def test_caveats_are_told() -> None:
     one = method("Q-Adapter", "qadapter.QAdapterTrainer", [0.6] * 3, [0.1] * 3, seeds=1, trials=9)
-    told = " ".join(paragraph(Results(comparison(dpo=DPO, qadapter=one))))
+    told = " ".join(paragraphs(Results(comparison(dpo=DPO, qadapter=one))))
     assert "fewer than three seeds" in told
     assert "The tuning budgets differ, from 4 to 9 trials" in told
-    assert "fewer than three" not in " ".join(paragraph(Results(comparison(dpo=DPO, q=BETTER))))
+    assert "fewer than three" not in " ".join(paragraphs(Results(comparison(dpo=DPO, q=BETTER))))
     untuned = {"sampler": None, "space": {}, "trials": [], "best": {"beta": 0.1}}
     results = Results(comparison(dpo={**DPO, "search": untuned}, q={**BETTER, "search": untuned}))
-    assert "No method was tuned" in " ".join(paragraph(results))
+    assert "No method was tuned" in " ".join(paragraphs(results))
     assert "No method was tuned" not in told
 
 
@@ -618,12 +702,12 @@ def test_results_of_another_version_are_told() -> None:
     made = comparison(dpo=DPO, q=BETTER)
     here = {"machine": made["machine"], "versions": made["versions"]}
     made["cells"] = [{"count": 7, **here}]
-    assert "another machine" not in " ".join(paragraph(Results(made)))
+    assert "another machine" not in " ".join(paragraphs(Results(made)))
     older = {**here, "versions": {**made["versions"], "torch": "2.12.0"}}
     made["cells"] += [{"count": 4, **older}, {"count": 1}]
     results = Results(made)
     said = "5 results behind this came from another machine or version"
-    assert said in " ".join(paragraph(results))
+    assert said in " ".join(paragraphs(results))
     rows = dict(tables.made(results).rows[-2:])
     assert rows["4 results made by"] == "versions: torch 2.12.0"
     assert "machine: processor unknown" in rows["1 results made by"]
@@ -637,7 +721,7 @@ def tuned(best: dict[str, float], given: dict[str, Any], trials: int) -> tuple[s
     made["config"]["settings"] = given
     results = Results(made)
     rows = tables.tuning(results).rows
-    return " ".join(paragraph(results)), next(row for row in rows if row[0] == "DPO")[4]
+    return " ".join(paragraphs(results)), next(row for row in rows if row[0] == "DPO")[4]
 
 
 def test_settings_that_were_given_are_told() -> None:

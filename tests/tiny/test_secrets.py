@@ -248,7 +248,7 @@ def test_a_judges_key_goes_to_its_endpoint_alone(
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     monkeypatch.setattr("time.sleep", lambda _: None)  # it waits before it asks again
-    judge = named_judge(f"openai:some-model@{endpoint.url}")
+    judge = named_judge(f"openai:some-model@{endpoint.url}#OPENAI_API_KEY")
     rate = judge.win_rate(["?"], ["a"], ["b"])
     (tmp_path / "comparison.json").write_text(json.dumps(vars(rate), default=str))
     errors = []

@@ -26,7 +26,7 @@ from qadapter.stats import numbered
 UNSEEN = -1000
 """Exit code of a cell whose directory is not there on the machine that was to run it."""
 
-_FORMAT = 3
+_FORMAT = 4
 """Of what results hold; another number makes other cells, so that none of an older one is read."""
 _ASKED = 50
 """Held-out pairs that an endpoint is validated on: each is two calls."""
@@ -137,9 +137,15 @@ class _Work:
 
 
 def _answers(work: _Work) -> dict[str, Any]:
-    """Write the base's answers to general, training and test prompts."""
+    """Write the base's answers: sampled to general and training prompts, greedy to test prompts.
+
+    What Replay learns is to be what the base says; greedy answers are sharper than it is.
+    """
+    from transformers import set_seed
+
     from qadapter.compare.data import prompts_of
     from qadapter.compare.measure import answers_of
+    from qadapter.compare.train import REPLAY_TOKENS
     from qadapter.data import read_pairs, read_prompts
 
     spec = work.spec
@@ -148,9 +154,16 @@ def _answers(work: _Work) -> dict[str, Any]:
         "training": prompts_of(read_pairs(work.file("train")))[: spec["replay_prompts"]],
         "test": prompts_of(read_pairs(work.file("test")))[: spec["answers"]],
     }
+    sampled = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     policy, rows = work.policy(), []
+    set_seed(0)
     for kind, prompts in asked.items():
-        made = answers_of(policy, prompts, strength=0.0, max_new_tokens=spec["answer_tokens"])
+        how = (
+            {"max_new_tokens": spec["answer_tokens"]}
+            if kind == "test"
+            else {"max_new_tokens": REPLAY_TOKENS, **sampled}
+        )
+        made = answers_of(policy, prompts, strength=0.0, **how)
         for prompt, answer in zip(prompts, made, strict=True):
             rows.append({"kind": kind, "prompt": prompt, "answer": answer})
     write_jsonl(work.directory / "answers.jsonl", rows)
@@ -177,7 +190,7 @@ def _train(work: _Work) -> dict[str, Any]:
     from qadapter.estimate import peak_memory
 
     spec = work.spec
-    names = ("params", "seed", "model", "max_length", "answer_tokens", "common_trunk")
+    names = ("params", "seed", "model", "max_length", "answer_tokens", "common_trunk", "training")
     task = Task(
         **{name: spec[name] for name in names},
         pairs=Path(work.file("train")),
@@ -234,25 +247,45 @@ def _answered(work: _Work, policy: Any) -> dict[str, Any]:
     }
 
 
+def _fitted_judge(work: _Work) -> Any:
+    """Return the judge that the spec names, fitted if it learns: the same each time."""
+    from qadapter.data import read_pairs
+    from qadapter.judge import BradleyTerryJudge, named_judge
+
+    judge = named_judge(work.spec["judge"], work.spec.get("criterion"))
+    if isinstance(judge, BradleyTerryJudge):
+        judge.fit(list(read_pairs(work.file("judge"))))
+    return judge
+
+
+def _validate(work: _Work) -> dict[str, Any]:
+    """Return how well a judge tells chosen from rejected, or why it cannot be told."""
+    from qadapter.data import read_pairs
+    from qadapter.judge import NoVoteError, OpenAIJudge
+
+    judge, held_out = _fitted_judge(work), list(read_pairs(work.file("validation")))
+    if isinstance(judge, OpenAIJudge):
+        held_out = held_out[:_ASKED]
+    try:
+        return {"validation": dataclasses.asdict(judge.validate(held_out))}
+    except NoVoteError as error:
+        return {"refused": str(error)}
+
+
 def _judge(work: _Work) -> dict[str, Any]:
-    """Return a judge's win rate, or why it may not vote, after its validation.
+    """Return the win rate by a judge that was validated, or why it may not vote.
 
     Answers are those of a measurement, which a judge that cannot be reached leaves as it is.
     """
-    from qadapter.data import read_pairs
-    from qadapter.judge import BradleyTerryJudge, NoVoteError, OpenAIJudge, named_judge
+    from qadapter.judge import NoVoteError, Validation
 
     measured = work.root / work.spec["measured"] / "result.json"
     points = json.loads(measured.read_text(encoding="utf-8"))["points"]
     made = next(point["answers"] for point in points if point["dial"] == 1.0)
     prompts, base = work.answers("test")
-    judge, held_out = named_judge(work.spec["judge"]), list(read_pairs(work.file("validation")))
-    if isinstance(judge, BradleyTerryJudge):
-        judge.fit(list(read_pairs(work.file("judge"))))
-    if isinstance(judge, OpenAIJudge):
-        held_out = held_out[:_ASKED]
+    judge = _fitted_judge(work)
+    judge.validation = Validation(**work.spec["validation"])
     try:
-        judge.validate(held_out)
         return {"win_rate": dataclasses.asdict(judge.win_rate(prompts, made, base))}
     except NoVoteError as error:
         return {"refused": str(error)}
@@ -266,19 +299,16 @@ def _suite(work: _Work) -> dict[str, Any]:
 def _tasks(work: _Work, policy: Any, strength: float) -> dict[str, Any]:
     """Return the capability suite's scores at a strength.
 
-    Tasks of log-likelihood as lm-eval asks them, without a template; instructions as conversations,
-    as many and twice as long as the answers made for the win rate.
+    Tasks of log-likelihood as lm-eval asks them, without a template; those that generate as
+    conversations, as many as the answers made for the win rate, and on files twice as long.
     """
-    from qadapter.evaluate import evaluate_tasks
-    from qadapter.suite import local_suite
+    from qadapter.evaluate import evaluate_tasks, generates
+    from qadapter.suite import suite_tasks
 
-    spec = work.spec
-    if not spec["suite"]:
-        return {"tasks": {}}
-    scores = []
-    for task in local_suite(spec["suite"]):
-        made = task["output_type"] == "generate_until"
-        if made:
+    spec, scores = work.spec, []
+    for task in suite_tasks(spec["suite"]):
+        made = generates(task)
+        if made and isinstance(task, dict):
             limits = {**task["generation_kwargs"], "max_gen_toks": 2 * spec["answer_tokens"]}
             task = {**task, "generation_kwargs": limits}
         limit = spec["answers"] if made else spec["suite_limit"]
@@ -293,6 +323,7 @@ WORK = {
     "anchors": _anchors,
     "train": _train,
     "measure": _measure,
+    "validate": _validate,
     "judge": _judge,
     "suite": _suite,
 }

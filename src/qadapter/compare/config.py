@@ -38,8 +38,9 @@ class CompareConfig:
     """Directory of the report and of every run behind it."""
     anchors: str | None = None
     """General text on which methods with anchors are held to the base; default what it samples."""
-    suite: str | None = None
-    """Directory of the local capability suite (see `qadapter evaluate --suite local`)."""
+    suite: tuple[str, ...] = ()
+    """Abilities that may be lost: directories of the local suite (see `qadapter evaluate --suite
+    local`), files of one task (.jsonl, .txt), names of lm-eval's tasks."""
     model: str = DEFAULT_BASE
     """The base."""
     methods: tuple[str, ...] = ("base", "sft", "dpo", "replay", "rloo", "qadapter")
@@ -47,7 +48,10 @@ class CompareConfig:
     reference: str = "dpo"
     """The method whose learning is the mark for the others."""
     judges: tuple[str, ...] = ("bradley-terry",)
-    """Who gives win rates: `bradley-terry`, `rule:max_words:40`, `openai:MODEL@URL`, …"""
+    """Who gives win rates: `bradley-terry`, `rule:max_words:40`,
+    `openai:MODEL@URL#VARIABLE`, whose key that variable of the environment holds, …"""
+    judge_criterion: str | None = None
+    """What the preference asks for, in words; `openai:` judges are told it."""
     trials: int = 3
     """Settings tried for each method on the validation pairs; the first are its defaults. 0 takes
     these untried."""
@@ -84,11 +88,15 @@ class CompareConfig:
     answer_tokens: int = 96
     """Most tokens of any answer made."""
     suite_limit: int = 100
-    """Items of each task of the suite."""
+    """Items of each task of the suite; of tasks that generate, as many as `answers`."""
     max_length: int = 1024
     """Tokens of prompt and response."""
     trunk: float = 0.75
     """Share of layers left alone by the methods that share a trunk."""
+    per_device_train_batch_size: int = 4
+    """Pairs a micro-batch, of every method."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches a step: 1 and 4 take less memory than 4 and 1, and learn the same."""
 
     def __post_init__(self) -> None:
         named = {
@@ -103,6 +111,11 @@ class CompareConfig:
                 raise ConfigError(f"{where}: {unknown[0]!r} is not one of {known}.")
         for name in self.judges:
             named_judge(name)
+        if self.judge_criterion and not any(name.startswith("openai:") for name in self.judges):
+            raise ConfigError(
+                "judge_criterion: no judge is told it; name one of openai:MODEL@URL, or leave it "
+                "out."
+            )
         _check_once("methods", self.methods)
         _check_once("judges", self.judges)
         if self.reference not in self.methods:
@@ -192,7 +205,10 @@ class CompareConfig:
 
 _WHOLE = ("pairs", "lora_r")
 """What robustness varies by whole numbers."""
+TRAINING = ("per_device_train_batch_size", "gradient_accumulation_steps")
+"""What every training is told, by transformers' names."""
 _COUNTS = (
+    *TRAINING,
     "trials",
     "pairs",
     "validation_pairs",

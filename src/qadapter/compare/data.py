@@ -145,18 +145,21 @@ def varied(pairs: Sequence[Pair], name: str, value: float) -> list[Pair]:
         return list(pairs[: int(value)])
     if name not in ("flipped", "irrelevant") or not 0 <= value <= 1:
         raise DataError(f"vary: {name}={value:g} is no share of flipped or irrelevant pairs.")
-    if name == "irrelevant" and len(pairs) < 3:
-        raise DataError("vary: irrelevant takes responses from two other pairs; give more pairs.")
     hit = set(rng.sample(range(len(pairs)), round(value * len(pairs))))
     if name == "flipped":
         return [
             replace(p, chosen=p.rejected, rejected=p.chosen) if i in hit else p
             for i, p in enumerate(pairs)
         ]
-    out = list(pairs)
+    keys, out = [prompt_key(pair) for pair in pairs], list(pairs)
     for i in hit:
-        one, two = rng.sample([j for j in range(len(pairs)) if j != i], 2)
-        out[i] = replace(pairs[i], chosen=pairs[one].chosen, rejected=pairs[two].chosen)
+        strange = [pair for pair, key in zip(pairs, keys, strict=True) if key != keys[i]]
+        if len(strange) < 2:
+            raise DataError(
+                "vary: irrelevant takes responses from two pairs of other prompts; give more pairs."
+            )
+        one, two = rng.sample(strange, 2)
+        out[i] = replace(pairs[i], chosen=one.chosen, rejected=two.chosen)
     return [p for p in out if p.chosen != p.rejected]
 
 

@@ -211,16 +211,17 @@ def generations_kl(policy: Policy, prompts: Sequence[Text], answers: Sequence[st
 
 
 def answers_of(
-    policy: Policy, prompts: Sequence[Text], *, strength: float, max_new_tokens: int
+    policy: Policy, prompts: Sequence[Text], *, strength: float, **generate: Any
 ) -> list[str]:
-    """Return greedy answers in the prompts' order, alike lengths made together."""
+    """Return answers in the prompts' order, alike lengths made together.
+
+    They are greedy unless `generate` asks transformers otherwise.
+    """
     order = sorted(range(len(prompts)), key=lambda i: len(str(prompts[i])))
     out = [""] * len(prompts)
     for start in range(0, len(order), 16):
         index = order[start : start + 16]
-        made = policy.answer(
-            [prompts[i] for i in index], strength=strength, max_new_tokens=max_new_tokens
-        )
+        made = policy.answer([prompts[i] for i in index], strength=strength, **generate)
         for i, text in zip(index, made, strict=True):
             out[i] = text
     return out

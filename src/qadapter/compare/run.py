@@ -22,9 +22,10 @@ from qadapter.compare.search import searched, trials_of
 from qadapter.compare.variations import read_variation, retrained_curve, robust
 from qadapter.data import Pair, read_prompts, read_texts, tokenize_pairs
 from qadapter.errors import ConfigError
+from qadapter.evaluate import generates
 from qadapter.files import alone_in, check_writable, sha256, write_text
 from qadapter.stats import INTERVALS
-from qadapter.suite import local_suite
+from qadapter.suite import suite_tasks
 
 
 def compare(
@@ -85,7 +86,7 @@ def _compare(
 
 
 def _told_early(config: CompareConfig) -> dict[str, str]:
-    """Read what would else fail hours later; return the suite's files by task."""
+    """Read what would else fail hours later; return the suite's files, each by a name."""
     part_of(read_texts(config.text), "report")
     read_prompts(config.prompts)
     if config.anchors:
@@ -95,8 +96,13 @@ def _told_early(config: CompareConfig) -> dict[str, str]:
                 "anchors: is `text` too, where methods with anchors would look better than they "
                 "are; give another text."
             )
-    tasks = local_suite(config.suite) if config.suite else []
-    return {task["task"]: task["dataset_kwargs"]["data_files"]["test"] for task in tasks}
+    files = {}
+    for task in suite_tasks(config.suite):
+        if isinstance(task, str):
+            generates(task)
+        else:
+            files[f"suite:{task['task']}"] = task["dataset_kwargs"]["data_files"]["test"]
+    return files
 
 
 def _cells(
@@ -104,10 +110,11 @@ def _cells(
     trained: Sequence[str],
     curves: Sequence[tuple[str, str, Sequence[float]]],
 ) -> int:
-    """Return how many cells the methods and curves are, and the base's answers."""
+    """Return how many cells methods, curves, judges' validations and the base's answers are."""
     whole = 1 + len(config.judges)  # a measurement and the verdicts on its answers
     return (
         1
+        + len(config.judges)
         + 2 * sum(trials_of(config, name, METHODS[name]) for name in trained)
         + sum((1 + whole) * len(config.seeds_of(name)) for name in trained)
         + whole * int("base" in config.methods)

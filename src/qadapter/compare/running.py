@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any
 
 from qadapter.compare.cells import Cell, CellFailed
-from qadapter.compare.config import CompareConfig
+from qadapter.compare.config import TRAINING, CompareConfig
 from qadapter.compare.fanout import Fanout
 from qadapter.compare.methods import METHODS, starts_at_base
 from qadapter.compare.origin import Origin
@@ -63,6 +63,10 @@ class Run:
     """What made the result of each cell's directory, in this run or an earlier one."""
     locks: defaultdict[Path, Lock] = field(default_factory=lambda: defaultdict(Lock))
     """One a cell: two askers of the same one get the same result."""
+    validations: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    """What the validation of each judge found; None if it failed."""
+    validating: Lock = field(default_factory=Lock)
+    """So that a judge is validated once, whoever asks for its votes."""
 
     def cell(self, kind: str, label: str, **spec: Any) -> dict[str, Any] | None:
         """Return a cell's result with its `directory`, or None if it failed."""
@@ -151,6 +155,7 @@ def tried(
         params=params,
         seed=seed,
         common_trunk=run.config.trunk,
+        training={name: getattr(run.config, name) for name in TRAINING},
     )
     if trained is None:
         return None
@@ -217,13 +222,35 @@ def points(
 
 def _judged(run: Run, label: str, measured: str) -> dict[str, list[Any]]:
     """Return what the judges say of the answers that a measurement made, but those that failed."""
-    files = {name: name for name in ("judge", "validation", "answers")}
     place = str(Path(measured).relative_to(run.root))
-    told = [
-        run.cell("judge", f"{label} by {name}", files=files, measured=place, judge=name) or {}
-        for name in run.config.judges
-    ]
+    told = [_verdict(run, label, place, judge) or {} for judge in run.config.judges]
     return {
         "win_rates": [found["win_rate"] for found in told if "win_rate" in found],
         "judges_refused": [found["refused"] for found in told if "refused" in found],
     }
+
+
+def _verdict(run: Run, label: str, measured: str, judge: str) -> dict[str, Any] | None:
+    """Return a judge's win rate, or why it gives none; None if its cell or validation failed."""
+    found = _validated(run, judge)
+    if found is None or "refused" in found:
+        run.total -= 1  # a cell that is not asked for
+        return found
+    files = {name: name for name in ("judge", "answers")}
+    more = {"measured": measured, "validation": found["validation"], **_told(run, judge)}
+    return run.cell("judge", f"{label} by {judge}", files=files, **more)
+
+
+def _validated(run: Run, judge: str) -> dict[str, Any] | None:
+    """Return what a judge's validation found, which all its votes share; None if it failed."""
+    with run.validating:
+        if judge not in run.validations:
+            files = {name: name for name in ("judge", "validation")}
+            run.validations[judge] = run.cell("validate", judge, files=files, **_told(run, judge))
+        return run.validations[judge]
+
+
+def _told(run: Run, judge: str) -> dict[str, str | None]:
+    """Return what makes a judge: its name, and for an endpoint what the preference asks for."""
+    endpoint = judge.startswith("openai:")
+    return {"judge": judge, **({"criterion": run.config.judge_criterion} if endpoint else {})}

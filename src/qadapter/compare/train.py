@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +30,8 @@ from qadapter.train import run_training
 
 Params = Mapping[str, Any]
 
+REPLAY_TOKENS = 256
+"""Most tokens of an answer that Replay learns."""
 _RL_ANSWERS = 4
 """Answers of online learning to a prompt."""
 
@@ -46,10 +49,12 @@ class Task:
     """Most tokens of an answer that is made."""
     common_trunk: float
     """Share of layers left alone where the method does not say otherwise."""
+    training: Params
+    """What transformers' TrainingArguments are told of batches, the same for all methods."""
     pairs: Path
     """Training pairs."""
     answers: Path | None
-    """The base's own answers, `{"prompt", "answer", "kind"}` a line; for Replay."""
+    """The base's own answers, `{"prompt", "answer", "kind"}` a line; for Replay sampled ones."""
     anchors: Path | None
     """General text; for methods with an `anchor_weight`."""
     output: Path
@@ -97,6 +102,7 @@ def train_qadapter(task: Task) -> None:
             max_length=task.max_length,
             seed=task.seed,
             save_strategy="no",
+            **task.training,
         )
     )
 
@@ -119,7 +125,7 @@ class _Base:
 
 
 def _load(task: Task) -> _Base:
-    ours = QAdapterConfig(output_dir=str(task.output))
+    ours = QAdapterConfig(output_dir=str(task.output), **task.training)
     dtype = torch.bfloat16 if ours.bf16 else torch.float32
     model = hub.load_base(task.model, dtype=dtype)
     tokenizer = hub.load_tokenizer(task.model)
@@ -142,6 +148,7 @@ def _settings(task: Task, base: _Base) -> dict[str, Any]:
     return {
         "output_dir": str(task.output / "trl"),
         "per_device_train_batch_size": ours.per_device_train_batch_size,
+        "gradient_accumulation_steps": ours.gradient_accumulation_steps,
         "learning_rate": float(task.params["learning_rate"]),
         "num_train_epochs": float(task.params.get("epochs", 1)),
         "warmup_steps": ours.warmup_steps,
@@ -216,7 +223,7 @@ def _replayed(task: Task, base: _Base, kind: str) -> list[tuple[list[int], list[
         before = tokenize_prompt(prompt, base.tokenizer)
         after = cast(list[int], base.tokenizer(answer, add_special_tokens=False)["input_ids"])
         # An answer that ran into its length limit does not teach to end there.
-        whole = len(after) < task.answer_tokens
+        whole = len(after) < REPLAY_TOKENS
         rows.append((before, [*after, end] if whole else after))
     return rows
 
@@ -243,12 +250,13 @@ def train_rloo(task: Task) -> None:
     # The prompt of each pair, as many a step as the others' pairs: an epoch is as many steps.
     prompts = [{"prompt": pair.prompt} for pair in base.raw]
     settings = _settings(task, base)
-    size = settings["per_device_train_batch_size"]
-    if len(prompts) < size:
+    size = base.ours.per_device_train_batch_size
+    step = size * base.ours.gradient_accumulation_steps
+    if len(prompts) < step:
         # TRL would leave out the step that they do not fill, and learn nothing.
         raise DataError(
             f"{task.pairs}: {len(prompts)} pairs fit, and online learning asks the prompts of "
-            f"{size} a step; give more `pairs`."
+            f"{step} a step; give more `pairs`."
         )
     settings |= {"per_device_train_batch_size": size * _RL_ANSWERS}
     trainer = RLOOTrainer(
@@ -273,20 +281,18 @@ def _anchored(trainer: Any, task: Task, base: _Base) -> Any:
     if not weight:
         return trainer
     rows = anchor_rows(read_texts(str(task.anchors)), base.tokenizer)
-    size = base.ours.per_device_train_batch_size
+    size, turns = base.ours.per_device_train_batch_size, count()
 
     class Anchored(trainer):  # type: ignore[misc,unused-ignore]
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
-            if not model.training:
-                return loss
-            picked = [rows[i] for i in anchor_turn(len(rows), self.state.global_step, size)]
-            kl = anchor_kl(self.accelerator.unwrap_model(model), picked)
-            return (
-                (loss[0] + weight * kl, *loss[1:])
-                if isinstance(loss, tuple)
-                else loss + weight * kl
-            )
+        def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            loss = super().training_step(model, *args, **kwargs)
+            picked = [rows[i] for i in anchor_turn(len(rows), next(turns), size)]
+            kl = weight * anchor_kl(self.accelerator.unwrap_model(model), picked)
+            # Apart from the loss, which some of TRL's trainers average over micro-batches and
+            # others add up.
+            kl = kl / self.current_gradient_accumulation_steps
+            self.accelerator.backward(kl)
+            return cast(torch.Tensor, loss + kl.detach())
 
     return Anchored
 

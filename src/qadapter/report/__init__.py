@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from qadapter.files import whole_files
 from qadapter.report import figures, tables
 from qadapter.report.results import Results
-from qadapter.report.wording import lead, paragraph
+from qadapter.report.wording import lead, paragraphs
 
 __all__ = ["write_report"]
 
@@ -26,11 +26,11 @@ def write_report(comparison: Mapping[str, Any], directory: Path) -> Path:
     as `qadapter.stats` tells.
 
     Args:
-        comparison: what `comparison.json` holds. The Q-Adapter that the words are about is the
-            first method whose library begins with `qadapter`; tasks are compared with the method
-            `base`. A method's own setting is its dial at 1, or at `own_dial` if it has that field;
-            where the dial has no such value, at the last. A run's `at_reference` holds `tasks` at
-            the reference's margin and the `dial` there.
+        comparison: what `comparison.json` holds. Q-Adapters are the methods whose library begins
+            with `qadapter`; tasks are compared with the method `base`. A method's own setting is
+            its dial at 1, or at `own_dial` if it has that field; where the dial has no such value,
+            at the last. A run's `at_reference` holds `tasks` at the reference's margin and the
+            `dial` there; its `adapter`, where that lies, relative to the comparison.
         directory: made if it is not there.
 
     Raises:
@@ -57,6 +57,6 @@ def _render(results: Results, pictures: Mapping[str, bytes]) -> str:
         comparison=results.comparison,
         tables=tables,
         lead=lead(results),
-        paragraph=paragraph(results),
+        paragraphs=paragraphs(results),
         pictures={name: b64encode(png).decode() for name, png in pictures.items()},
     )

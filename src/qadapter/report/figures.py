@@ -40,7 +40,7 @@ def draw(results: Results) -> dict[str, bytes]:
 
 def _styles(results: Results, methods: Sequence[Method]) -> dict[str, dict[str, Any]]:
     """Return colour and marker of each method; Q-Adapters have full lines, the others dashes."""
-    # The first colours differ most: they go to the two that the words are about.
+    # The first colours differ most: they go to the first Q-Adapter and the reference.
     first = [results.ours[0] if results.ours else None, results.reference]
     methods = sorted(methods, key=lambda m: first.index(m) if m in first else len(first))
     return {

@@ -205,9 +205,14 @@ class Results:
 
     @property
     def ours(self) -> list[Method]:
-        """The Q-Adapters but the reference; the first is the one that the words are about."""
+        """The Q-Adapters but the reference."""
         reference = self.comparison["reference"]
         return [m for m in self.methods.values() if m.ours and _runs_of(m.name) != reference]
+
+    @property
+    def headlines(self) -> list[Method]:
+        """Those of `ours` with more than one value on the dial; all of them where none has."""
+        return [method for method in self.ours if len(method.dials) > 1] or self.ours
 
     @property
     def others(self) -> list[Method]:

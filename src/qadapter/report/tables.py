@@ -84,9 +84,10 @@ def learning(results: Results) -> Table:
         ]
         for method in results.methods.values()
     ]
-    longer = results.comparison["length_baseline"]
-    told = [NONE if longer is None else percent(longer), *[NONE] * (3 + len(judges))]
-    rows.append(["The longer response, whatever it says", NONE, *told])
+    if (longer := results.comparison["length_baseline"]) is not None:
+        which = "longer" if longer >= 0.5 else "shorter"
+        told = [NONE, percent(max(longer, 1 - longer)), *[NONE] * (3 + len(judges))]
+        rows.append([f"The {which} response, whatever it says", *told])
     margins = ("Margin, nats", "Margin a token, nats", "Ranking accuracy")
     columns = ("Method", "Seeds", "Accuracy", *margins)
     return Table((*columns, *(f"Mean vote of {judge}" for judge in judges)), rows)
@@ -247,19 +248,25 @@ def trials(results: Results) -> Table:
 
 
 def runs(results: Results) -> Table:
-    """Return every run of the comparison: what it took, and its settings."""
+    """Return every run of the comparison: what it took, its settings, where its adapter lies."""
+    found = [
+        (fields["label"], run)
+        for fields in results.comparison["methods"].values()
+        for run in fields["runs"]
+    ]
+    placed = any("adapter" in run for _, run in found)
     rows = [
         [
-            fields["label"],
+            label,
             str(run["seed"]),
             f"{run['seconds']:,.0f} s",
             f"{run['peak_gib']:.1f} GiB",
             _settings(run["params"]),
+            *[run.get("adapter", NONE)] * placed,
         ]
-        for fields in results.comparison["methods"].values()
-        for run in fields["runs"]
+        for label, run in found
     ]
-    return Table(("Method", "Seed", "Took", "Peak memory", "Settings"), rows)
+    return Table(("Method", "Seed", "Took", "Peak memory", "Settings", *["Adapter"] * placed), rows)
 
 
 def failures(results: Results) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 from qadapter.report.results import Method, Results
@@ -17,6 +17,20 @@ VERDICTS: dict[Outcome, str] = {
     "open": "no difference shown",
     "missed": "does not reach that margin",
 }
+_AGAINST_REFERENCE: dict[Outcome, str] = {
+    "less": "{} forgot less",
+    "open": "no difference was shown for {}",
+    "more": "{} forgot more",
+    "missed": "{} did not reach that margin",
+}
+_AGAINST_OTHERS: dict[Outcome, str] = {
+    "less": "it forgets less than {}",
+    "open": "no difference is shown from {}",
+    "more": "it forgets more than {}",
+    "missed": "it does not reach the margin of {}",
+}
+_ROUNDING = 1e-9
+"""Sums of the same figures in another order differ by less."""
 
 
 def outcome(found: EqualLearning) -> Outcome:
@@ -27,9 +41,9 @@ def outcome(found: EqualLearning) -> Outcome:
     """
     if math.isinf(found.ratio.low):
         return "missed"
-    if found.ratio.high < 1 - 1e-9:
+    if found.ratio.high < 1 - _ROUNDING:
         return "less"
-    return "more" if found.ratio.low > 1 + 1e-9 else "open"
+    return "more" if found.ratio.low > 1 + _ROUNDING else "open"
 
 
 def number(value: float) -> str:
@@ -65,7 +79,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def lead(results: Results) -> str:
-    """Return the answer to the report's question in one sentence."""
+    """Return the answer to the report's question, for every Q-Adapter that has a curve."""
     if not results.methods:
         return "No method finished, so nothing can be said."
     if not results.ours:
@@ -73,62 +87,75 @@ def lead(results: Results) -> str:
     if results.reference is None:
         name = results.comparison["reference"]
         return f"The reference, {name}, has no figures here that others could be put beside."
-    method, reference = results.ours[0], results.reference
-    return _against(method, reference, results.equal_learning(reference)[method.name])
+    reference = results.reference
+    return (
+        f"Against {reference.label}, at its margin on held-out pairs "
+        f"({number(reference.margin.value)} nats), by drift from the base on general text as a "
+        f"ratio to {reference.label}’s (95% CI): "
+        f"{_verdicts(results, results.headlines, reference)}."
+    )
 
 
-def _against(method: Method, reference: Method, found: EqualLearning) -> str:
-    ours, other = method.label, reference.label
-    reached = f"{other}’s margin on held-out pairs ({number(reference.margin.value)} nats)"
-    ratio = f"{number(found.ratio.value)} (95% CI {_between(found.ratio)})"
-    drift = "drift from the base on general text"
-    told = {
-        "less": f"{ours} forgets less than {other}: at {reached} its {drift} is {ratio} times "
-        f"{other}’s.",
-        "more": f"{ours} does not win against {other}: at {reached} it forgets more, its {drift} "
-        f"being {ratio} times {other}’s.",
-        "open": f"{ours} does not win against {other}, nor lose: at {reached} its {drift} is "
-        f"{ratio} times {other}’s, which leaves both open.",
-        "missed": f"{ours} does not win against {other}: nowhere on its dial does it reach "
-        f"{reached}.",
-    }
-    return told[outcome(found)]
+def _by_ratio(results: Results, methods: Sequence[Method], reference: Method) -> list[Method]:
+    """Return methods by what they forget, least first: their order in a file says nothing."""
+    found = results.equal_learning(reference)
+    return sorted(methods, key=lambda method: (found[method.name].ratio.value, method.label))
 
 
-def paragraph(results: Results) -> list[str]:
-    """Return the sentences that follow from the figures, the losses as plainly as the wins."""
-    if not (results.ours and results.reference):
-        return _caveats(results)
-    method, reference = results.ours[0], results.reference
-    told = [lead(results)]
+def _verdicts(results: Results, methods: Sequence[Method], reference: Method) -> str:
+    found = results.equal_learning(reference)
+    cases = [(m.label, found[m.name]) for m in _by_ratio(results, methods, reference)]
+    return _grouped(cases, _AGAINST_REFERENCE)
+
+
+def paragraphs(results: Results) -> list[str]:
+    """Return what follows from the figures, the losses as plainly as the wins.
+
+    All Q-Adapters against the reference; then each of those in the lead that have the most seeds;
+    then the caveats.
+    """
+    told: list[list[str]] = []
+    if results.ours and (reference := results.reference):
+        most = max(len(method.runs) for method in results.headlines)
+        detailed = [method for method in results.headlines if len(method.runs) == most]
+        told = [
+            [lead(results), *_without_curve(results, reference)],
+            *(_detail(results, m, reference) for m in _by_ratio(results, detailed, reference)),
+        ]
+    return [" ".join(sentences) for sentences in [*told, _caveats(results)] if sentences]
+
+
+def _without_curve(results: Results, reference: Method) -> list[str]:
+    rest = [method for method in results.ours if method not in results.headlines]
+    if not rest:
+        return []
+    return [f"Of those without a dial: {_verdicts(results, rest, reference)}."]
+
+
+def _detail(results: Results, method: Method, reference: Method) -> list[str]:
+    told = _learned(results, method, reference)
     found = results.equal_learning(reference)[method.name]
     if 0 < found.not_reached < 1:
         told.append(
-            f"In {percent(found.not_reached)} of the resamples it does not reach that margin."
+            f"In {percent(found.not_reached)} of the resamples it does not reach "
+            f"{reference.label}’s margin."
         )
     told += _beside_others(results, method)
-    told += _learned(results, method, reference)
-    told += _kept(results, method, reference)
-    told += _variants(results, reference)
-    return told + _caveats(results)
+    told += _on_answers(method, reference)
+    return told + _kept(results, method, reference)
 
 
-def _grouped(cases: Sequence[tuple[str, EqualLearning]]) -> str:
-    """Return `it forgets less than “A” (0.3, 0.2 to 0.4), “B” (…); …`, one part an outcome."""
+def _grouped(cases: Sequence[tuple[str, EqualLearning]], told: Mapping[Outcome, str]) -> str:
+    """Return one part an outcome, as `told`, with “A” (0.3, 0.2 to 0.4), “B” (…) for its braces."""
     parts = []
-    for key, verb in (
-        ("less", "it forgets less than"),
-        ("open", "no difference is shown from"),
-        ("more", "it forgets more than"),
-        ("missed", "it does not reach the margin of"),
-    ):
+    for key, verdict in told.items():
         names = [
             _listed([label]) if key == "missed" else f"{_listed([label])} ({_brief(found.ratio)})"
             for label, found in cases
             if outcome(found) == key
         ]
         if names:
-            parts.append(f"{verb} {', '.join(names)}")
+            parts.append(verdict.format(", ".join(names)))
     return "; ".join(parts)
 
 
@@ -142,23 +169,35 @@ def _beside_others(results: Results, method: Method) -> list[str]:
         return []
     return [
         "Beside each other method, at that method’s own margin (ratio of drifts, 95% CI), "
-        f"{_grouped(cases)}."
+        f"{_grouped(cases, _AGAINST_OTHERS)}."
     ]
 
 
 def _learned(results: Results, method: Method, reference: Method) -> list[str]:
     gain = results.accuracy_gain(method, reference)
-    if gain.low > 0:
+    if gain.low > _ROUNDING:
         verdict = "it learns more"
-    elif gain.high < 0:
+    elif gain.high < -_ROUNDING:
         verdict = "it learns less"
     else:
         verdict = "no difference in learning is shown"
     drift = ranged(results.own_ratio(method, reference))
     return [
-        f"Each at its own setting, {verdict}: {percent(method.accuracy.value)} of held-out pairs "
-        f"against {percent(reference.accuracy.value)}, a difference of {ranged(gain, percent)}; "
+        f"{_listed([method.label])} beside {reference.label}, each at its own setting: {verdict}, "
+        f"{percent(method.accuracy.value)} of held-out pairs against "
+        f"{percent(reference.accuracy.value)}, a difference of {ranged(gain, percent)}; "
         f"its drift is {drift} times {reference.label}’s."
+    ]
+
+
+def _on_answers(method: Method, reference: Method) -> list[str]:
+    ours, theirs = (m.mean("kl_generations") for m in (method, reference))
+    if ours is None or not theirs:
+        return []
+    return [
+        f"On the base’s own answers it drifts {number(ours / theirs)} times as far as "
+        f"{reference.label} ({number(ours)} against {number(theirs)} nats a token, each at its own "
+        "setting), means over seeds without an interval."
     ]
 
 
@@ -183,27 +222,16 @@ def _drops(results: Results, method: Method, where: str, *, level: bool) -> list
     def of(tasks: Iterable[str]) -> str:
         return ", ".join(f"{task} ({_brief(known[task], unit[task])})" for task in tasks)
 
-    lost = [task for task, d in known.items() if d.low > 0]
-    gained = [task for task, d in known.items() if d.high < 0]
-    same = [task for task, d in known.items() if d.low <= 0 <= d.high]
+    lost = [task for task, d in known.items() if d.low > _ROUNDING]
+    gained = [task for task, d in known.items() if d.high < -_ROUNDING]
+    same = [task for task in known if task not in (*lost, *gained)]
     parts = [
         f"a drop on {of(lost)}" if lost else "",
         f"a gain on {of(gained)}" if gained else "",
         f"no drop shown on {of(same)}" if same else "",
     ]
     told = "; ".join(part for part in parts if part)
-    how = "base less method, of perplexities how much higher the method’s is; 95% CI"
-    return [f"On the tasks, {where} ({how}): {told}."]
-
-
-def _variants(results: Results, reference: Method) -> list[str]:
-    found = results.equal_learning(reference)
-    parts = []
-    for key, verdict in VERDICTS.items():
-        names = [m.label for m in results.ours[1:] if outcome(found[m.name]) == key]
-        if names:
-            parts.append(f"{verdict}: {_listed(names)}")
-    return [f"Its variants against {reference.label}: {'; '.join(parts)}."] if parts else []
+    return [f"On the tasks, {where} (95% CI): {told}."]
 
 
 def _caveats(results: Results) -> list[str]:
