@@ -326,7 +326,9 @@ def _task_names(asked: str | list[str], suite: str | None, suite_data: str | Non
         suite = "local"
     names += {"local": LOCAL_SUITE, "paper": PAPER_SUITE, None: ()}[suite]
     if not names:
-        raise ConfigError("--tasks: none given; name some, or a --suite.")
+        raise ConfigError(
+            "--tasks: none given; name some, or give --suite-data D, or --suite paper."
+        )
     local = next((name for name in names if name in LOCAL_SUITE), None)
     if local and not suite_data:
         raise ConfigError(f"{local}: reads a local file; say where by --suite-data D.")

@@ -648,7 +648,7 @@ def test_tune_runs_the_model_once_and_the_head_eleven_times(
 
 
 def test_the_commands_answer_is_inside_by_a_plain_measurement(
-    adapter: str, text: str, capsys: pytest.CaptureFixture[str]
+    adapter: str, base: str, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     limit = drift(Path(adapter), text) / 3
     words = ["tune", adapter, "--max-kl", str(limit), "--text", text]
@@ -663,6 +663,10 @@ def test_the_commands_answer_is_inside_by_a_plain_measurement(
     assert printed.startswith(f"strength {found['strength']:g}, the largest up to 1")
     assert found["next"] in printed
     assert f"read on  {found['tokens']:,} tokens of {text}" in printed
+    loading = ["--base", base, "--no-check-base"]
+    assert main([*words, *loading, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)["next"]
+    assert said.startswith(f"qadapter chat {adapter} --base {base} --no-check-base --strength 0.")
 
 
 def test_what_tune_refuses_is_told_in_a_sentence(

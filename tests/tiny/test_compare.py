@@ -460,6 +460,19 @@ def test_a_prompt_of_the_test_file_is_refused(settings: dict[str, Any], tmp_path
         split(config)
 
 
+def test_the_guide_names_every_field_and_method_and_its_example_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    guide = (SHIPPED[0].parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
+    for name in (*CompareConfig.__dataclass_fields__, *METHODS):
+        assert f"`{name}`" in guide or f"{name}, " in guide or f"{name}: " in guide, name
+    example = guide.split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "run.yaml").write_text(example)
+    config = CompareConfig.read(tmp_path / "run.yaml")
+    assert config.suite == ("capability", "my_task.jsonl", "gsm8k")
+
+
 def test_variations_of_the_training_pairs(settings: dict[str, Any]) -> None:
     pairs = list(read_pairs(settings["train"]))
     flipped = varied(pairs, "flipped", 0.3)

@@ -90,6 +90,15 @@ def _add_loading(parser: argparse._ActionsContainer) -> None:
     add_trust(parser)
 
 
+def loading_words(args: argparse.Namespace) -> list[str]:
+    """Return the words with which another command loads the same adapter in the same way."""
+    words = [args.adapter]
+    words += ["--base", args.base] if args.base else []
+    words += ["--dtype", args.dtype] if args.dtype != "float32" else []
+    words += ["--no-check-base"] if args.no_check_base else []
+    return words + (["--trust-remote-code"] if args.trust_remote_code else [])
+
+
 def add_trust(parser: argparse._ActionsContainer) -> None:
     """Add the flag that lets a base run its own code."""
     parser.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 from typing import Any
 
@@ -16,6 +17,7 @@ from qadapter.cli.arguments import (
     count,
     level,
     load_policy,
+    loading_words,
     seed,
 )
 from qadapter.cli.terminal import printable
@@ -152,7 +154,8 @@ def _tune(args: argparse.Namespace) -> None:
         max_strength=args.max_strength,
         max_tokens=args.text_tokens,
     )
-    following = f"qadapter chat {args.adapter} --strength {found.strength:g}"
+    words = ["qadapter", "chat", *loading_words(args), "--strength", f"{found.strength:g}"]
+    following = shlex.join(words)
     if args.json:
         print(json.dumps({**dataclasses.asdict(found), "next": following}, allow_nan=False))
         return
