@@ -96,3 +96,35 @@ def test_what_a_dry_run_said_is_set_beside_what_came(monkeypatch: pytest.MonkeyP
     lines = [line for line in report.table(found).splitlines() if "dry run" in line]
     assert len(lines) == 3
     assert all("missed" in line for line in lines)
+
+
+def test_methods_made_anew_are_put_beside_others_scored_on_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = loaded("publish_comparison", "publish_comparison.py", monkeypatch)
+    monkeypatch.setenv("QADAPTER_DATA", "/data")
+    new = {"suite": ["/data/capability"], "test_pairs": 3, "held_out_pairs": 0}
+    old = {"config": {"suite": "$QADAPTER_DATA/capability", "test_pairs": 3}}
+    old |= {"pair_prompts": [0, 1], "methods": {"dpo": 1, "replay": 2}}
+    made = {
+        "config": new,
+        "pair_prompts": [0, 1],
+        "methods": {"replay": 3},
+        "cells": [{"count": 7}],
+    }
+    (tmp_path / "comparison.json").write_text(json.dumps(made))
+    output = tmp_path / "out.json"
+    output.write_text(json.dumps(old))
+    words = ["publish", str(tmp_path), str(output), "--methods", "replay"]
+    monkeypatch.setattr(sys, "argv", words)
+    publish.main()
+    found = json.loads(output.read_text())
+    assert found == old | {"methods": {"dpo": 1, "replay": 3}, "cells": [{"count": 7}]}
+    for changed, message in (
+        ({"config": new | {"test_pairs": 4}}, "not scored on the same: test_pairs"),
+        ({"pair_prompts": [0, 0]}, "not scored on the same: pairs"),
+    ):
+        (tmp_path / "comparison.json").write_text(json.dumps(made | changed))
+        with pytest.raises(ValueError, match=message):
+            publish.main()
+        assert json.loads(output.read_text()) == found
