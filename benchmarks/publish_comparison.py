@@ -3,8 +3,9 @@
     python benchmarks/publish_comparison.py runs/compare/mine benchmarks/results/compare_mine.json
     python benchmarks/publish_comparison.py runs/compare/again … --methods replay
 
-The second puts methods that were made anew into what is published, where the others stay. Answers that methods gave to real prompts are not ours to publish, and where the data lie is
-another place on every machine.
+The second puts methods that were made anew into what is published, where the others stay. Answers
+that methods gave to real prompts are not ours to publish, and where the data lie is another place
+on every machine.
 """
 
 from __future__ import annotations
