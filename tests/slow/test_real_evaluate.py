@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
+import io
+import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import lm_eval
 import pytest
 import torch
+import yaml
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from models import disturbed
@@ -81,3 +86,60 @@ def test_the_base_knows_what_it_is_known_to_know(policy: Policy) -> None:
     )
     assert piqa.value == pytest.approx(0.669, abs=0.25)
     assert arc.value == pytest.approx(0.541, abs=0.25)
+
+
+def paper_tasks(place: Path) -> list[str]:
+    """Write three of the paper's benchmarks as lm-eval has them, but for where their data are."""
+    theirs = Path(lm_eval.tasks.__file__).parent
+    rows: dict[str, dict[str, list[dict[str, Any]]]] = {
+        "gsm8k/gsm8k.yaml": {},
+        "mmlu/default/mmlu_anatomy.yaml": {},
+        "bbh/cot_fewshot/navigate.yaml": {},
+    }
+    gsm8k, mmlu, bbh = rows.values()
+    lines = (DATA / "gsm8k.test.jsonl").read_text(encoding="utf-8").splitlines()
+    gsm8k["train"] = [json.loads(line) for line in lines[2:12]]
+    gsm8k["test"] = [json.loads(line) for line in lines[:2]]
+    with zipfile.ZipFile(DATA / "mmlu.zip") as archive:
+        for split in ("dev", "test"):
+            text = archive.read(f"data/{split}/anatomy_{split}.csv").decode()
+            mmlu[split] = [
+                {"question": question, "choices": choices, "answer": "ABCD".index(right)}
+                for question, *choices, right in list(csv.reader(io.StringIO(text)))[:5]
+            ]
+    reasoned = json.loads((DATA / "bbh" / "navigate.json").read_text(encoding="utf-8"))
+    bbh["test"] = reasoned["examples"][:2]
+    found = []
+    for number, (config, splits) in enumerate(rows.items()):
+        files = {}
+        for split, part in splits.items():
+            file = place / f"{number}.{split}.jsonl"
+            file.write_text("".join(json.dumps(row) + "\n" for row in part))
+            files[split] = str(file)
+        told = {"include": str(theirs / config), "task": f"paper_{number}"}
+        told |= {"dataset_path": "json", "dataset_name": None}
+        told |= {"dataset_kwargs": {"data_files": files}}
+        path = place / f"{number}.yaml"
+        path.write_text(yaml.dump(told))
+        found.append(str(path))
+    return found
+
+
+def test_the_papers_benchmarks_run_and_are_those_of_lm_evals_backend(
+    policy: Policy, tmp_path: Path
+) -> None:
+    """Few-shot choices and reasoning that is generated, cut short; their data from files."""
+    base = hub.resolve_base(hub.DEFAULT_BASE)
+
+    def answered(lm: Any) -> dict[str, Any]:
+        loaded = TaskManager(include_defaults=False).load(paper_tasks(tmp_path))
+        for task in loaded["tasks"].values():
+            task.set_fewshot_seed(seed=1234)
+            if task.OUTPUT_TYPE == "generate_until":
+                task.set_config("generation_kwargs", {"max_gen_toks": 8}, update=True)
+        found: dict[str, Any] = lm_eval.evaluate(lm, loaded, limit=1, bootstrap_iters=0)["samples"]
+        return found
+
+    theirs = answered(HFLM(base, dtype="float32", device="cpu", batch_size=2))
+    assert len(theirs) == 3
+    assert answered(QAdapterLM(policy, strength=0.0, batch_size=2)) == theirs

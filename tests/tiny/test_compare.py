@@ -497,6 +497,22 @@ def test_variations_of_the_training_pairs(settings: dict[str, Any]) -> None:
     assert varied(pairs, "pairs", 7) == pairs[:7]
 
 
+def test_an_irrelevant_pair_has_no_response_to_its_own_prompt(settings: dict[str, Any]) -> None:
+    """With several pairs a prompt, another pair's response may be to the same one."""
+    pairs = list(read_pairs(settings["train"]))[:6]
+    many = [
+        replace(p, chosen=f"yes {p.prompt} {i}", rejected=f"no {p.prompt} {i}")
+        for p in pairs
+        for i in range(5)
+    ]
+    found = varied(many, "irrelevant", 1.0)
+    assert len(found) == 30
+    for pair in found:
+        assert str(pair.prompt) not in f"{pair.chosen} {pair.rejected}"
+    with pytest.raises(DataError, match="two pairs of other prompts"):
+        varied(many[:6], "irrelevant", 1.0)
+
+
 def test_a_prompt_of_several_pairs_is_asked_once(settings: dict[str, Any]) -> None:
     pairs = list(read_pairs(settings["train"]))
     again = [replace(pair, chosen="another answer") for pair in pairs]
