@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,37 +33,35 @@ def published(comparison: dict[str, Any], data: str) -> dict[str, Any]:
     return found
 
 
-_SCORED_ON = (
-    "model",
-    "test",
-    "test_pairs",
-    "held_out_pairs",
-    "text",
-    "text_tokens",
-    "max_length",
-    "suite",
-    "suite_limit",
-    "answers",
-    "answer_tokens",
-)
+_FREE = ("methods", "headline", "reference", "retrain", "vary", "seeds", "settings", "output")
+"""Fields of a comparison that may differ where methods are put beside others."""
 
 
-def merged(old: dict[str, Any], new: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def merged(old: dict[str, Any], new: dict[str, Any], names: list[str]) -> dict[str, Any]:
     """Return what is published with methods made anew, and with what made these.
 
     Raises:
-        ValueError: the two were not scored on the same.
+        ValueError: a method is not there, a cell failed, or the two differ in data or sizes.
     """
+    if missing := [name for name in names if name not in new["methods"]]:
+        raise ValueError(f"{missing[0]} is not in the comparison")
+    if new["failures"]:
+        raise ValueError(f"{new['failures'][0]['cell']} failed")
 
-    def asked(comparison: dict[str, Any], name: str) -> Any:
-        value = comparison["config"].get(name)
-        return [value] if name == "suite" and isinstance(value, str) else value or None
+    def told(comparison: dict[str, Any], field: str) -> Any:
+        value = comparison["config"][field]
+        return [value] if field == "suite" and isinstance(value, str) else value
 
-    apart = [name for name in _SCORED_ON if asked(old, name) != asked(new, name)]
-    if apart or old["pair_prompts"] != new["pair_prompts"]:
-        raise ValueError(f"not scored on the same: {', '.join(apart) or 'pairs'}")
-    methods = old["methods"] | {name: new["methods"][name] for name in names}
-    return old | {"methods": methods, "cells": [*old.get("cells", ()), *new["cells"]]}
+    both = sorted({*old["config"]} & {*new["config"]} - {*_FREE})
+    apart = [field for field in both if told(old, field) != told(new, field)]
+    apart += ["pair_prompts"] if old["pair_prompts"] != new["pair_prompts"] else []
+    if apart:
+        raise ValueError(f"the two differ in {', '.join(apart)}")
+    cells = [cell for cell in old.get("cells", ()) if cell.get("methods") != names]
+    return old | {
+        "methods": old["methods"] | {name: new["methods"][name] for name in names},
+        "cells": [*cells, *({**cell, "methods": names} for cell in new["cells"])],
+    }
 
 
 def main() -> None:
@@ -81,7 +78,10 @@ def main() -> None:
     found = json.loads((args.directory / "comparison.json").read_text(encoding="utf-8"))
     told = published(found, data)
     if args.methods:
-        told = merged(json.loads(args.output.read_text(encoding="utf-8")), told, args.methods)
+        try:
+            told = merged(json.loads(args.output.read_text(encoding="utf-8")), told, args.methods)
+        except ValueError as error:
+            parser.error(str(error))
     # A vote a line would be long.
     write_text(args.output, json.dumps(told, allow_nan=False) + "\n")
 

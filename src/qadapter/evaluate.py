@@ -127,19 +127,17 @@ def evaluate_tasks(
     return [score for part in parts for score in _scores(part, found)]
 
 
-def generates(task: str | dict[str, Any]) -> bool:
-    """Return whether the policy is to write an answer in a task, or in a part of a group.
+def load_task(task: str) -> dict[str, Any]:
+    """Return what lm-eval knows by a name, or a YAML file of its: tasks by name, a group's all.
 
     Raises:
         ConfigError: lm-eval is not installed, has no such task, or cannot get its data.
     """
-    if isinstance(task, dict):
-        return bool(task["output_type"] == "generate_until")
     with _told():
         with installed():
             from lm_eval.tasks import TaskManager
-        tasks = TaskManager().load([task])["tasks"].values()
-        return any(part.OUTPUT_TYPE == "generate_until" for part in tasks)
+        found: dict[str, Any] = TaskManager().load([task])["tasks"]
+        return found
 
 
 def _set_fewshot(task: Any, num_fewshot: int | None) -> None:

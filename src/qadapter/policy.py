@@ -208,6 +208,21 @@ class Policy:
     ) -> list[str]:
         """Return one answer a prompt; greedy unless `generate` asks transformers otherwise.
 
+        Arguments and errors are those of `answer_ids`.
+        """
+        rows = self.answer_ids(prompts, strength=strength, **generate)
+        texts: list[str] = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def answer_ids(
+        self,
+        prompts: Sequence[str | list[dict[str, str]]],
+        *,
+        strength: float | Sequence[float] | Sequence[Sequence[float]] = 1.0,
+        **generate: Any,
+    ) -> list[list[int]]:
+        """Return the tokens of one answer a prompt, its end the last unless it was cut.
+
         Args:
             prompts: conversations (lists of messages), or plain text to be continued.
             strength: s, one number or one a prompt; of several adapters one number, one each, or
@@ -238,9 +253,9 @@ class Policy:
             eos_token_id=sorted(self.end_ids),
             **options,
         )
-        new = out[:, ids.shape[1] :]
-        texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        new: list[list[int]] = out[:, ids.shape[1] :].tolist()
+        ends = (next((i for i, t in enumerate(row) if t in self.end_ids), len(row)) for row in new)
+        return [row[: end + 1] for row, end in zip(new, ends, strict=True)]
 
     def judge(self, pairs: Sequence[TokenizedPair], *, strength: Strength = 1.0) -> PairLoss:
         """Return the rewards of one batch of pairs at a strength.

@@ -173,6 +173,8 @@ _TASKS: dict[str, tuple[Sequence[str], Callable[[], dict[str, Any]], _Check | No
 """The files of each task, the first pattern that matches; its configuration; what is wrong in a
 row (a file without one holds plain text)."""
 
+_YAML = (".yaml", ".yml")
+
 LOCAL_SUITE = tuple(_TASKS)
 """The tasks of the local suite."""
 
@@ -216,28 +218,30 @@ def suite_tasks(entries: Sequence[str]) -> list[str | dict[str, Any]]:
 
     Raises:
         DataError: a file cannot be read or has other rows.
-        ConfigError: two are of one name.
     """
     found: list[str | dict[str, Any]] = []
     for entry in entries:
         path = Path(entry)
         if path.suffix in (".jsonl", ".txt"):
             found.append(file_task(path))
-        elif path.suffix not in (".yaml", ".yml") and (path.is_dir() or path.name != entry):
+        elif path.suffix not in _YAML and (path.is_dir() or path.name != entry):
             found += local_suite(path)
         else:
             found.append(entry)
-    names = [task if isinstance(task, str) else task["task"] for task in found]
-    if again := next((name for i, name in enumerate(names) if name in names[:i]), None):
-        raise ConfigError(f"suite: two tasks are named {again}; leave one out, or rename its file.")
     return found
+
+
+def is_yaml(task: str) -> bool:
+    """Return whether a task that lm-eval knows is the path of a YAML file of its."""
+    return Path(task).suffix in _YAML
 
 
 def file_task(path: str | Path) -> dict[str, Any]:
     """Return the lm-eval task configuration of one file, all of it read and checked.
 
     A file that is named as one of `local_suite` is that task; another has the rows of
-    `arc_easy.jsonl` or of `lambada*.jsonl`, is scored as they are, and is a task of its own name.
+    `arc_easy.jsonl` or of `lambada*.jsonl`, or is plain text (.txt), is scored as they are, and is
+    a task of its own name.
 
     Raises:
         DataError: the file cannot be read or has other rows.
@@ -245,8 +249,10 @@ def file_task(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     for name, (patterns, _, _) in _TASKS.items():
-        if any(path.match(pattern) for pattern in patterns):
+        if path.match(patterns[0]):
             return _task_on(name, path)
+    if path.suffix == ".txt":
+        return _task_on("local_perplexity", path) | {"task": path.stem}
     _, first = next(read_jsonl(path), (0, None))
     for field, name in (("choices", "local_arc_easy"), ("continuation", "local_lambada")):
         if isinstance(first, dict) and field in first:

@@ -99,32 +99,38 @@ def test_what_a_dry_run_said_is_set_beside_what_came(monkeypatch: pytest.MonkeyP
 
 
 def test_methods_made_anew_are_put_beside_others_scored_on_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     publish = loaded("publish_comparison", "publish_comparison.py", monkeypatch)
     monkeypatch.setenv("QADAPTER_DATA", "/data")
-    new = {"suite": ["/data/capability"], "test_pairs": 3, "held_out_pairs": 0}
-    old = {"config": {"suite": "$QADAPTER_DATA/capability", "test_pairs": 3}}
-    old |= {"pair_prompts": [0, 1], "methods": {"dpo": 1, "replay": 2}}
-    made = {
-        "config": new,
-        "pair_prompts": [0, 1],
-        "methods": {"replay": 3},
-        "cells": [{"count": 7}],
+    new = {
+        "suite": ["/data/capability"],
+        "test_pairs": 3,
+        "held_out_pairs": 0,
+        "methods": ["replay"],
     }
+    old: dict[str, Any] = {"config": {"suite": "$QADAPTER_DATA/capability", "test_pairs": 3}}
+    old |= {"pair_prompts": [0, 1], "methods": {"dpo": 1, "replay": 2}}
+    made = {"config": new, "pair_prompts": [0, 1], "methods": {"replay": 3}, "failures": []}
+    made |= {"cells": [{"count": 7}]}
     (tmp_path / "comparison.json").write_text(json.dumps(made))
     output = tmp_path / "out.json"
     output.write_text(json.dumps(old))
     words = ["publish", str(tmp_path), str(output), "--methods", "replay"]
     monkeypatch.setattr(sys, "argv", words)
-    publish.main()
-    found = json.loads(output.read_text())
-    assert found == old | {"methods": {"dpo": 1, "replay": 3}, "cells": [{"count": 7}]}
+    for _ in range(2):
+        publish.main()
+        found = json.loads(output.read_text())
+        cells = [{"count": 7, "methods": ["replay"]}]
+        assert found == old | {"methods": {"dpo": 1, "replay": 3}, "cells": cells}
     for changed, message in (
-        ({"config": new | {"test_pairs": 4}}, "not scored on the same: test_pairs"),
-        ({"pair_prompts": [0, 0]}, "not scored on the same: pairs"),
+        ({"config": new | {"test_pairs": 4}}, "the two differ in test_pairs"),
+        ({"pair_prompts": [0, 0]}, "the two differ in pair_prompts"),
+        ({"failures": [{"cell": "train replay"}]}, "train replay failed"),
+        ({"methods": {"dpo": 1}}, "replay is not in the comparison"),
     ):
         (tmp_path / "comparison.json").write_text(json.dumps(made | changed))
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(SystemExit):
             publish.main()
+        assert message in capsys.readouterr().err
         assert json.loads(output.read_text()) == found

@@ -504,6 +504,8 @@ def test_a_file_is_known_by_its_name_or_its_rows(tmp_path: Path) -> None:
         "own.jsonl": (choice, "own"),
         "last.jsonl": (words, "last"),
         "lambada.dev.jsonl": (words, "local_lambada"),
+        "wikitext2.valid.txt": ("A ferry.\n", "local_perplexity"),
+        "novel.txt": ("A ferry.\n", "novel"),
     }
     for name, (row, task) in cases.items():
         (tmp_path / name).write_text(row)

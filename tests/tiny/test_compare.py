@@ -588,8 +588,8 @@ def test_drift_is_that_of_the_policy(adapter: str, base: str) -> None:
 
 
 def task(settings: dict[str, Any], directory: Path, **params: Any) -> training.Task:
-    answers = [
-        {"kind": kind, "prompt": chat("user", f"q{i}"), "answer": "so it is " * (i + 1)}
+    said = [
+        {"kind": kind, "prompt": chat("user", f"q{i}"), "ids": [9 + i, 7, 8, 0]}
         for i in range(6)
         for kind in ("general", "training")
     ]
@@ -602,7 +602,7 @@ def task(settings: dict[str, Any], directory: Path, **params: Any) -> training.T
         common_trunk=0.5,
         training={"per_device_train_batch_size": 4},
         pairs=Path(write_rows(directory / "pairs.jsonl", rows(8))),
-        answers=Path(write_rows(directory / "answers.jsonl", answers)),
+        replay=Path(write_rows(directory / "replay.jsonl", said)),
         anchors=Path(shipped("anchors.txt")),
         output=directory / "adapter",
     )
@@ -1248,9 +1248,13 @@ def test_a_suite_that_cannot_be_read_is_told_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("in_process", "one_index")
+@pytest.mark.usefixtures("one_index")
 def test_a_suite_of_files_and_tasks_of_ones_own(
-    settings: dict[str, Any], suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: dict[str, Any],
+    suite: Path,
+    tmp_path: Path,
+    in_process: list[str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One file of the local suite, one of another name, and a task that lm-eval reads from YAML."""
     own = tmp_path / "text.jsonl"  # as the file of general text is named in the cells
@@ -1278,34 +1282,51 @@ def test_a_suite_of_files_and_tasks_of_ones_own(
             "say": 2,
         }
     capsys.readouterr()
+    in_process.clear()
+    (tmp_path / "say.yaml").write_text(json.dumps(say | {"doc_to_text": "{{query}}?"}))
+    assert main(["compare", path]) == 0
+    assert Counter(in_process) == {"measure": 2}
+    with own.open("a") as file:  # read by both of the tasks
+        file.write('{"query": "r", "choices": ["a", "b"], "gold": 0}\n')
+    in_process.clear()
+    assert main(["compare", path]) == 0
+    assert Counter(in_process) == {"measure": 2}
+    capsys.readouterr()
     for entry, message in (
         ("no_such_task", "lm-eval cannot run this"),
         (str(tmp_path / "nowhere"), "nowhere: is not a directory"),
         (str(tmp_path / "nowhere.jsonl"), "nowhere.jsonl"),
         (str(own), "suite: two tasks are named text"),
+        (str(tmp_path / "say.yaml"), "suite: two tasks are named say"),
     ):
-        path = yaml_file(tmp_path / "run.yaml", settings | {"suite": [str(own), entry]})
+        first = [str(own), str(shutil.copy(own, tmp_path / "say.jsonl"))]
+        path = yaml_file(tmp_path / "run.yaml", settings | {"suite": [*first, entry]})
         assert main(["compare", path]) == 2
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("in_process")
-def test_replay_learns_what_the_base_samples_and_the_rest_is_greedy(
-    settings: dict[str, Any], tmp_path: Path
+def test_replay_learns_what_the_base_samples_to_its_end(
+    settings: dict[str, Any], tmp_path: Path, in_process: list[str]
 ) -> None:
-    changed = {"methods": ["base", "dpo"], "trials": 0, "judges": []}
+    """Not greedy answers, nor ones that were cut as if they ended there; asked for Replay alone."""
+    changed = {"methods": ["base", "dpo"], "trials": 0, "judges": [], "max_length": 40}
     assert main(["compare", yaml_file(tmp_path / "run.yaml", settings | changed)]) == 0
-    (file,) = (tmp_path / "out" / "cells").glob("answers-*/answers.jsonl")
+    assert "replay" not in in_process
+    in_process.clear()
+    changed |= {"methods": ["base", "dpo", "replay"]}
+    assert main(["compare", yaml_file(tmp_path / "run.yaml", settings | changed)]) == 0
+    assert Counter(in_process) == {"replay": 1, "train": 1, "measure": 1}
+    (file,) = (tmp_path / "out" / "cells").glob("replay-*/replay.jsonl")
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    assert Counter(row["kind"] for row in found) == {"general": 4, "training": 4}
     base = measure.load_policy(settings["model"], None)
-    for row in map(json.loads, file.read_text().splitlines()):
-        greedy, longer = (
-            base.answer([row["prompt"]], strength=0.0, max_new_tokens=n)[0] for n in (6, 256)
-        )
-        if row["kind"] == "test":
-            assert row["answer"] == greedy
-        else:
-            assert row["answer"] != longer
-            assert len(row["answer"]) > len(greedy)
+    prompts = [row["prompt"] for row in found]
+    greedy = measure.answers_of(base, prompts, strength=0.0, max_new_tokens=40)
+    assert all(row["ids"] != ids for row, ids in zip(found, greedy, strict=True))
+    ended = [row["ids"][-1] in base.end_ids for row in found]
+    for row, end in zip(found, ended, strict=True):
+        assert not base.end_ids & {*row["ids"][:-1]}
+        assert end or len(row["ids"]) == 40
 
 
 def test_two_comparisons_do_not_write_to_one_place(

@@ -95,6 +95,7 @@ def loading_words(args: argparse.Namespace) -> list[str]:
     words = [args.adapter]
     words += ["--base", args.base] if args.base else []
     words += ["--dtype", args.dtype] if args.dtype != "float32" else []
+    words += ["--device", args.device] if args.device else []
     words += ["--no-check-base"] if args.no_check_base else []
     return words + (["--trust-remote-code"] if args.trust_remote_code else [])
 

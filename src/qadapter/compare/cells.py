@@ -20,7 +20,7 @@ from typing import Any, TextIO, cast
 
 from qadapter.compare.origin import origin
 from qadapter.errors import DataError
-from qadapter.files import sha256, write_jsonl, write_text
+from qadapter.files import read_jsonl, sha256, write_jsonl, write_text
 from qadapter.stats import numbered
 
 UNSEEN = -1000
@@ -121,12 +121,10 @@ class _Work:
         """Return the path of a file that the spec names."""
         return str(self.root / self.spec["files"][name]["path"])
 
-    def answers(self, kind: str) -> tuple[list[Any], list[str]]:
-        """Return the prompts of a kind and the base's answers to them."""
-        from qadapter.compare.train import general_answers
-
-        rows = general_answers(Path(self.file("answers")), kind)
-        return [prompt for prompt, _ in rows], [answer for _, answer in rows]
+    def answers(self) -> tuple[list[Any], list[str]]:
+        """Return test prompts and the base's answers to them."""
+        rows = [cast(dict[str, Any], row) for _, row in read_jsonl(self.file("answers"))]
+        return [row["prompt"] for row in rows], [row["answer"] for row in rows]
 
     def policy(self) -> Any:
         """Return the policy of the adapter, or of an untrained one: the base."""
@@ -137,7 +135,23 @@ class _Work:
 
 
 def _answers(work: _Work) -> dict[str, Any]:
-    """Write the base's answers: sampled to general and training prompts, greedy to test prompts.
+    """Write the base's greedy answers to test prompts."""
+    from qadapter.compare.data import prompts_of
+    from qadapter.compare.measure import answers_of, texts_of
+    from qadapter.data import read_pairs
+
+    spec, policy = work.spec, work.policy()
+    prompts = prompts_of(read_pairs(work.file("test")))[: spec["answers"]]
+    made = answers_of(policy, prompts, strength=0.0, max_new_tokens=spec["answer_tokens"])
+    rows = zip(prompts, texts_of(policy, made), strict=True)
+    write_jsonl(
+        work.directory / "answers.jsonl", ({"prompt": p, "answer": answer} for p, answer in rows)
+    )
+    return {"answers": len(prompts)}
+
+
+def _replay(work: _Work) -> dict[str, Any]:
+    """Write what the base samples to general and training prompts, in tokens.
 
     What Replay learns is to be what the base says; greedy answers are sharper than it is.
     """
@@ -145,28 +159,20 @@ def _answers(work: _Work) -> dict[str, Any]:
 
     from qadapter.compare.data import prompts_of
     from qadapter.compare.measure import answers_of
-    from qadapter.compare.train import REPLAY_TOKENS
     from qadapter.data import read_pairs, read_prompts
 
-    spec = work.spec
+    spec, policy, rows = work.spec, work.policy(), []
     asked = {
-        "general": read_prompts(work.file("prompts"))[: spec["replay_prompts"]],
-        "training": prompts_of(read_pairs(work.file("train")))[: spec["replay_prompts"]],
-        "test": prompts_of(read_pairs(work.file("test")))[: spec["answers"]],
+        "general": read_prompts(work.file("prompts"))[: spec["prompts"]],
+        "training": prompts_of(read_pairs(work.file("train")))[: spec["prompts"]],
     }
     sampled = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    policy, rows = work.policy(), []
+    most = min(spec["most"], spec["max_length"])
     set_seed(0)
     for kind, prompts in asked.items():
-        how = (
-            {"max_new_tokens": spec["answer_tokens"]}
-            if kind == "test"
-            else {"max_new_tokens": REPLAY_TOKENS, **sampled}
-        )
-        made = answers_of(policy, prompts, strength=0.0, **how)
-        for prompt, answer in zip(prompts, made, strict=True):
-            rows.append({"kind": kind, "prompt": prompt, "answer": answer})
-    write_jsonl(work.directory / "answers.jsonl", rows)
+        made = answers_of(policy, prompts, strength=0.0, max_new_tokens=most, **sampled)
+        rows += [{"kind": kind, "prompt": p, "ids": i} for p, i in zip(prompts, made, strict=True)]
+    write_jsonl(work.directory / "replay.jsonl", rows)
     return {kind: len(prompts) for kind, prompts in asked.items()}
 
 
@@ -194,7 +200,7 @@ def _train(work: _Work) -> dict[str, Any]:
     task = Task(
         **{name: spec[name] for name in names},
         pairs=Path(work.file("train")),
-        answers=Path(work.file("answers")) if "answers" in spec["files"] else None,
+        replay=Path(work.file("replay")) if "replay" in spec["files"] else None,
         anchors=Path(work.file("anchors")) if "anchors" in spec["files"] else None,
         output=work.directory / "adapter",
     )
@@ -235,10 +241,11 @@ def _answered(work: _Work, policy: Any) -> dict[str, Any]:
     """Return what the policy's own answers at strength 1 show."""
     from qadapter.compare import measure
 
-    prompts, base = work.answers("test")
-    made = measure.answers_of(
+    prompts, base = work.answers()
+    ids = measure.answers_of(
         policy, prompts, strength=1.0, max_new_tokens=work.spec["answer_tokens"]
     )
+    made = measure.texts_of(policy, ids)
     changed = sum(a != b for a, b in zip(made, base, strict=True))
     return {
         "answers": made,
@@ -282,7 +289,7 @@ def _judge(work: _Work) -> dict[str, Any]:
     measured = work.root / work.spec["measured"] / "result.json"
     points = json.loads(measured.read_text(encoding="utf-8"))["points"]
     made = next(point["answers"] for point in points if point["dial"] == 1.0)
-    prompts, base = work.answers("test")
+    prompts, base = work.answers()
     judge = _fitted_judge(work)
     judge.validation = Validation(**work.spec["validation"])
     try:
@@ -302,13 +309,14 @@ def _tasks(work: _Work, policy: Any, strength: float) -> dict[str, Any]:
     Tasks of log-likelihood as lm-eval asks them, without a template; those that generate as
     conversations, as many as the answers made for the win rate, and on files twice as long.
     """
-    from qadapter.evaluate import evaluate_tasks, generates
+    from qadapter.evaluate import evaluate_tasks, load_task
     from qadapter.suite import suite_tasks
 
     spec, scores = work.spec, []
     for task in suite_tasks(spec["suite"]):
-        made = generates(task)
-        if made and isinstance(task, dict):
+        if isinstance(task, str):
+            made = any(t.OUTPUT_TYPE == "generate_until" for t in load_task(task).values())
+        elif made := task["output_type"] == "generate_until":
             limits = {**task["generation_kwargs"], "max_gen_toks": 2 * spec["answer_tokens"]}
             task = {**task, "generation_kwargs": limits}
         limit = spec["answers"] if made else spec["suite_limit"]
@@ -320,6 +328,7 @@ def _tasks(work: _Work, policy: Any, strength: float) -> dict[str, Any]:
 
 WORK = {
     "answers": _answers,
+    "replay": _replay,
     "anchors": _anchors,
     "train": _train,
     "measure": _measure,

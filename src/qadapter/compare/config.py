@@ -86,7 +86,7 @@ class CompareConfig:
     answers: int = 48
     """Distinct test prompts answered for the win rate."""
     answer_tokens: int = 96
-    """Most tokens of any answer made."""
+    """Most tokens of an answer to a test prompt, and of one made by online learning."""
     suite_limit: int = 100
     """Items of each task of the suite; of tasks that generate, as many as `answers`."""
     max_length: int = 1024
@@ -96,7 +96,8 @@ class CompareConfig:
     per_device_train_batch_size: int = 4
     """Pairs a micro-batch, of every method."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches a step: 1 and 4 take less memory than 4 and 1, and learn the same."""
+    """Micro-batches a step: with 1 pair each, 4 take less memory than one of 4, and learn nearly
+    the same."""
 
     def __post_init__(self) -> None:
         named = {
@@ -109,15 +110,14 @@ class CompareConfig:
             if unknown := [name for name in names if name not in METHODS]:
                 known = ", ".join(sorted(METHODS))
                 raise ConfigError(f"{where}: {unknown[0]!r} is not one of {known}.")
-        for name in self.judges:
-            named_judge(name)
+        judges = [named_judge(name) for name in self.judges]
         if self.judge_criterion and not any(name.startswith("openai:") for name in self.judges):
             raise ConfigError(
                 "judge_criterion: no judge is told it; name one of openai:MODEL@URL, or leave it "
                 "out."
             )
         _check_once("methods", self.methods)
-        _check_once("judges", self.judges)
+        _check_once("judges", [judge.name for judge in judges])
         if self.reference not in self.methods:
             raise ConfigError(f"reference: {self.reference!r} must be among the methods; add it.")
         s = self.strengths

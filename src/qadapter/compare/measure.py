@@ -212,16 +212,22 @@ def generations_kl(policy: Policy, prompts: Sequence[Text], answers: Sequence[st
 
 def answers_of(
     policy: Policy, prompts: Sequence[Text], *, strength: float, **generate: Any
-) -> list[str]:
-    """Return answers in the prompts' order, alike lengths made together.
+) -> list[list[int]]:
+    """Return the tokens of answers in the prompts' order, alike lengths made together.
 
-    They are greedy unless `generate` asks transformers otherwise.
+    As `Policy.answer_ids`, whose options these are.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(str(prompts[i])))
-    out = [""] * len(prompts)
+    out: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), 16):
         index = order[start : start + 16]
-        made = policy.answer([prompts[i] for i in index], strength=strength, **generate)
-        for i, text in zip(index, made, strict=True):
-            out[i] = text
+        made = policy.answer_ids([prompts[i] for i in index], strength=strength, **generate)
+        for i, ids in zip(index, made, strict=True):
+            out[i] = ids
     return out
+
+
+def texts_of(policy: Policy, answers: Sequence[Sequence[int]]) -> list[str]:
+    """Return what answers in tokens say."""
+    texts = policy.tokenizer.batch_decode(list(answers), skip_special_tokens=True)
+    return [text.strip() for text in cast(list[str], texts)]

@@ -22,10 +22,13 @@ from qadapter.compare.search import searched, trials_of
 from qadapter.compare.variations import read_variation, retrained_curve, robust
 from qadapter.data import Pair, read_prompts, read_texts, tokenize_pairs
 from qadapter.errors import ConfigError
-from qadapter.evaluate import generates
+from qadapter.evaluate import load_task
 from qadapter.files import alone_in, check_writable, sha256, write_text
 from qadapter.stats import INTERVALS
-from qadapter.suite import suite_tasks
+from qadapter.suite import is_yaml, suite_tasks
+
+_REPLAY_TOKENS = 256
+"""Most tokens of an answer that Replay learns."""
 
 
 def compare(
@@ -64,11 +67,17 @@ def _compare(
     curves = [curve for curve in map(retrained, config.retrain) if curve[0] in config.methods]
     # Methods with anchors that are told no text are held to what the base writes.
     writes = not config.anchors and any(METHODS[n].has("anchor_weight") for n in trained)
-    total = (
-        _cells(config, trained, curves) + int(writes) + 2 * len(variations) * len(varied_methods)
-    )
+    replays = any("replay" in METHODS[n].space for n in trained)
+    total = _cells(config, trained, curves) + 2 * len(variations) * len(varied_methods)
+    total += writes + replays
     run = Run(config, Path(config.output).resolve(), tell, total, ways)
-    _add_files(run, parts, suite, writes=writes)
+    _add_files(run, parts, suite)
+    # Cells of their own, so that whoever adds a method keeps what is done.
+    if writes:
+        run.add_written("anchors", files={}, count=COUNT, seed=0, most=MAX_TOKENS)
+    if replays:
+        read = {name: name for name in ("prompts", "train")}
+        run.add_written("replay", files=read, prompts=config.replay_prompts, most=_REPLAY_TOKENS)
     told = ways.map(lambda name: _method(run, name, METHODS[name]), config.methods)
     methods = dict(zip(config.methods, told, strict=True))
     rows = ways.map(
@@ -96,12 +105,33 @@ def _told_early(config: CompareConfig) -> dict[str, str]:
                 "anchors: is `text` too, where methods with anchors would look better than they "
                 "are; give another text."
             )
-    files = {}
+    return _suite_files(config)
+
+
+def _suite_files(config: CompareConfig) -> dict[str, str]:
+    """Return what the suite reads here; what lm-eval gets from the Hub is got now.
+
+    Raises:
+        DataError: a file cannot be read or has other rows.
+        ConfigError: lm-eval cannot load a task, or two are of one name.
+    """
+    files: dict[str, str] = {}
+    names: list[str] = []
     for task in suite_tasks(config.suite):
-        if isinstance(task, str):
-            generates(task)
-        else:
+        if isinstance(task, dict):
+            names.append(task["task"])
             files[f"suite:{task['task']}"] = task["dataset_kwargs"]["data_files"]["test"]
+            continue
+        for name, loaded in load_task(task).items():
+            names.append(name)
+            data = (loaded.get_config("dataset_kwargs") or {}).get("data_files")
+            for part, path in data.items() if isinstance(data, dict) else ():
+                if isinstance(path, str) and Path(path).is_file():
+                    files[f"suite:{name}:{part}"] = path
+        if is_yaml(task):
+            files[f"suite:{task}"] = task
+    if again := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise ConfigError(f"suite: two tasks are named {again}; leave one out, or rename it.")
     return files
 
 
@@ -122,8 +152,8 @@ def _cells(
     )
 
 
-def _add_files(run: Run, parts: Splits, suite: Mapping[str, str], *, writes: bool) -> None:
-    """Let cells read pairs, texts, the suite, and what the base writes: answers, anchors."""
+def _add_files(run: Run, parts: Splits, suite: Mapping[str, str]) -> None:
+    """Let cells read pairs, texts, the suite, and the base's answers."""
     config = run.config
     for name, pairs in vars(parts).items():
         file = run.root / "data" / f"{name}.jsonl"
@@ -135,15 +165,7 @@ def _add_files(run: Run, parts: Splits, suite: Mapping[str, str], *, writes: boo
             run.add_file(name, Path(path))
     run.suite = tuple(suite)
     run.base = _digests(config.model)
-    names = ("prompts", "train", "test")
-    run.add_written(
-        "answers",
-        files={name: name for name in names},
-        replay_prompts=config.replay_prompts,
-        answers=config.answers,
-    )
-    if writes:
-        run.add_written("anchors", files={}, count=COUNT, seed=0, most=MAX_TOKENS)
+    run.add_written("answers", files={"test": "test"}, answers=config.answers)
 
 
 def _method(run: Run, name: str, method: Method) -> dict[str, Any]:

@@ -65,8 +65,8 @@ class Run:
     """One a cell: two askers of the same one get the same result."""
     validations: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     """What the validation of each judge found; None if it failed."""
-    validating: Lock = field(default_factory=Lock)
-    """So that a judge is validated once, whoever asks for its votes."""
+    validating: defaultdict[str, Lock] = field(default_factory=lambda: defaultdict(Lock))
+    """One a judge: it is validated once, whoever asks for its votes."""
 
     def cell(self, kind: str, label: str, **spec: Any) -> dict[str, Any] | None:
         """Return a cell's result with its `directory`, or None if it failed."""
@@ -146,7 +146,7 @@ def tried(
     if params.get("anchor_weight"):
         files["anchors"] = "anchors"
     if "replay" in params:
-        files["answers"] = "answers"
+        files["replay"] = "replay"
     trained = run.cell(
         "train",
         f"{name} seed {seed}",
@@ -243,7 +243,7 @@ def _verdict(run: Run, label: str, measured: str, judge: str) -> dict[str, Any] 
 
 def _validated(run: Run, judge: str) -> dict[str, Any] | None:
     """Return what a judge's validation found, which all its votes share; None if it failed."""
-    with run.validating:
+    with run.validating[judge]:
         if judge not in run.validations:
             files = {name: name for name in ("judge", "validation")}
             run.validations[judge] = run.cell("validate", judge, files=files, **_told(run, judge))

@@ -30,8 +30,6 @@ from qadapter.train import run_training
 
 Params = Mapping[str, Any]
 
-REPLAY_TOKENS = 256
-"""Most tokens of an answer that Replay learns."""
 _RL_ANSWERS = 4
 """Answers of online learning to a prompt."""
 
@@ -46,15 +44,15 @@ class Task:
     """The base."""
     max_length: int
     answer_tokens: int
-    """Most tokens of an answer that is made."""
+    """Most tokens of an answer that is made online."""
     common_trunk: float
     """Share of layers left alone where the method does not say otherwise."""
     training: Params
     """What transformers' TrainingArguments are told of batches, the same for all methods."""
     pairs: Path
     """Training pairs."""
-    answers: Path | None
-    """The base's own answers, `{"prompt", "answer", "kind"}` a line; for Replay sampled ones."""
+    replay: Path | None
+    """What the base samples, `{"kind", "prompt", "ids"}` a line; for Replay."""
     anchors: Path | None
     """General text; for methods with an `anchor_weight`."""
     output: Path
@@ -67,12 +65,6 @@ class Task:
     def anchor_weight(self) -> float:
         """Return the weight of the anchors' KL; 0 is none."""
         return float(self.params.get("anchor_weight", 0.0))
-
-
-def general_answers(path: Path, kind: str) -> list[tuple[Any, str]]:
-    """Return prompts and the base's answers to them, of the `general` or the `training` prompts."""
-    rows = [cast(dict[str, Any], row) for _, row in read_jsonl(str(path))]
-    return [(row["prompt"], row["answer"]) for row in rows if row["kind"] == kind]
 
 
 # ── ours ────────────────────────────────────────────────────────────────────────────────────────
@@ -217,15 +209,13 @@ def train_sft(task: Task) -> None:
 
 
 def _replayed(task: Task, base: _Base, kind: str) -> list[tuple[list[int], list[int]]]:
-    end = cast(int, base.tokenizer.eos_token_id)
-    rows = []
-    for prompt, answer in general_answers(cast(Path, task.answers), kind):
-        before = tokenize_prompt(prompt, base.tokenizer)
-        after = cast(list[int], base.tokenizer(answer, add_special_tokens=False)["input_ids"])
-        # An answer that ran into its length limit does not teach to end there.
-        whole = len(after) < REPLAY_TOKENS
-        rows.append((before, [*after, end] if whole else after))
-    return rows
+    """Return tokens of prompts and of what the base answered, whose end it has if it had one."""
+    rows = [cast(dict[str, Any], row) for _, row in read_jsonl(str(task.replay))]
+    return [
+        (tokenize_prompt(row["prompt"], base.tokenizer), row["ids"])
+        for row in rows
+        if row["kind"] == kind
+    ]
 
 
 def train_rloo(task: Task) -> None:

@@ -211,8 +211,12 @@ class Results:
 
     @property
     def headlines(self) -> list[Method]:
-        """Those of `ours` with more than one value on the dial; all of them where none has."""
-        return [method for method in self.ours if len(method.dials) > 1] or self.ours
+        """Those of `ours` with more than one value on the dial; all of them where none has.
+
+        Each method once: a curve of it trained anew is no other method.
+        """
+        ours = [method for method in self.ours if _runs_of(method.name) == method.name]
+        return [method for method in ours if len(method.dials) > 1] or ours
 
     @property
     def others(self) -> list[Method]:

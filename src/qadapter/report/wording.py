@@ -129,7 +129,7 @@ def _without_curve(results: Results, reference: Method) -> list[str]:
     rest = [method for method in results.ours if method not in results.headlines]
     if not rest:
         return []
-    return [f"Of those without a dial: {_verdicts(results, rest, reference)}."]
+    return [f"Of those without a dial, or trained anew: {_verdicts(results, rest, reference)}."]
 
 
 def _detail(results: Results, method: Method, reference: Method) -> list[str]:
