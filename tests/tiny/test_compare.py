@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -465,8 +466,16 @@ def test_the_guide_names_every_field_and_method_and_its_example_is_read(
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     guide = (SHIPPED[0].parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
+    told: set[str] = set()
     for name in (*CompareConfig.__dataclass_fields__, *METHODS):
         assert f"`{name}`" in guide or f"{name}, " in guide or f"{name}: " in guide, name
+    for row in re.findall(r"^\| (`.+?) \| ([\d., ]+) \|", guide, flags=re.MULTILINE):
+        names = re.findall(r"`(\w+)`", row[0])
+        values = [float(value.replace(",", "")) for value in row[1].split(", ")]
+        defaults = [CompareConfig.__dataclass_fields__[name].default for name in names]
+        assert values == (list(defaults[0]) if names == ["strengths"] else defaults)
+        told |= {*names}
+    assert {"pairs", "held_out_pairs", "answer_tokens", "max_length", "trunk", "trials"} <= told
     example = guide.split("```yaml\n")[1].split("```")[0]
     (tmp_path / "run.yaml").write_text(example)
     config = CompareConfig.read(tmp_path / "run.yaml")
