@@ -592,7 +592,8 @@ def test_the_words_name_every_q_adapter_in_whatever_order() -> None:
         "label": "E",
         "runs": [{**r, "points": r["points"][1:2]} for r in alike["runs"]],
     }
-    ours = {"a": better, "b": worse, "c": weaker, "d": alike, "e": fixed}
+    anew = {**better, "label": "F"}
+    ours = {"a": better, "a.beta": anew, "b": worse, "c": weaker, "d": alike, "e": fixed}
     results = Results(comparison(base=base(), dpo=DPO, **ours))
     a, b, d, e = (ratio(results, name) for name in "abde")
     assert lead(results).endswith(
@@ -600,7 +601,8 @@ def test_the_words_name_every_q_adapter_in_whatever_order() -> None:
         f"“B” ({b}) forgot more; “C” did not reach that margin."
     )
     first, *each, caveats = paragraphs(results)
-    rest = f"Of those without a dial: no difference was shown for “E” ({e})."
+    rest = "Of those without a dial, or trained anew:"
+    rest += f" “F” ({a}) forgot less; no difference was shown for “E” ({e})."
     assert first == f"{lead(results)} {rest}"
     # One a method, of those with the most seeds.
     assert [told.split()[0] for told in each] == ["“A”", "“B”", "“C”"]
