@@ -12,6 +12,7 @@ import torch
 
 import qadapter
 from qadapter import hub
+from qadapter.config import bf16_supported
 from qadapter.files import code_digest
 
 Origin = dict[str, dict[str, str]]
@@ -26,6 +27,7 @@ def origin() -> Origin:
         "cpus": str(os.cpu_count()),
         "processor": hub.processor(),
         "device": str(here),
+        "training": "bfloat16" if bf16_supported() else "float32",
         "python": platform.python_version(),
         "system": platform.platform(),
     }
