@@ -39,7 +39,7 @@ class CompareConfig:
     anchors: str | None = None
     """General text on which methods with anchors are held to the base; default what it samples."""
     suite: tuple[str, ...] = ()
-    """Abilities that may be lost: directories of the local suite (see `qadapter evaluate --suite
+    """Abilities that may be lost: a directory of the local suite (see `qadapter evaluate --suite
     local`), files of one task (.jsonl, .txt), names of lm-eval's tasks."""
     model: str = DEFAULT_BASE
     """The base."""
