@@ -240,6 +240,10 @@ def test_settings_are_searched_on_other_text_than_is_reported() -> None:
         ({"vary": ["parameterization=1"]}, "'parameterization' is neither of flipped"),
         ({"vary": ["flipped=0.1", "flipped=0.10"]}, "vary: 'flipped=0.1' is there twice"),
         ({"judges": ["rule:shorter", "rule:shorter"]}, "judges: 'rule:shorter' is there twice"),
+        (
+            {"judges": ["openai:m@http://a/v1", "openai:m@http://b/v1"]},
+            "judges, by name: 'm' is there twice",
+        ),
         ({"methods": ["dpo", "dpo"]}, "methods: 'dpo' is there twice; give it once"),
         ({"retrain": ["dpo.beta=0.1,0"]}, "'dpo.beta=0.1,0': beta must be above 0"),
         ({"retrain": ["dpo.beta=-0.1"]}, "'dpo.beta=-0.1': beta must be above 0"),
@@ -733,7 +737,7 @@ def test_what_a_method_is_told_changes_what_it_learns(
     for name, params in (("with", plain | more), ("without", plain)):
         directory = tmp_path / name
         directory.mkdir()
-        done = task(settings, directory, **{**params, "learning_rate": 1e-3})
+        done = task(settings, directory, **{**params, "learning_rate": 1e-3, "epochs": 3})
         training.train(done, trainer)
         learned.append(load_file(done.output / "adapter_model.safetensors"))
     far = max(float((a - learned[1][name]).abs().max()) for name, a in learned[0].items())

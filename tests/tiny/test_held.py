@@ -58,7 +58,8 @@ def test_what_is_kept_gives_the_same_value_and_gradient(
         assert not passes.count or not keeping.keeps
         wanted, wanted_gradients = found(fresh, turn, 2)
         passes.count = 0
-        assert value == pytest.approx(wanted, rel=1e-4, abs=1e-7)
+        # A sum of log-probs' differences, each rounded by some 1e-7.
+        assert value == pytest.approx(wanted, rel=1e-4, abs=1e-6)
         assert gradients.keys() == wanted_gradients.keys()
         for name, gradient in gradients.items():
             assert torch.allclose(gradient, wanted_gradients[name], rtol=1e-3, atol=1e-6), name

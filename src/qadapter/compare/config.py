@@ -117,7 +117,8 @@ class CompareConfig:
                 "out."
             )
         _check_once("methods", self.methods)
-        _check_once("judges", [judge.name for judge in judges])
+        _check_once("judges", self.judges)
+        _check_once("judges, by name", [judge.name for judge in judges])
         if self.reference not in self.methods:
             raise ConfigError(f"reference: {self.reference!r} must be among the methods; add it.")
         s = self.strengths
