@@ -113,8 +113,9 @@ def trained(config: CompareConfig, pairs: Sequence[Pair], seed: int) -> Policy:
             max_length=config.max_length,
             answer_tokens=config.answer_tokens,
             common_trunk=config.trunk,
+            training=config.training,
             pairs=file,
-            answers=None,
+            replay=None,
             anchors=None,
             output=Path(directory, "adapter"),
         )

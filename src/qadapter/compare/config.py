@@ -163,6 +163,11 @@ class CompareConfig:
                 raise ConfigError(f"vary: {text!r} must be a whole number.")
         _check_once("vary", [f"{name}={value!r}" for name, value in variations])
 
+    @property
+    def training(self) -> dict[str, int]:
+        """What every training is told, by transformers' names."""
+        return {name: getattr(self, name) for name in _TRAINING}
+
     def seeds_of(self, method: str) -> tuple[int, ...]:
         """Return the training seeds of a method's chosen setting."""
         return self.seeds if method in (self.headline or self.methods) else self.seeds[:1]
@@ -206,10 +211,9 @@ class CompareConfig:
 
 _WHOLE = ("pairs", "lora_r")
 """What robustness varies by whole numbers."""
-TRAINING = ("per_device_train_batch_size", "gradient_accumulation_steps")
-"""What every training is told, by transformers' names."""
+_TRAINING = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _COUNTS = (
-    *TRAINING,
+    *_TRAINING,
     "trials",
     "pairs",
     "validation_pairs",

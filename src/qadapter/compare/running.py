@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any
 
 from qadapter.compare.cells import Cell, CellFailed
-from qadapter.compare.config import TRAINING, CompareConfig
+from qadapter.compare.config import CompareConfig
 from qadapter.compare.fanout import Fanout
 from qadapter.compare.methods import METHODS, starts_at_base
 from qadapter.compare.origin import Origin
@@ -155,7 +155,7 @@ def tried(
         params=params,
         seed=seed,
         common_trunk=run.config.trunk,
-        training={name: getattr(run.config, name) for name in TRAINING},
+        training=run.config.training,
     )
     if trained is None:
         return None
