@@ -246,7 +246,7 @@ def contents() -> list[str]:
 
 
 def write_adapter(directory: str | Path) -> None:
-    """Write a random adapter of the default depth, whose answers seldom end by themselves."""
+    """Write a random adapter on the last quarter of the layers; its answers seldom end."""
     import torch
 
     from qadapter import hub

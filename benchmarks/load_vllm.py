@@ -2,7 +2,7 @@
 
     .venv-vllm/bin/python benchmarks/load_vllm.py --dtype bfloat16 --turns 7
 
-Servers of the base and, at each strength, of the export of a policy with the default K whose
+Servers of the base and, at each strength, of the export of a policy on the last quarter whose
 adapter is random (its answers, as the base's, seldom end before they have to), started alike and
 asked in turns, each turn in another order; the ratio is of turns side by side. The base is there
 twice: what it is to itself is what this cannot tell from nothing. While one is asked the others are

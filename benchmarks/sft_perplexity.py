@@ -112,7 +112,6 @@ def trained(config: CompareConfig, pairs: Sequence[Pair], seed: int) -> Policy:
             model=config.model,
             max_length=config.max_length,
             answer_tokens=config.answer_tokens,
-            common_trunk=config.trunk,
             training=config.training,
             pairs=file,
             replay=None,

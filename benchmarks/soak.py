@@ -82,6 +82,7 @@ def trained(directory: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
         "eval_data": shipped("demo.dev.jsonl"),
         "anchor_data": shipped("anchors.txt"),
         "output": directory,
+        "trunk": 0.75,
         "num_train_epochs": 100_000,
         "learning_rate": 1e-6,  # it is not to diverge in hundreds of epochs
         "lr_scheduler_type": "constant",

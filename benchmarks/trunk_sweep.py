@@ -51,6 +51,7 @@ def measure(
             alpha_0=settings["alpha"],
             alpha_tilde=settings["alpha"],
             learning_rate=settings["learning_rate"],
+            num_train_epochs=1,
             max_pairs=settings["pairs"],
             seed=seed,
             save_strategy="no",

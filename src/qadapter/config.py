@@ -151,6 +151,9 @@ _POSITIVE = (
     "per_device_train_batch_size",
 )
 
+MANY_PAIRS = 500
+"""Training pairs from which on only the last quarter of the layers is adapted unless asked."""
+
 
 @dataclass(kw_only=True, repr=False)  # a repr of its own would show hub_token
 class QAdapterConfig(TrainingArguments):
@@ -196,9 +199,12 @@ class QAdapterConfig(TrainingArguments):
     layers_to_transform: list[int] | None = field(
         default=None, metadata={"help": "Layers to adapt, by index; overrides trunk."}
     )
-    trunk: float = field(
-        default=0.75,
-        metadata={"help": "Share of the layers, from the first, left alone and run only once."},
+    trunk: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the layers, from the first, left alone and run only once; default "
+            f"0.75, and 0 where fewer than {MANY_PAIRS:,} pairs are trained on."
+        },
     )
     tokens_per_batch: int | None = field(
         default=None,
@@ -256,7 +262,7 @@ class QAdapterConfig(TrainingArguments):
     )
 
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the pairs."})
+    num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the pairs."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Pairs a micro-batch."})
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "Pairs an eval batch."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps, or share below 1."})
@@ -279,7 +285,7 @@ class QAdapterConfig(TrainingArguments):
         _check_method(self)
         if self.quantize_base not in (None, "4bit", "8bit"):
             raise ConfigError(f"quantize_base: {self.quantize_base!r} is not one of 4bit, 8bit.")
-        if not 0 <= self.trunk < 1:
+        if self.trunk is not None and not 0 <= self.trunk < 1:
             raise ConfigError(f"trunk: {self.trunk} must lie in [0, 1).")
         if self.lora_r < 1:
             raise ConfigError(f"lora_r: {self.lora_r} must be at least 1.")
@@ -373,6 +379,16 @@ class QAdapterConfig(TrainingArguments):
                 "add --eval_data F --eval_strategy epoch --save_strategy epoch "
                 "--load_best_model_at_end true."
             )
+
+    def trunk_for(self, pairs: int) -> float:
+        """Return the share of layers that stay common where so many pairs are trained on.
+
+        From few pairs the last quarter forgets more than all layers do to learn as much, and more
+        than DPO; from many far less than DPO, and what it saves counts (docs/evidence.md).
+        """
+        if self.trunk is not None:
+            return self.trunk
+        return 0.75 if pairs >= MANY_PAIRS else 0.0
 
     def epochs(self, batches: int) -> float:
         """Return how often a run passes over so many micro-batches."""

@@ -38,6 +38,7 @@ def train_demo(directory: str | Path) -> TrainResult:
             data=shipped("demo.train.jsonl"),
             anchor_data=shipped("anchors.txt"),
             anchor_weight=30.0,
+            trunk=0.75,
             learning_rate=5e-4,
             num_train_epochs=2,
             save_strategy="no",

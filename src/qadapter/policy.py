@@ -210,8 +210,11 @@ class Policy:
 
         Arguments and errors are those of `answer_ids`.
         """
-        rows = self.answer_ids(prompts, strength=strength, **generate)
-        texts: list[str] = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return self.texts(self.answer_ids(prompts, strength=strength, **generate))
+
+    def texts(self, answers: Sequence[Sequence[int]]) -> list[str]:
+        """Return what answers in tokens say, without special tokens and space around it."""
+        texts: list[str] = self.tokenizer.batch_decode(list(answers), skip_special_tokens=True)
         return [text.strip() for text in texts]
 
     def answer_ids(

@@ -50,6 +50,8 @@ class TrainResult:
     metrics: dict[str, float]
     trainable: int
     """Number of adapter parameters."""
+    layers: int
+    """Number of adapted layers."""
     budget: str | None = None
     """What became of the forgetting budget, in a sentence; None where there was none."""
     stopped_at: int | None = None
@@ -179,6 +181,11 @@ def prepare(config: QAdapterConfig) -> Prepared:
         tokenizer_hash=tokenizer_hash,
     )
     _tell(alarms.near_uniform(q_config))
+    trunk = config.trunk_for(len(train_set))
+    if config.trunk is None and config.layers_to_transform is None and not trunk:
+        _log.info(
+            "adapting all layers, for %d pairs are few; --trunk 0.75 is faster", len(train_set)
+        )
     model = QAdapterModel.create(
         base,
         q_config,
@@ -187,7 +194,7 @@ def prepare(config: QAdapterConfig) -> Prepared:
         lora_dropout=config.lora_dropout,
         target_modules=config.lora_target_modules,
         layers_to_transform=config.layers_to_transform,
-        trunk=config.trunk,
+        trunk=trunk,
     )
     pad_id = cast(int, tokenizer.pad_token_id)
     # Made in any case: it ends training mode, in which trying the model out would draw dropout.
@@ -280,6 +287,7 @@ def _trained(run: Prepared, config: QAdapterConfig) -> TrainResult:
             _tell(sentence)
         # Before an engine splits them.
         trainable = sum(p.numel() for p in run.model.adapter_parameters().values())
+        layers = len(run.model.peft_model.active_peft_config.layers_to_transform)
         result = trainer.train(resume_from_checkpoint=run.checkpoint)
         metrics = dict(result.metrics)
         if trainer.stopped:
@@ -287,7 +295,9 @@ def _trained(run: Prepared, config: QAdapterConfig) -> TrainResult:
             for table in run.tables:
                 table.keep()
             pairs = len(run.train_set)
-            return TrainResult(directory, pairs, run.dropped, metrics, trainable, stopped_at=step)
+            return TrainResult(
+                directory, pairs, run.dropped, metrics, trainable, layers, stopped_at=step
+            )
         if run.eval_set:
             metrics.update(trainer.evaluate())
             right = metrics["eval_rewards/accuracies"]
@@ -296,7 +306,9 @@ def _trained(run: Prepared, config: QAdapterConfig) -> TrainResult:
             metrics.update(run.budget.figures())
     trainer.save_model(str(directory))
     told = run.budget.summary() if run.budget else None
-    outcome = TrainResult(directory, len(run.train_set), run.dropped, metrics, trainable, told)
+    outcome = TrainResult(
+        directory, len(run.train_set), run.dropped, metrics, trainable, layers, told
+    )
     if trainer.is_world_process_zero():
         write_text(directory / "README.md", model_card(config, outcome))
     return outcome
@@ -358,7 +370,7 @@ def model_card(config: QAdapterConfig, result: TrainResult) -> str:
         f"(dropped: {drops}), seed {config.seed}.\n\n"
         f"alpha_0 {config.alpha_0}, alpha_tilde {config.alpha_tilde}, gamma {config.gamma}, "
         f"beta {config.beta}, {config.parameterization}; anchors {anchors}; "
-        f"{result.trainable:,} trained parameters."
+        f"{result.trainable:,} trained parameters in {result.layers} layers."
         f"{budget}\n\n| figure | value |\n|---|---|\n{figures}\n\n"
         f"Use it: `qadapter chat {config.output_dir}`.\n"
     )

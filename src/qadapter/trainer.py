@@ -447,6 +447,7 @@ class QAdapterTrainer(EngineTrainer):
             "pairs (data, max_length, truncate)": self._pairs_digest[:16],
             "pairs of a step": rows * accumulated,
             "anchors": hashlib.sha256(json.dumps(self._anchors).encode()).hexdigest()[:16],
+            "layers (trunk, layers_to_transform)": lora.layers_to_transform,
             "lora_r": lora.r,
             "lora_alpha": lora.lora_alpha,
             "lora_dropout": lora.lora_dropout,

@@ -61,7 +61,7 @@ def test_train_reload_generate_evaluate(pairs: str, tmp_path: Path) -> None:
     words += ["--warmup_steps", "0", "--learning_rate", "1e-3"]
     assert main([*words, "--save_strategy", "no", "--disable_tqdm", "true"]) == 0
     policy = Policy.from_pretrained(directory)
-    assert policy.model.branch_depth == 8  # the default trunk of a 30-layer base
+    assert policy.model.branch_depth == 30  # all layers, the pairs being few
     score = policy.score(list(read_pairs(pairs)))
     assert score.accuracy == 1.0
     assert score.margin > 0.5
@@ -85,7 +85,7 @@ def test_training_and_tuning_keep_to_a_budget(
     Path(text).write_text("".join(Path(shipped("general.txt")).read_text().splitlines(True)[:4]))
     words = ["train", "--data", pairs, "--output", directory, "--num_train_epochs", "20"]
     words += ["--learning_rate", "1e-3", "--save_strategy", "no", "--disable_tqdm", "true"]
-    words += ["--alpha_0", "0.1", "--alpha_tilde", "0.1", "--anchor_weight", "0"]
+    words += ["--alpha_0", "0.1", "--alpha_tilde", "0.1", "--anchor_weight", "0", "--trunk", "0.75"]
     assert main([*words, "--max-kl", "0.008", "--budget-text", text]) == 0
     assert " of 20 passed max_kl 0.008 (KL 0.0" in capsys.readouterr().out
     policy = Policy.from_pretrained(directory)

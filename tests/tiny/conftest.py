@@ -52,10 +52,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def adapter(tmp_path_factory: pytest.TempPathFactory, base: str, data: str) -> str:
     directory = tmp_path_factory.mktemp("run") / "adapter"
-    options = (
-        "--max_length 200 --learning_rate 0.01 --num_train_epochs 6 --bf16 false --anchor_weight 0"
-    )
+    options = "--max_length 200 --learning_rate 0.01 --num_train_epochs 6 --bf16 false --trunk 0.75"
     quiet = "--save_strategy no --disable_tqdm true --alpha_0 0.5 --alpha_tilde 0.5"
+    quiet += " --anchor_weight 0"
     words = ["--data", data, "--model", base, "--output", str(directory)]
     code = main(["train", *words, *options.split(), *quiet.split()])
     assert code == 0

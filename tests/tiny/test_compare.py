@@ -105,7 +105,7 @@ def settings(base: str, tmp_path: Path) -> dict[str, Any]:
         "prompts": str(tmp_path / "prompts.txt"),
         "output": str(tmp_path / "out"),
         "model": base,
-        "methods": ["base", "dpo", "qadapter"],
+        "methods": ["base", "dpo", "qadapter_half"],
         "trials": 1,
         "strengths": [0.5, 1.0],
         "pairs": 8,
@@ -116,7 +116,6 @@ def settings(base: str, tmp_path: Path) -> dict[str, Any]:
         "answers": 4,
         "answer_tokens": 6,
         "max_length": 128,
-        "trunk": 0.5,
     }
 
 
@@ -213,7 +212,6 @@ def test_settings_are_searched_on_other_text_than_is_reported() -> None:
         ({"seeds": []}, "seeds: is empty"),
         ({"seeds": [0, 0]}, "seeds: must be different"),
         ({"seeds": [-1]}, "seeds: must be different whole numbers from 0"),
-        ({"trunk": 1.0}, "trunk: 1.0 must be from 0, below 1"),
         ({"headline": ["magic"]}, "headline: 'magic' is not one of"),
         ({"retrain": ["dpo.beta"]}, "must read METHOD.PARAMETER=NUMBER,NUMBER"),
         ({"retrain": ["magic.epochs=1,2"]}, "must name a method"),
@@ -291,8 +289,8 @@ def test_what_is_shipped_can_be_read(file: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("parameter", ["anchor_weight", "beta"])
 def test_what_may_be_left_out_may_be_0(parameter: str) -> None:
-    assert METHODS["qadapter"].takes_number(parameter)
-    assert why_not(parameter, 0.0, METHODS["qadapter"].space) is None
+    assert METHODS["qadapter_half"].takes_number(parameter)
+    assert why_not(parameter, 0.0, METHODS["qadapter_half"].space) is None
 
 
 def test_every_method_starts_its_search_inside_its_space() -> None:
@@ -479,7 +477,7 @@ def test_the_guide_names_every_field_and_method_and_its_example_is_read(
         defaults = [CompareConfig.__dataclass_fields__[name].default for name in names]
         assert values == (list(defaults[0]) if names == ["strengths"] else defaults)
         told |= {*names}
-    assert {"pairs", "held_out_pairs", "answer_tokens", "max_length", "trunk", "trials"} <= told
+    assert {"pairs", "held_out_pairs", "answer_tokens", "max_length", "trials"} <= told
     example = guide.split("```yaml\n")[1].split("```")[0]
     (tmp_path / "run.yaml").write_text(example)
     config = CompareConfig.read(tmp_path / "run.yaml")
@@ -607,12 +605,11 @@ def task(settings: dict[str, Any], directory: Path, **params: Any) -> training.T
         for kind in ("general", "training")
     ]
     return training.Task(
-        params={"learning_rate": 1e-2, "epochs": 1, **params},
+        params={"trunk": 0.5, "learning_rate": 1e-2, "epochs": 1, **params},
         seed=0,
         model=settings["model"],
         max_length=128,
         answer_tokens=6,
-        common_trunk=0.5,
         training={"per_device_train_batch_size": 4},
         pairs=Path(write_rows(directory / "pairs.jsonl", rows(8))),
         replay=Path(write_rows(directory / "replay.jsonl", said)),
@@ -631,7 +628,7 @@ def task(settings: dict[str, Any], directory: Path, **params: Any) -> training.T
         ("train_sft", {"anchor_weight": 3.0}),
         ("train_sft", {"replay": "training"}),
         ("train_rloo", {"beta": 0.05, "trunk": 0.0}),
-        ("train_qadapter", {**METHODS["qadapter"].fixed, **METHODS["qadapter"].defaults}),
+        ("train_qadapter", {**METHODS["qadapter_half"].fixed, **METHODS["qadapter_half"].defaults}),
         ("train_qadapter", {**METHODS["qadapter_authors"].fixed, "lora_r": 4.0}),
     ],
 )
@@ -647,7 +644,7 @@ def test_what_a_trainer_leaves_is_a_policy_that_differs_from_the_base(
         base = hub.load_base(settings["model"], dtype=torch.float32)(input_ids=ids).logits
     assert (logits.log_softmax(-1) - base.log_softmax(-1)).abs().max() > 1e-3
     layers = {name.split("layers.")[1][0] for name in policy.model.adapter_parameters()}
-    assert layers == ({"0", "1", "2", "3"} if params.get("trunk") == 0.0 else {"2", "3"})
+    assert layers == {str(i) for i in range(round(4 * done.params["trunk"]), 4)}
 
 
 @pytest.mark.parametrize(
@@ -655,7 +652,7 @@ def test_what_a_trainer_leaves_is_a_policy_that_differs_from_the_base(
     [
         ("train_dpo", {"beta": 0.1, "anchor_weight": 30.0}),
         ("train_sft", {"anchor_weight": 30.0}),
-        ("train_qadapter", {**METHODS["qadapter"].fixed, **METHODS["qadapter"].defaults}),
+        ("train_qadapter", {**METHODS["qadapter_half"].fixed, **METHODS["qadapter_half"].defaults}),
     ],
 )
 def test_steps_of_two_micro_batches_are_steps_of_one(
@@ -680,16 +677,7 @@ def test_steps_of_two_micro_batches_are_steps_of_one(
     assert halves < 0.04 * less
 
 
-def test_online_learning_of_too_few_pairs_for_a_step_is_refused(
-    settings: dict[str, Any], tmp_path: Path
-) -> None:
-    done = task(settings, tmp_path, beta=0.05)
-    write_rows(done.pairs, rows(3))
-    with pytest.raises(DataError, match="3 pairs fit, and online learning asks the prompts of 4"):
-        training.train(done, "train_rloo")
-    assert not done.output.exists()
-
-
+@pytest.mark.parametrize(("pairs", "accumulated"), [(8, 1), (6, 1), (2 * 3, 4)])
 @pytest.mark.parametrize(
     ("trainer", "params"), [("train_dpo", {"beta": 0.1}), ("train_rloo", {"beta": 0.05})]
 )
@@ -699,6 +687,8 @@ def test_an_epoch_is_as_many_steps_for_every_method(
     monkeypatch: pytest.MonkeyPatch,
     trainer: str,
     params: dict[str, Any],
+    pairs: int,
+    accumulated: int,
 ) -> None:
     steps = []
     finish = training._finish
@@ -710,9 +700,10 @@ def test_an_epoch_is_as_many_steps_for_every_method(
     monkeypatch.setattr(training, "_finish", counted)
     done = task(settings, tmp_path, epochs=2, **params)
     # Two pairs of each prompt: it is pairs that count.
-    write_rows(done.pairs, [row for row in rows(4) for _ in range(2)])
-    training.train(done, trainer)
-    assert steps == [2 * 8 // 4]
+    write_rows(done.pairs, [row for row in rows(pairs // 2) for _ in range(2)])
+    told = {**done.training, "gradient_accumulation_steps": accumulated}
+    training.train(replace(done, training=told), trainer)
+    assert steps == [2 * math.ceil(pairs / (4 * accumulated))]
 
 
 @pytest.mark.parametrize(
@@ -876,7 +867,7 @@ def test_a_comparison_is_made_and_resumed_and_reported(
     here = {"machine": found["machine"], "versions": found["versions"]}
     assert found["cells"] == [{"count": sum(wanted.values()), **here}]
     assert [r["seed"] for r in found["methods"]["dpo"]["runs"]] == [0, 1]
-    point = found["methods"]["qadapter"]["runs"][0]["points"][-1]
+    point = found["methods"]["qadapter_half"]["runs"][0]["points"][-1]
     assert point["dial"] == 1.0
     assert len(point["correct"]) == len(point["margins"]) == 20
     assert point["accuracy"] == sum(point["correct"]) / 20
@@ -892,9 +883,12 @@ def test_a_comparison_is_made_and_resumed_and_reported(
         assert row["variation"] in ("flipped=0.5", "lora_r=2")
         assert [p["dial"] for p in row["points"]] == [0.5, 1.0]
         assert row["points"][0]["window_tokens"] == point["window_tokens"]
-    assert [row["method"] for row in found["robustness"]] == ["dpo", "qadapter"] * 2
+    assert [row["method"] for row in found["robustness"]] == ["dpo", "qadapter_half"] * 2
     table = tables.robustness(Results(found))
-    assert [row[:3] for row in table.rows[:2]] == [["none", "DPO", "1"], ["none", "Q-Adapter", "1"]]
+    assert [row[:3] for row in table.rows[:2]] == [
+        ["none", "DPO", "1"],
+        ["none", "Q-Adapter, half the layers", "1"],
+    ]
     assert len(table.rows) == 6
     # The rule is the pairs' own, so it tells chosen from rejected every time; what bytes a random
     # model makes of it is no matter.
@@ -918,15 +912,15 @@ def test_a_comparison_is_made_and_resumed_and_reported(
     in_process.clear()
     settings |= {"seeds": [0, 1, 2], "headline": ["dpo"]}
     path = yaml_file(tmp_path / "run.yaml", settings)
-    assert main(["compare", path, "--methods", "base", "dpo", "qadapter"]) == 0
+    assert main(["compare", path, "--methods", "base", "dpo", "qadapter_half"]) == 0
     assert Counter(in_process) == {"train": 1, "measure": 1, "judge": 2}
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert {n: len(m["runs"]) for n, m in found["methods"].items()} == {
         "base": 1,
         "dpo": 3,
-        "qadapter": 1,
+        "qadapter_half": 1,
     }
-    assert found["command"].endswith("run.yaml --methods base dpo qadapter")
+    assert found["command"].endswith("run.yaml --methods base dpo qadapter_half")
 
 
 def curve(*margins: float, seed: int = 0) -> dict[str, Any]:
@@ -1067,13 +1061,13 @@ def test_a_retrained_curve_has_its_method_s_own_point_among_the_others(
 def test_what_is_not_the_base_at_strength_0_has_no_dial(
     settings: dict[str, Any], tmp_path: Path, in_process: list[str]
 ) -> None:
-    methods = ["base", "dpo", "qadapter", "qadapter_raw", "qadapter_authors"]
+    methods = ["base", "dpo", "qadapter_half", "qadapter_raw", "qadapter_authors"]
     settings |= {"methods": methods, "strengths": [0.0, 1.0], "vary": ["alpha_0=0.3"]}
     assert main(["compare", yaml_file(tmp_path / "run.yaml", settings)]) == 0
     comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert comparison["failures"] == []
     found = comparison["methods"]
-    for name in ("dpo", "qadapter"):
+    for name in ("dpo", "qadapter_half"):
         start, own = found[name]["runs"][0]["points"]
         assert (start["dial"], own["dial"]) == (0.0, 1.0)
         assert start["kl"] < KL_FLOOR
@@ -1081,7 +1075,7 @@ def test_what_is_not_the_base_at_strength_0_has_no_dial(
         (point,) = found[name]["runs"][0]["points"]
         assert point["dial"] == 1.0
         assert found[name]["dial"].startswith("none")
-    row = next(r for r in comparison["robustness"] if r["method"] == "qadapter")
+    row = next(r for r in comparison["robustness"] if r["method"] == "qadapter_half")
     (point,) = row["points"]
     assert point["dial"] == 1.0
     # And it is not: a dial from there would begin beside the base.
@@ -1178,7 +1172,7 @@ def test_a_failed_cell_is_reported_and_the_rest_go_on(
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert found["methods"]["dpo"]["runs"] == []
     assert found["methods"]["dpo"]["search"]["trials"][0]["state"] == "failed"
-    assert len(found["methods"]["qadapter"]["runs"]) == 1
+    assert len(found["methods"]["qadapter_half"]["runs"]) == 1
     # Tried anew the next time.
     monkeypatch.setitem(training.TRAINERS, "train_dpo", sound)
     assert main(["compare", path]) == 0
@@ -1192,7 +1186,7 @@ def test_on_ray_the_results_are_those_of_one_after_another(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as Ray says to those it starts
-    settings |= {"methods": ["base", "qadapter"], "reference": "qadapter"}
+    settings |= {"methods": ["base", "qadapter_half"], "reference": "qadapter_half"}
     path = yaml_file(tmp_path / "run.yaml", settings)
     assert main(["compare", path, "--ray", "local", "--output", str(tmp_path / "ray")]) == 0
 
@@ -1207,9 +1201,9 @@ def test_on_ray_the_results_are_those_of_one_after_another(
         for name in ("ray", "out")
     ]
     for methods in found:
-        runs = methods["qadapter"]["runs"]
+        runs = methods["qadapter_half"]["runs"]
         assert len(runs) == 1
-        for told in (*runs, *methods["qadapter"]["search"]["trials"]):
+        for told in (*runs, *methods["qadapter_half"]["search"]["trials"]):
             del told["seconds"]
             told.pop("peak_gib", None)
     assert found[0] == found[1]

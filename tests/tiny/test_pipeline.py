@@ -277,7 +277,7 @@ def layers_of(weights: dict[str, torch.Tensor]) -> set[int]:
     [
         ({"layers_to_transform": [1, 2]}, {1, 2}),
         ({"trunk": 0.5}, {2, 3}),
-        ({}, {3}),
+        ({"trunk": 0.75}, {3}),
     ],
 )
 def test_a_run_adapts_the_layers_it_is_told(
@@ -285,6 +285,42 @@ def test_a_run_adapts_the_layers_it_is_told(
 ) -> None:
     run(base, data, tmp_path, **fields)
     assert layers_of(saved(tmp_path)) == layers
+
+
+@pytest.mark.parametrize(
+    ("many", "fields", "layers", "told"),
+    [
+        (7, {}, {0, 1, 2, 3}, True),
+        (6, {}, {3}, False),
+        (7, {"trunk": 0.75}, {3}, False),
+        (7, {"layers_to_transform": [1]}, {1}, False),
+    ],
+)
+def test_few_pairs_adapt_all_layers(
+    base: str,
+    data: str,
+    tmp_path: Path,
+    many: int,
+    fields: dict[str, Any],
+    layers: set[int],
+    told: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("qadapter.config.MANY_PAIRS", many)
+    with caplog.at_level("INFO", logger="qadapter"):
+        # Of nine pairs the long ones are dropped: those that are trained on count.
+        result = run(base, data, tmp_path, max_length=70, max_pairs=9, **fields)
+    assert (result.pairs, result.layers) == (6, len(layers))
+    assert layers_of(saved(tmp_path)) == layers
+    assert f"in {len(layers)} layers" in (tmp_path / "README.md").read_text()
+    assert ("adapting all layers, for 6 pairs are few" in caplog.text) == told
+
+
+def test_how_many_pairs_are_few(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    assert (config.trunk_for(499), config.trunk_for(500)) == (0.0, 0.75)
+    assert settings(tmp_path, trunk=0.5).trunk_for(499) == 0.5
 
 
 def test_a_run_has_the_rank_modules_and_method_it_is_told(
@@ -319,7 +355,14 @@ def test_the_seed_decides_the_run_and_nothing_else_does(
     found = []
     for i, seed in enumerate((1, 1, 2)):
         torch.manual_seed(1000 + i)
-        run(base, data, tmp_path / str(i), seed=seed, per_device_train_batch_size=12)
+        run(
+            base,
+            data,
+            tmp_path / str(i),
+            seed=seed,
+            per_device_train_batch_size=12,
+            num_train_epochs=1,
+        )
         found.append(saved(tmp_path / str(i)))
     first, again, other = found
     assert all(torch.equal(again[n], t) for n, t in first.items())

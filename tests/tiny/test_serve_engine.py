@@ -164,11 +164,17 @@ def test_log_probs_are_the_policys_and_the_bases(engine: Engine, policy: Policy)
 def test_a_cancelled_request_leaves_and_the_others_stay_right(engine: Engine) -> None:
     kept = request(list(range(5, 30)), max_tokens=40)
     (alone,) = answer(engine, [kept])
-    reached, queue = threading.Event(), Queue[Piece]()
-    gone = request(list(range(9, 90)), emit=lambda _: reached.set(), max_tokens=170)
+    reached, cancelled, queue = threading.Event(), threading.Event(), Queue[Piece]()
+
+    def held(_: Piece) -> None:
+        reached.set()
+        assert cancelled.wait(60)
+
+    gone = request(list(range(9, 90)), emit=held, max_tokens=170)
     other, ticket = engine.submit([replace(kept, emit=queue.put), gone])
     assert reached.wait(60)
     ticket.cancel()
+    cancelled.set()
     pieces = [queue.get(timeout=60)]
     while pieces[-1].finish is None:
         pieces.append(queue.get(timeout=60))

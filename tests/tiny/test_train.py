@@ -63,6 +63,7 @@ def settings(directory: Path, **fields: Any) -> QAdapterConfig:
             "bf16": False,
             "per_device_train_batch_size": 8,
             "learning_rate": 5e-3,
+            "num_train_epochs": 1,
             "beta": 0.1,
             "logging_steps": 1,
             "save_strategy": "no",

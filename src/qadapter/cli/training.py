@@ -114,5 +114,6 @@ def _told(result: TrainResult, argv: Sequence[str]) -> None:
         print(f"{name:28} {value:.4g}")
     if result.budget:
         print(f"budget  {result.budget}")
-    print(f"trained {result.trainable:,} parameters on {result.pairs} pairs; the base is unchanged")
+    trained = f"{result.trainable:,} parameters in {result.layers} layers"
+    print(f"trained {trained} on {result.pairs} pairs; the base is unchanged")
     print(f"saved   {result.directory}\nnext    qadapter chat {result.directory}")

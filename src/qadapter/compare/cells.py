@@ -137,13 +137,13 @@ class _Work:
 def _answers(work: _Work) -> dict[str, Any]:
     """Write the base's greedy answers to test prompts."""
     from qadapter.compare.data import prompts_of
-    from qadapter.compare.measure import answers_of, texts_of
+    from qadapter.compare.measure import answers_of
     from qadapter.data import read_pairs
 
     spec, policy = work.spec, work.policy()
     prompts = prompts_of(read_pairs(work.file("test")))[: spec["answers"]]
     made = answers_of(policy, prompts, strength=0.0, max_new_tokens=spec["answer_tokens"])
-    rows = zip(prompts, texts_of(policy, made), strict=True)
+    rows = zip(prompts, policy.texts(made), strict=True)
     write_jsonl(
         work.directory / "answers.jsonl", ({"prompt": p, "answer": answer} for p, answer in rows)
     )
@@ -196,7 +196,7 @@ def _train(work: _Work) -> dict[str, Any]:
     from qadapter.estimate import peak_memory
 
     spec = work.spec
-    names = ("params", "seed", "model", "max_length", "answer_tokens", "common_trunk", "training")
+    names = ("params", "seed", "model", "max_length", "answer_tokens", "training")
     task = Task(
         **{name: spec[name] for name in names},
         pairs=Path(work.file("train")),
@@ -245,7 +245,7 @@ def _answered(work: _Work, policy: Any) -> dict[str, Any]:
     ids = measure.answers_of(
         policy, prompts, strength=1.0, max_new_tokens=work.spec["answer_tokens"]
     )
-    made = measure.texts_of(policy, ids)
+    made = policy.texts(ids)
     changed = sum(a != b for a, b in zip(made, base, strict=True))
     return {
         "answers": made,

@@ -43,7 +43,7 @@ class CompareConfig:
     local`), files of one task (.jsonl, .txt), names of lm-eval's tasks."""
     model: str = DEFAULT_BASE
     """The base."""
-    methods: tuple[str, ...] = ("base", "sft", "dpo", "replay", "rloo", "qadapter")
+    methods: tuple[str, ...] = ("base", "sft", "dpo", "replay", "rloo", "qadapter_all_layers")
     """Names of `qadapter.compare.METHODS`."""
     reference: str = "dpo"
     """The method whose learning is the mark for the others."""
@@ -91,8 +91,6 @@ class CompareConfig:
     """Items of each task of the suite; of tasks that generate, as many as `answers`."""
     max_length: int = 1024
     """Tokens of prompt and response."""
-    trunk: float = 0.75
-    """Share of layers left alone by the methods that share a trunk."""
     per_device_train_batch_size: int = 4
     """Pairs a micro-batch, of every method."""
     gradient_accumulation_steps: int = 1
@@ -129,8 +127,6 @@ class CompareConfig:
             raise ConfigError("seeds: is empty; give one at least.")
         if len({*self.seeds}) < len(self.seeds) or not all(0 <= n < 2**32 for n in self.seeds):
             raise ConfigError("seeds: must be different whole numbers from 0, below 2^32.")
-        if not 0 <= self.trunk < 1:
-            raise ConfigError(f"trunk: {self.trunk} must be from 0, below 1.")
         for name in _COUNTS:
             least = 0 if name in ("trials", "held_out_pairs") else 1
             if getattr(self, name) < least:

@@ -225,9 +225,3 @@ def answers_of(
         for i, ids in zip(index, made, strict=True):
             out[i] = ids
     return out
-
-
-def texts_of(policy: Policy, answers: Sequence[Sequence[int]]) -> list[str]:
-    """Return what answers in tokens say."""
-    texts = policy.tokenizer.batch_decode(list(answers), skip_special_tokens=True)
-    return [text.strip() for text in cast(list[str], texts)]

@@ -65,7 +65,7 @@ class Method:
     """One row of the report.
 
     Each method's search has the same number of trials and begins at `defaults`, its library's or
-    ours, with one rate for every LoRA; what the search leaves alone is in `fixed`.
+    ours, with one rate and one epoch for every LoRA; what the search leaves alone is in `fixed`.
     """
 
     label: str
@@ -76,7 +76,7 @@ class Method:
     fixed: Params = field(default_factory=dict)
     space: Space = field(default_factory=dict)
     defaults: Params = field(default_factory=dict)
-    knobs: tuple[str, ...] = ("lora_r", "trunk")
+    knobs: tuple[str, ...] = ("lora_r",)
     """Parameters beside these that robustness may vary."""
 
     def has(self, parameter: str) -> bool:
@@ -111,12 +111,18 @@ _BARE_FIXED: Params = {**_OURS_FIXED, "anchor_weight": 0.0}
 _ANCHOR: Space = {"anchor_weight": _WEIGHT}
 # With α̃ = α0 a raw Q̂, which is the base's logits to begin with, would start far from the base: at
 # 0.1, the base at temperature 1/11.
-_AUTHORS: Params = {"parameterization": "raw", "beta": 0.1, "alpha": 1.0, "alpha_0": 0.01}
+_AUTHORS: Params = {
+    "parameterization": "raw",
+    "trunk": 0.75,
+    "beta": 0.1,
+    "alpha": 1.0,
+    "alpha_0": 0.01,
+}
 
 
 def _ours(label: str, about: str, space: Space, defaults: Params, **fixed: Value) -> Method:
     base = _OURS_FIXED if "anchor_weight" in space else _BARE_FIXED
-    knobs = ("lora_r", "trunk", "alpha_0")
+    knobs = ("lora_r", "alpha_0")
     settings = {**base, **fixed}
     return Method(label, "qadapter", about, "train_qadapter", settings, space, defaults, knobs)
 
@@ -187,21 +193,10 @@ METHODS: dict[str, Method] = {
         {**_PLAIN_SPACE, "beta": Range(0.01, 0.3)},
         {**_PLAIN, "beta": 0.05},
     ),
-    "qadapter": _ours(
-        "Q-Adapter",
-        "Ours: residual Q on the last layers, and anchors. γ = 1 and β = 0 make its loss DPO's.",
-        _OURS_SPACE,
-        _OURS,
-    ),
-    "qadapter_bare": _ours(
-        "Q-Adapter, no anchors",
-        "Ours without anchors: DPO's loss on the last layers.",
-        _BARE_SPACE,
-        _BARE,
-    ),
     "qadapter_all_layers": _ours(
         "Q-Adapter, all layers",
-        "Ours on all layers: DPO's loss and anchors (METHOD I3).",
+        "Ours on all layers: residual Q, and anchors. γ = 1 and β = 0 make its loss DPO's "
+        "(METHOD I3).",
         _OURS_SPACE,
         _OURS,
         trunk=0.0,
@@ -209,24 +204,39 @@ METHODS: dict[str, Method] = {
     "qadapter_half": _ours(
         "Q-Adapter, half the layers", "Ours on half of the layers.", _OURS_SPACE, _OURS, trunk=0.5
     ),
-    "qadapter_gamma": _ours(
-        "Q-Adapter, γ = 0.97",
-        "Ours with discount 0.97 and β = 1.",
+    "qadapter_quarter": _ours(
+        "Q-Adapter, last quarter",
+        "Ours on the last quarter of the layers.",
         _OURS_SPACE,
         _OURS,
+        trunk=0.75,
+    ),
+    "qadapter_bare": _ours(
+        "Q-Adapter, no anchors",
+        "Ours on the last quarter without anchors: DPO's loss.",
+        _BARE_SPACE,
+        _BARE,
+        trunk=0.75,
+    ),
+    "qadapter_gamma": _ours(
+        "Q-Adapter, γ = 0.97",
+        "Ours on the last quarter with discount 0.97 and β = 1.",
+        _OURS_SPACE,
+        _OURS,
+        trunk=0.75,
         gamma=0.97,
         beta=1.0,
     ),
     "qadapter_raw": _ours(
         "Q-Adapter, raw",
-        "The authors' parameterisation, Q̂ = z_θ, and their α's, with our loss.",
+        "The authors' parameterisation, Q̂ = z_θ, and their α's, with our loss on the last quarter.",
         _PLAIN_SPACE,
         _PLAIN,
         **_AUTHORS,
     ),
     "qadapter_authors": _ours(
         "Q-Adapter, authors' loss",
-        "The authors' parameterisation and α's, with their released loss.",
+        "The authors' parameterisation and α's, with their released loss, on the last quarter.",
         _PLAIN_SPACE,
         _PLAIN,
         **_AUTHORS,

@@ -154,7 +154,6 @@ def tried(
         trainer=method.trainer,
         params=params,
         seed=seed,
-        common_trunk=run.config.trunk,
         training=run.config.training,
     )
     if trained is None:

@@ -7,9 +7,10 @@ TRL's trainers get the very tokens that ours gets. What they train is a plain Lo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, cycle, islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,6 @@ from qadapter import hub
 from qadapter.config import QAdapterConfig, QConfig
 from qadapter.data import Pair, TokenizedPair, read_pairs, read_texts, tokenize_prompt
 from qadapter.data.tokens import kept_pairs
-from qadapter.errors import DataError
 from qadapter.files import read_jsonl
 from qadapter.held import anchor_rows, anchor_turn
 from qadapter.judge.verdicts import plain
@@ -45,8 +45,6 @@ class Task:
     max_length: int
     answer_tokens: int
     """Most tokens of an answer that is made online."""
-    common_trunk: float
-    """Share of layers left alone where the method does not say otherwise."""
     training: Params
     """What transformers' TrainingArguments are told of batches, the same for all methods."""
     pairs: Path
@@ -57,10 +55,6 @@ class Task:
     """General text; for methods with an `anchor_weight`."""
     output: Path
     """Directory to write the artefact to."""
-
-    def trunk(self) -> float:
-        """Return the share of layers left alone."""
-        return float(self.params.get("trunk", self.common_trunk))
 
     def anchor_weight(self) -> float:
         """Return the weight of the anchors' KL; 0 is none."""
@@ -86,7 +80,7 @@ def train_qadapter(task: Task) -> None:
             objective=str(p.get("objective", "bellman")),
             lora_r=int(p.get("lora_r", 16)),
             lora_alpha=2 * int(p.get("lora_r", 16)),
-            trunk=task.trunk(),
+            trunk=float(p["trunk"]),
             anchor_data=str(task.anchors) if task.anchor_weight() else None,
             anchor_weight=task.anchor_weight(),
             learning_rate=float(p["learning_rate"]),
@@ -130,7 +124,7 @@ def _load(task: Task) -> _Base:
     )
     raw, pairs = map(list, zip(*kept, strict=True))
     rank = int(task.params.get("lora_r", ours.lora_r))
-    lora = lora_config(model, lora_r=rank, lora_alpha=2 * rank, trunk=task.trunk())
+    lora = lora_config(model, lora_r=rank, lora_alpha=2 * rank, trunk=float(task.params["trunk"]))
     return _Base(model, tokenizer, pairs, raw, lora, hub.weights_hash(model), ours)
 
 
@@ -219,11 +213,7 @@ def _replayed(task: Task, base: _Base, kind: str) -> list[tuple[list[int], list[
 
 
 def train_rloo(task: Task) -> None:
-    """Train by TRL's RLOOTrainer on a Bradley–Terry reward model of the training pairs.
-
-    Raises:
-        DataError: the pairs do not fill a step.
-    """
+    """Train by TRL's RLOOTrainer on a Bradley–Terry reward model of the training pairs."""
     from datasets import Dataset
     from trl import RLOOConfig, RLOOTrainer
 
@@ -237,17 +227,13 @@ def train_rloo(task: Task) -> None:
     def reward(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
         return judge.rewards(prompts, [plain(c) for c in completions])
 
-    # The prompt of each pair, as many a step as the others' pairs: an epoch is as many steps.
-    prompts = [{"prompt": pair.prompt} for pair in base.raw]
     settings = _settings(task, base)
     size = base.ours.per_device_train_batch_size
     step = size * base.ours.gradient_accumulation_steps
-    if len(prompts) < step:
-        # TRL would leave out the step that they do not fill, and learn nothing.
-        raise DataError(
-            f"{task.pairs}: {len(prompts)} pairs fit, and online learning asks the prompts of "
-            f"{step} a step; give more `pairs`."
-        )
+    # The prompt of each pair, as many a step as the others' pairs: an epoch is as many steps. TRL
+    # leaves out a step that is not full, so the first prompts are asked again until the last is.
+    full = math.ceil(len(base.raw) / step) * step
+    prompts = [{"prompt": pair.prompt} for pair in islice(cycle(base.raw), full)]
     settings |= {"per_device_train_batch_size": size * _RL_ANSWERS}
     trainer = RLOOTrainer(
         base.model,

@@ -257,7 +257,10 @@ def _caveats(results: Results) -> list[str]:
         )
     if budgets == {0}:
         but = ", but for what was given" if given else ""
-        told.append(f"No method was tuned here: each has its library's defaults, or ours{but}.")
+        told.append(
+            "No method was tuned here: each has its library's defaults, or ours, at one rate and "
+            f"one epoch{but}."
+        )
     if len(budgets) > 1:
         told.append(
             f"The tuning budgets differ, from {min(budgets)} to {max(budgets)} trials: a method "
