@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -290,14 +290,12 @@ def _trained(run: Prepared, config: QAdapterConfig) -> TrainResult:
         layers = len(run.model.peft_model.active_peft_config.layers_to_transform)
         result = trainer.train(resume_from_checkpoint=run.checkpoint)
         metrics = dict(result.metrics)
+        pairs = len(run.train_set)
+        outcome = TrainResult(directory, pairs, run.dropped, metrics, trainable, layers)
         if trainer.stopped:
-            step = trainer.state.global_step
             for table in run.tables:
                 table.keep()
-            pairs = len(run.train_set)
-            return TrainResult(
-                directory, pairs, run.dropped, metrics, trainable, layers, stopped_at=step
-            )
+            return replace(outcome, stopped_at=trainer.state.global_step)
         if run.eval_set:
             metrics.update(trainer.evaluate())
             right = metrics["eval_rewards/accuracies"]
@@ -305,10 +303,7 @@ def _trained(run: Prepared, config: QAdapterConfig) -> TrainResult:
         if run.budget:
             metrics.update(run.budget.figures())
     trainer.save_model(str(directory))
-    told = run.budget.summary() if run.budget else None
-    outcome = TrainResult(
-        directory, len(run.train_set), run.dropped, metrics, trainable, layers, told
-    )
+    outcome = replace(outcome, budget=run.budget.summary() if run.budget else None)
     if trainer.is_world_process_zero():
         write_text(directory / "README.md", model_card(config, outcome))
     return outcome

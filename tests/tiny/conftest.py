@@ -53,10 +53,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 def adapter(tmp_path_factory: pytest.TempPathFactory, base: str, data: str) -> str:
     directory = tmp_path_factory.mktemp("run") / "adapter"
     options = "--max_length 200 --learning_rate 0.01 --num_train_epochs 6 --bf16 false --trunk 0.75"
-    quiet = "--save_strategy no --disable_tqdm true --alpha_0 0.5 --alpha_tilde 0.5"
-    quiet += " --anchor_weight 0"
+    options += " --save_strategy no --disable_tqdm true --alpha_0 0.5 --alpha_tilde 0.5"
+    options += " --anchor_weight 0"
     words = ["--data", data, "--model", base, "--output", str(directory)]
-    code = main(["train", *words, *options.split(), *quiet.split()])
+    code = main(["train", *words, *options.split()])
     assert code == 0
     return str(directory)
 
