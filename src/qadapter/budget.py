@@ -25,7 +25,7 @@ from qadapter.evaluate import TaskScore, evaluate_tasks
 from qadapter.model import QAdapterModel
 from qadapter.policy import KLCurve, Policy
 from qadapter.stats import bootstrap
-from qadapter.suite import file_task
+from qadapter.suite import suite_tasks
 
 _log = logging.getLogger(__name__)
 
@@ -102,20 +102,23 @@ class DropMeter:
 
     Args:
         limit: the budget.
-        task: a file as `suite.file_task` takes it (.jsonl, .txt), or lm-eval's name of a task.
+        task: as `suite.suite_tasks` takes it: a file, or lm-eval's name of a task.
         items: the task's first so many items are scored, the same for both.
 
     Raises:
         DataError: the file cannot be read or has other rows.
+        ConfigError: it is a directory.
     """
 
     def __init__(self, limit: float, task: str, items: int) -> None:
         self._limit, self._source, self._items = limit, task, items
-        self._task = file_task(task) if Path(task).suffix in (".jsonl", ".txt") else task
+        if Path(task).is_dir():
+            raise ConfigError(f"drop_task: {task} is a directory; name one of its files.")
+        self._tasks = suite_tasks([task])
         self._base: TaskScore | None = None
 
     def _score(self, policy: Policy, strength: float) -> TaskScore:
-        score, *more = evaluate_tasks(policy, [self._task], strength=strength, limit=self._items)
+        score, *more = evaluate_tasks(policy, self._tasks, strength=strength, limit=self._items)
         if more:
             raise ConfigError(
                 f"drop_task: {self._source} is several tasks, {score.task}, {more[0].task}, …; "

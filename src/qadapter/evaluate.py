@@ -161,6 +161,8 @@ def _scores(part: dict[str, Any], found: dict[str, Any]) -> Iterator[TaskScore]:
 def _score(
     name: str, result: dict[str, Any], tasks: dict[str, Any], found: dict[str, Any]
 ) -> TaskScore:
+    from lm_eval.api.metrics import perplexity
+
     first, task = next(iter(tasks.items()))
     wanted = next(iter(task.aggregation()), None)
     keys = [key for key in result if "," in key and "_stderr," not in key]
@@ -177,6 +179,9 @@ def _score(
     pairs = [v for v in samples if isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], float)]
     by_weight = bool(samples) and len(pairs) == len(samples)
     items = [_item(value[0] if by_weight else value) for value in samples]
+    weights = [float(weight) for _, weight in pairs] if by_weight else []
+    if task.aggregation().get(metric) is perplexity:
+        weights = [1.0] * len(items)  # of log-likelihoods, one a document
     return TaskScore(
         task=name,
         metric=metric,
@@ -185,7 +190,7 @@ def _score(
         n=sum(found["n-samples"][one]["effective"] for one in tasks),
         higher_is_better=bool(found["higher_is_better"][first].get(metric, True)),
         items=tuple(item for item in items if item is not None) if None not in items else (),
-        weights=tuple(float(weight) for _, weight in pairs) if by_weight else (),
+        weights=tuple(weights),
     )
 
 
@@ -205,7 +210,7 @@ def _told() -> Iterator[None]:
         said = " ".join(str(error).split())[:400]
         raise ConfigError(
             f"lm-eval cannot run this ({type(error).__name__}: {said}); mend what it names, or see "
-            "where it happened by `qadapter --debug evaluate …`."
+            "where it happened by `qadapter --debug …`."
         ) from error
 
 

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -36,13 +37,15 @@ from qadapter.compare import (
     compare,
     fanout,
     measure,
+    origin,
     search,
 )
 from qadapter.compare import train as training
 from qadapter.compare.data import Splits, part_of, prompts_of, split, varied
 from qadapter.compare.equal import add_equal_learning
 from qadapter.compare.fanout import Fanout
-from qadapter.compare.methods import why_not
+from qadapter.compare.methods import has_number, why_not
+from qadapter.compare.run import _local_files
 from qadapter.compare.running import Run
 from qadapter.data import prompt_key, read_pairs, read_texts, tokenize_pairs
 from qadapter.errors import ConfigError, DataError, UserError
@@ -168,6 +171,25 @@ def test_a_file_is_read_with_its_full_section_and_the_environment(
     assert (full.trials, full.seeds, full.vary) == (5, (0, 1), ("pairs=4",))
 
 
+def test_a_field_left_blank_is_left_out_and_a_dollar_may_be_one(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PRICED", "at $3")
+    judges = ["rule:contains:$", "openai:m@http://a/v1"]
+    settings |= {"suite": None, "judges": judges, "judge_criterion": "under $5, $PRICED"}
+    config = CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings))
+    assert config.suite == ()
+    assert config.judges == tuple(judges)
+    assert config.judge_criterion == "under $5, at $3"
+
+
+def test_what_yaml_cannot_make_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text("output: 2026-13-45\n")
+    assert main(["compare", str(tmp_path / "run.yaml")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "run.yaml: cannot be read as YAML (month must be in 1..12" in line
+
+
 @pytest.mark.parametrize("name", ["text", "prompts", "anchors"])
 def test_a_missing_file_is_told_before_anything_runs(
     settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
@@ -186,8 +208,16 @@ def test_text_that_drift_is_measured_on_is_no_anchor(
     (tmp_path / "copy.txt").write_bytes(Path(settings["text"]).read_bytes())
     path = yaml_file(tmp_path / "run.yaml", settings | {"anchors": str(tmp_path / "copy.txt")})
     assert main(["compare", path]) == 2
-    assert "anchors: is `text` too" in capsys.readouterr().err
+    assert "copy.txt holds 'The ferry leaves twice a day.' as does" in capsys.readouterr().err
     assert not list(tmp_path.glob("out/cells/*"))
+    # Nor is a text of which one line is measured, be it by the suite.
+    (tmp_path / "copy.txt").write_text("Another line.\n\n  What a perplexity is taken of.\n")
+    (tmp_path / "own.txt").write_text("Some line.\n\nWhat a perplexity is taken of.\n")
+    settings |= {"anchors": str(tmp_path / "copy.txt"), "suite": str(tmp_path / "own.txt")}
+    assert main(["compare", yaml_file(tmp_path / "run.yaml", settings)]) == 2
+    said = capsys.readouterr().err
+    assert "copy.txt holds 'What a perplexity is taken of.' as does" in said
+    assert "own.txt, where methods with anchors would look better" in said
 
 
 def test_settings_are_searched_on_other_text_than_is_reported() -> None:
@@ -206,8 +236,12 @@ def test_settings_are_searched_on_other_text_than_is_reported() -> None:
         ({"train": None}, "'train' is None"),
         ({"train": "$NOT_SET_ANYWHERE/f"}, "a variable that is not set"),
         ({"methods": ["base", "magic"]}, "'magic' is not one of"),
+        ({"methods": ["dpo", "replay"], "prompts": None}, "prompts: 'replay' learns the base's"),
         ({"reference": "sft"}, "'sft' must be among the methods"),
         ({"strengths": [0.5]}, "with 1 among them"),
+        ({"strengths": [0, 1, 10**400]}, "'strengths' is a number of 401 digits"),
+        ({"suite": ""}, "'suite' is empty; give it a value, or leave it out"),
+        ({"output": ""}, "'output' is empty"),
         ({"strengths": [1.0, 0.5]}, "strengths: must rise"),
         ({"seeds": []}, "seeds: is empty"),
         ({"seeds": [0, 0]}, "seeds: must be different"),
@@ -233,6 +267,7 @@ def test_settings_are_searched_on_other_text_than_is_reported() -> None:
         ({"vary": ["lora_r=0"]}, "vary: 'lora_r=0': lora_r must be above 0"),
         ({"vary": ["trunk=1"]}, "vary: 'trunk=1': trunk must be below 1"),
         ({"vary": ["gamma=1.1"]}, "vary: 'gamma=1.1': gamma must be at most 1"),
+        ({"vary": ["gamma=0"]}, "vary: 'gamma=0': gamma must be above 0"),
         ({"vary": ["beta=0"]}, "vary: 'beta=0': beta must be above 0 for DPO"),
         ({"vary": ["beta=-1"]}, "vary: 'beta=-1': beta must be above 0 for DPO"),
         ({"vary": ["parameterization=1"]}, "'parameterization' is neither of flipped"),
@@ -285,6 +320,14 @@ def test_what_is_shipped_can_be_read(file: Path, monkeypatch: pytest.MonkeyPatch
         full = CompareConfig.read(file, full=True)
         assert full.trials > config.trials
         assert len(full.seeds) == 3
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_no_setting(value: float) -> None:
+    for method in METHODS.values():
+        for parameter, space in method.space.items():
+            if has_number(space):
+                assert why_not(parameter, value, method.space) == "must be finite"
 
 
 @pytest.mark.parametrize("parameter", ["anchor_weight", "beta"])
@@ -593,6 +636,15 @@ def test_drift_is_that_of_the_policy(adapter: str, base: str) -> None:
     assert whole["base_perplexity"] == pytest.approx(expected.base_perplexity, rel=1e-4)
     assert 0 < half["kl"] < whole["kl"]
     assert sum(whole["window_kl"]) / sum(whole["window_tokens"]) == pytest.approx(whole["kl"])
+
+
+def test_where_the_base_says_nothing_nothing_drifts_on_it(adapter: str, base: str) -> None:
+    policy = measure.load_policy(base, Path(adapter))
+    asked = [chat("user", "Why?"), chat("user", "Who?")]
+    assert measure.generations_kl(policy, asked, ["", ""]) is None
+    told = measure.generations_kl(policy, asked, ["", "me"])
+    assert told is not None
+    assert told > 0
 
 
 # ── trainers ────────────────────────────────────────────────────────────────────────────────────
@@ -948,7 +1000,9 @@ def equal_run(settings: dict[str, Any], tmp_path: Path, failing: str = "") -> Ru
     config = CompareConfig.read(
         yaml_file(tmp_path / "run.yaml", settings | {"suite": str(tmp_path / "suite")})
     )
-    return Run(config, tmp_path / "out", lambda _: None, 0, Fanout(launched))
+    run = Run(config, tmp_path / "out", lambda _: None, 0, Fanout(launched), suite=("suite:t",))
+    run.add_file("suite:t", tmp_path / "run.yaml")
+    return run
 
 
 def test_what_is_measured_at_the_margin_of_the_reference(
@@ -1016,7 +1070,8 @@ def test_the_suite_is_measured_at_the_margin_of_the_reference(
         assert found == pytest.approx(list(score.items), abs=1e-4)
         if score.task == "local_perplexity":
             assert found != pytest.approx(run["points"][1]["tasks"][score.task]["items"], abs=1e-4)
-    assert Counter(in_process)["suite"] == sum(
+    # Of the base and both methods as trained, and where a method is turned down.
+    assert Counter(in_process)["suite"] == 3 + sum(
         "at_reference" in run
         for c in comparisons
         for method in c["methods"].values()
@@ -1029,6 +1084,7 @@ def test_a_retrained_curve_has_its_method_s_own_point_among_the_others(
 ) -> None:
     # Of a method that is not compared nothing is trained anew.
     retrain = ["dpo.beta=0.1,1.0", "sft.epochs=1,2"]
+    del settings["prompts"]  # which Replay alone needs
     settings |= {"methods": ["base", "dpo"], "retrain": retrain, "headline": ["dpo", "sft"]}
     path = yaml_file(tmp_path / "run.yaml", settings)
     assert main(["compare", path]) == 0
@@ -1059,11 +1115,17 @@ def test_a_retrained_curve_has_its_method_s_own_point_among_the_others(
 
 
 def test_what_is_not_the_base_at_strength_0_has_no_dial(
-    settings: dict[str, Any], tmp_path: Path, in_process: list[str]
+    settings: dict[str, Any],
+    tmp_path: Path,
+    in_process: list[str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     methods = ["base", "dpo", "qadapter_half", "qadapter_raw", "qadapter_authors"]
     settings |= {"methods": methods, "strengths": [0.0, 1.0], "vary": ["alpha_0=0.3"]}
     assert main(["compare", yaml_file(tmp_path / "run.yaml", settings)]) == 0
+    # DPO has no α0 to vary: no cells of that are waited for.
+    (*_, (done, total)) = re.findall(r"^\[(\d+)/(\d+)\] ", capsys.readouterr().out, flags=re.M)
+    assert done == total
     comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert comparison["failures"] == []
     found = comparison["methods"]
@@ -1181,6 +1243,130 @@ def test_a_failed_cell_is_reported_and_the_rest_go_on(
     assert len(again["methods"]["dpo"]["runs"]) == 1
 
 
+@pytest.mark.usefixtures("one_index")
+def test_what_the_base_cannot_write_is_missed_by_who_reads_it_and_a_suite_by_nobody(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    suite: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failing_in_process: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def broken(_: Any) -> None:
+        raise RuntimeError("out of luck")
+
+    sound = dict(cells.WORK)
+    for kind in ("anchors", "suite"):
+        monkeypatch.setitem(cells.WORK, kind, broken)
+    changed = {"suite": str(suite), "suite_limit": 1, "trials": 0, "judges": []}
+    path = yaml_file(tmp_path / "run.yaml", settings | changed)
+    assert main(["compare", path]) == 2
+    said = capsys.readouterr()
+    for cell in ("anchors base", "suite base", "suite dpo seed 0"):
+        assert f"failed {cell}: exit code 1: RuntimeError: out of luck" in said.err
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert len(found["failures"]) == 3
+    assert found["methods"]["qadapter_half"]["runs"] == []
+    (run,) = found["methods"]["dpo"]["runs"]
+    assert run["points"][-1]["tasks"] == {}
+    assert run["points"][-1]["greedy_changed"] >= 0
+    (*_, (done, total)) = re.findall(r"^\[(\d+)/(\d+)\] ", said.out, flags=re.M)
+    assert int(total) - int(done) == 1  # of the method that was missed its suite
+    # Tried anew the next time, and then nothing is missing.
+    for kind in ("anchors", "suite"):
+        monkeypatch.setitem(cells.WORK, kind, sound[kind])
+    assert main(["compare", path]) == 0
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    for name in ("base", "dpo", "qadapter_half"):
+        assert "local_piqa" in found["methods"][name]["runs"][0]["points"][-1]["tasks"]
+
+
+def test_a_log_that_is_no_utf_8_is_a_failure_as_any(tmp_path: Path) -> None:
+    def launched(directory: Path) -> int:
+        (directory / "log.txt").write_bytes(b"caf\xe9 closed\n")
+        return 1
+
+    with pytest.raises(cells.CellFailed, match="exit code 1: caf\ufffd closed"):
+        cells.Cell(tmp_path, "train", "x", {"files": {}}).run(launched)
+
+
+def test_files_that_a_task_of_lm_evals_reads(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl", "c.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    a, b, c = (str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.jsonl"))
+
+    def read(path: str = "json", **kwargs: Any) -> list[str]:
+        fields = {"dataset_path": path, "dataset_kwargs": kwargs}
+        return [*_local_files(SimpleNamespace(get_config=fields.get))]
+
+    assert read(data_files=a) == [a]
+    assert read(data_files=[b, a]) == [b, a]
+    assert read(data_files={"train": a, "test": [b, c]}) == [a, b, c]
+    assert read(data_files=str(tmp_path / "[bc].jsonl")) == [b, c]
+    assert read(data_dir=str(tmp_path)) == read(str(tmp_path)) == [a, b, c]
+    assert read("piqa", data_files={"test": "https://hub/x.jsonl"}) == []
+
+
+def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(origin, "_PACKAGES", ("torch", "no-such-package"))
+    with pytest.raises(ConfigError, match=r"needs no-such-package.*pip install 'qadapter\[compare"):
+        origin.origin.__wrapped__()
+
+
+class _Ray:
+    """A cluster whose tasks last until they are cancelled."""
+
+    def __init__(self) -> None:
+        self.asked: list[Event] = []
+        self.exceptions = SimpleNamespace(RayError=OSError)
+        self.shut = False
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {}
+
+    def remote(self, **_: Any) -> Any:
+        def asked(*_: Any) -> Event:
+            self.asked.append(Event())
+            return self.asked[-1]
+
+        return lambda _: SimpleNamespace(remote=asked)
+
+    def get(self, task: Event) -> int:
+        assert task.wait(60)
+        raise OSError("cancelled")
+
+    def cancel(self, task: Event, *, force: bool) -> None:
+        assert force
+        task.set()
+
+    def shutdown(self) -> None:
+        self.shut = True
+
+
+def test_an_error_ends_what_ray_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods' threads went on with their next cells for hours, and were waited for."""
+    ray = _Ray()
+    monkeypatch.setattr(fanout, "_connected", lambda _: ray)
+    failed = []
+
+    def method(ways: Fanout) -> None:
+        for number in range(5):
+            try:
+                ways.launch(tmp_path / str(number))
+            except cells.CellFailed as error:
+                failed.append(str(error))
+
+    with pytest.raises(KeyboardInterrupt), fanout.fanout("local") as ways:  # noqa: PT012
+        assert ways.pool is not None
+        ways.pool.submit(method, ways)
+        while not ray.asked:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+    assert len(ray.asked) == 1
+    assert failed == ["Ray: cancelled", *["the comparison has ended"] * 4]
+    assert ray.shut
+
+
 @pytest.mark.fleet
 def test_on_ray_the_results_are_those_of_one_after_another(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -1292,12 +1478,12 @@ def test_a_suite_of_files_and_tasks_of_ones_own(
     in_process.clear()
     (tmp_path / "say.yaml").write_text(json.dumps(say | {"doc_to_text": "{{query}}?"}))
     assert main(["compare", path]) == 0
-    assert Counter(in_process) == {"measure": 2}
+    assert Counter(in_process) == {"suite": 2}
     with own.open("a") as file:  # read by both of the tasks
         file.write('{"query": "r", "choices": ["a", "b"], "gold": 0}\n')
     in_process.clear()
     assert main(["compare", path]) == 0
-    assert Counter(in_process) == {"measure": 2}
+    assert Counter(in_process) == {"suite": 2}
     capsys.readouterr()
     for entry, message in (
         ("no_such_task", "lm-eval cannot run this"),
@@ -1381,9 +1567,9 @@ def test_another_suite_or_another_base_makes_other_cells(
     with (other / "piqa.jsonl").open("a") as file:
         file.write('{"query": "Question: x", "choices": ["a", "b"], "gold": 0}\n')
     assert main(["compare", path]) == 0
-    assert Counter(in_process) == {"measure": 2, "judge": 2}
+    assert Counter(in_process) == {"suite": 2}
     in_process.clear()
-    rebuilt = {"answers": 1, "train": 1, "measure": 2, "validate": 1, "judge": 2}
+    rebuilt = {"answers": 1, "train": 1, "measure": 2, "suite": 2, "validate": 1, "judge": 2}
     base = tmp_path / "base"
     shutil.copytree(settings["model"], base)  # with the times that it has there
     assert main(["compare", yaml_file(tmp_path / "run.yaml", settings | {"model": str(base)})]) == 0

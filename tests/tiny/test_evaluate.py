@@ -275,6 +275,25 @@ def test_of_a_document_a_figure_is_kept_and_a_weight_where_it_has_one(
     assert (score.items, score.weights, score.n) == (items, weights, 2)
 
 
+def test_of_a_perplexity_by_documents_each_weighs_one() -> None:
+    """lm-eval's LAMBADA: figures of documents are log-likelihoods, not what the metric says."""
+    from lm_eval.api.metrics import perplexity
+
+    class Task:
+        def aggregation(self) -> dict[str, Any]:
+            return {"perplexity": perplexity}
+
+    samples = [{"perplexity": value, "filter": "none"} for value in (-1.0, -3.0)]
+    found = {
+        "samples": {"t": samples},
+        "n-samples": {"t": {"effective": 2}},
+        "higher_is_better": {"t": {"perplexity": False}},
+    }
+    score = evaluate._score("t", {"perplexity,none": math.exp(2)}, {"t": Task()}, found)
+    assert (score.items, score.weights) == ((-1.0, -3.0), (1.0, 1.0))
+    assert score.value == pytest.approx(math.exp(-sum(score.items) / sum(score.weights)))
+
+
 def test_fewshot_and_chat_template_change_the_prompt(base: str, suite: Path) -> None:
     policy = loud_policy(base)
     (config,) = local_suite(suite, ["local_lambada"])

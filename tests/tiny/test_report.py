@@ -6,6 +6,7 @@ import base64
 import copy
 import json
 import math
+import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -443,7 +444,10 @@ def test_task_figures_are_those_of_the_json(full: dict[str, Any], page: Page) ->
     assert list(rows) == [fields["label"] for fields in full["methods"].values()]
     value, before = (own(full, m)[0]["tasks"]["piqa"]["value"] for m in ("sft", "base"))
     assert rows["SFT"][piqa].startswith(f"{number(value)}; drop {number(before - value)} (")
-    assert rows["SFT"][lambada] == "0.600; drop 0 (0 to 0)"
+    # None of 300 changed, and one more gained and lost.
+    reach = re.fullmatch(r"0\.600; drop 0 \(−(0\.\d+) to (0\.\d+)\)", rows["SFT"][lambada])
+    assert reach
+    assert [float(end) for end in reach.groups()] == pytest.approx([3 / 302] * 2, abs=1.1 / 302)
     assert rows["Base"][piqa] == number(before)
 
 
@@ -468,6 +472,73 @@ def test_what_is_lost_of_a_perplexity_is_the_share_it_rises_by(full: dict[str, A
     assert f"; higher by {percent(rise)} (" in cell
     assert results.is_perplexity("wikitext")
     assert not results.is_perplexity("piqa")
+
+
+def test_where_less_is_better_a_rise_is_lost(full: dict[str, Any], tmp_path: Path) -> None:
+    made = copy.deepcopy(full)
+    for name, value in (
+        ("base", 0.2),
+        ("dpo", 0.35),
+        ("sft", 0.1),
+        ("qadapter", 0.2),
+        ("raw", 0.2),
+    ):
+        rng = np.random.default_rng(0)
+        for own_point in own(made, name):
+            items = [float(x) for x in rng.uniform(0.9 * value, 1.1 * value, 50)]
+            told = {"metric": "bias", "value": value, "n": 50, "items": items}
+            own_point["tasks"]["stereotypes"] = {**told, "higher_is_better": False}
+    results = Results(made)
+    lost, won = (results.drop(results.methods[name], "stereotypes") for name in ("dpo", "sft"))
+    assert lost is not None
+    assert won is not None
+    assert 0.13 < lost.low < lost.value < lost.high < 0.17
+    assert -0.12 < won.low < won.value < won.high < -0.08
+    page = written(made, tmp_path)
+    column = "stereotypes: bias, n = 50"
+    rows = {row["Method"]: row[column] for row in page.table("Method", column)}
+    assert rows["DPO"].startswith("0.350; rise 0.1")
+    assert rows["SFT"].startswith("0.100; rise −0.1")
+    assert [results.less_is_better(t) for t in ("stereotypes", "piqa", "wikitext")] == [
+        True,
+        False,
+        False,
+    ]
+
+
+def test_one_run_s_share_has_wilson_s_interval() -> None:
+    dpo = method("DPO", "trl.DPOTrainer", [0.5, 1.1, 0.75], [0.03, 0.09, 0.2], seeds=1)
+    found = Results(comparison(base=base(), dpo=dpo)).methods["dpo"]
+    for interval, at in zip(found.accuracies, dpo["runs"][0]["points"], strict=True):
+        assert [interval.low, interval.high] == pytest.approx(at["accuracy_ci"])
+    assert found.accuracy.value == found.accuracy.high == 1.0
+    assert found.accuracy.low < 0.99
+    assert found.ranking.value == found.ranking.low == 0.0
+    assert found.ranking.high == pytest.approx(1 - found.accuracy.low)
+
+
+def test_a_judge_of_some_seeds_says_so(full: dict[str, Any]) -> None:
+    made = copy.deepcopy(full)
+    own(made, "dpo")[1]["win_rates"] = []
+    table = tables.learning(Results(made))
+    (votes,) = (i for i, name in enumerate(table.columns) if name.startswith("Mean vote"))
+    told = {row[0]: row[votes] for row in table.rows}
+    assert "; 2 of 3 seeds; " in told["DPO"]
+    assert "seeds" not in told["SFT"]
+
+
+def test_a_variation_of_what_the_reference_has_not_is_put_beside_it(full: dict[str, Any]) -> None:
+    made = copy.deepcopy(full)
+    (first, *_) = made["methods"]["qadapter"]["runs"]
+    made["robustness"] = [{"variation": "alpha_0=0.2", "method": "qadapter", **first}]
+    results = Results(made)
+    level = results.varied_equal_learning("alpha_0=0.2")
+    assert set(level) == {"qadapter", "dpo"}
+    usual = results.equal_learning(results.methods["dpo"])["qadapter"].ratio.value
+    assert level["qadapter"].ratio.value == pytest.approx(usual, rel=0.2)
+    assert level["dpo"].ratio.value == 1.0
+    table = tables.robustness(results)
+    assert [row[-1] == "–" for row in table.rows] == [False, False]
 
 
 def test_tasks_at_the_margin_of_the_reference(full: dict[str, Any], tmp_path: Path) -> None:
@@ -537,7 +608,7 @@ def test_tuning_failures_robustness_and_origin_are_shown(full: dict[str, Any], p
         assert row["KL"].startswith(f"{number(fmean(p['kl'] for p in points))} (")
     assert [row["Variation"] for row in (before, unvaried)] == ["none", "none"]
     assert [row["Variation"] for row in (first, second)] == ["10% flipped", "10% flipped"]
-    ratio = "Ratio to DPO’s KL, same variation"
+    ratio = "Ratio to DPO’s KL, varied alike"
     assert first[ratio] == "1.00 (1.00 to 1.00)"
     assert second["Method"] == "Q-Adapter"
     assert second[ratio].startswith("0.100 (")
@@ -674,7 +745,7 @@ def test_the_paragraph_tells_losses_beside_wins(full: dict[str, Any]) -> None:
         "at that method’s own margin (ratio of drifts, 95% CI), it forgets less than “SFT” ("
         in told
     )
-    assert "no drop shown on piqa (0, 0 to 0), lambada (0, 0 to 0)" in told.replace("\u00a0", " ")
+    assert "no drop shown on piqa (0, −0.00" in told.replace("\u00a0", " ")
     assert "no difference in learning is shown" in told
     assert "“Q-Adapter, raw” did not reach that margin." in told
     assert "1 cell failed" in told

@@ -32,8 +32,8 @@ os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
-    # So that of an engine that dies its last words are left in what a test prints.
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    # So that of an engine that dies its last words are left in what a test prints, and little else.
+    "VLLM_LOGGING_LEVEL": "ERROR",
     "PYTHONFAULTHANDLER": "1",
 } | os.environ
 
@@ -89,7 +89,8 @@ def engine(directory: Path | str, **options: Any) -> Iterator[Any]:
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        # Killed after five seconds otherwise, and vLLM stumbles over a process gone meanwhile.
+        llm.llm_engine.engine_core.shutdown(timeout=60)
         del llm
         gc.collect()
 

@@ -26,7 +26,7 @@ from qadapter.stats import numbered
 UNSEEN = -1000
 """Exit code of a cell whose directory is not there on the machine that was to run it."""
 
-_FORMAT = 4
+_FORMAT = 5
 """Of what results hold; another number makes other cells, so that none of an older one is read."""
 _ASKED = 50
 """Held-out pairs that an endpoint is validated on: each is two calls."""
@@ -83,7 +83,11 @@ class Cell:
             if code == UNSEEN:
                 raise CellFailed(f"{self.directory} is not on a file system that all nodes share")
             log = self.directory / "log.txt"
-            said = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+            said = [
+                line
+                for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+                if line.strip()
+            ]
             raise CellFailed(f"exit code {code}: {said[-1] if said else 'no output'} (see {log})")
         return found
 
@@ -229,7 +233,7 @@ def _measure(work: _Work) -> dict[str, Any]:
     for point, far, strength in zip(points, drifts, strengths, strict=True):
         point |= {**far, "dial": strength}
     if spec["whole"]:
-        points[strengths.index(1.0)] |= _answered(work, policy) | _tasks(work, policy, 1.0)
+        points[strengths.index(1.0)] |= _answered(work, policy)
     return {
         "points": points,
         "length_baseline": measure.length_baseline(pairs),
@@ -299,12 +303,7 @@ def _judge(work: _Work) -> dict[str, Any]:
 
 
 def _suite(work: _Work) -> dict[str, Any]:
-    """Measure the capability suite alone, at one strength."""
-    return _tasks(work, work.policy(), work.spec["strength"])
-
-
-def _tasks(work: _Work, policy: Any, strength: float) -> dict[str, Any]:
-    """Return the capability suite's scores at a strength.
+    """Measure the capability suite at one strength.
 
     Tasks of log-likelihood as lm-eval asks them, without a template; those that generate as
     conversations, as many as the answers made for the win rate, and on files twice as long.
@@ -312,7 +311,7 @@ def _tasks(work: _Work, policy: Any, strength: float) -> dict[str, Any]:
     from qadapter.evaluate import evaluate_tasks, load_task
     from qadapter.suite import suite_tasks
 
-    spec, scores = work.spec, []
+    spec, policy, scores = work.spec, work.policy(), []
     for task in suite_tasks(spec["suite"]):
         if isinstance(task, str):
             made = any(t.OUTPUT_TYPE == "generate_until" for t in load_task(task).values())
@@ -321,7 +320,7 @@ def _tasks(work: _Work, policy: Any, strength: float) -> dict[str, Any]:
             task = {**task, "generation_kwargs": limits}
         limit = spec["answers"] if made else spec["suite_limit"]
         scores += evaluate_tasks(
-            policy, [task], strength=strength, limit=limit, apply_chat_template=made
+            policy, [task], strength=spec["strength"], limit=limit, apply_chat_template=made
         )
     return {"tasks": {score.task: dataclasses.asdict(score) for score in scores}}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -32,10 +33,10 @@ class CompareConfig:
     """Held-out preference pairs, on which the report's figures are measured."""
     text: str
     """General text (.txt, or .jsonl with `text`) for KL to the base; no method sees it."""
-    prompts: str
-    """General prompts; the base's own answers to them are Replay's data."""
     output: str
     """Directory of the report and of every run behind it."""
+    prompts: str | None = None
+    """General prompts; the base's own answers to them are Replay's data, which needs them."""
     anchors: str | None = None
     """General text on which methods with anchors are held to the base; default what it samples."""
     suite: tuple[str, ...] = ()
@@ -108,6 +109,12 @@ class CompareConfig:
             if unknown := [name for name in names if name not in METHODS]:
                 known = ", ".join(sorted(METHODS))
                 raise ConfigError(f"{where}: {unknown[0]!r} is not one of {known}.")
+        replays = [name for name in self.methods if METHODS[name].has("replay")]
+        if replays and not self.prompts:
+            raise ConfigError(
+                f"prompts: {replays[0]!r} learns the base's answers to general ones; name a file, "
+                "or leave it out of the methods."
+            )
         judges = [named_judge(name) for name in self.judges]
         if self.judge_criterion and not any(name.startswith("openai:") for name in self.judges):
             raise ConfigError(
@@ -191,11 +198,14 @@ class CompareConfig:
                 raise ConfigError(
                     f"{path}: {name!r} is not a field; the fields are {', '.join(hints)}."
                 )
-        missing = [
+        needed = [
             f.name
             for f in dataclasses.fields(cls)
-            if f.default is f.default_factory is dataclasses.MISSING and f.name not in fields
+            if f.default is f.default_factory is dataclasses.MISSING
         ]
+        # A field that is left blank is left out.
+        fields = {n: v for n, v in fields.items() if v is not None or n in needed}
+        missing = [name for name in needed if name not in fields]
         if missing:
             raise ConfigError(f"{path}: {missing[0]!r} is missing; add it.")
         values = {n: _value(f"{path}: {n!r}", v, hints[n]) for n, v in fields.items()}
@@ -293,9 +303,14 @@ def _value(where: str, value: Any, hint: Any) -> Any:
     kinds = get_args(hint) or (hint,)
     # To YAML 2e-4, without a point, is a text.
     if float in kinds and (type(value) is int or (isinstance(value, str) and _is_number(value))):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError as error:
+            raise ConfigError(f"{where} is a number of {len(str(value))} digits.") from error
     if value is None and type(None) in kinds:
         return None
+    if value == "":
+        raise ConfigError(f"{where} is empty; give it a value, or leave it out.")
     if type(value) not in kinds:
         wanted = " or ".join(k.__name__ for k in kinds if k is not type(None))
         raise ConfigError(f"{where} is {value!r}, which is no {wanted}; change it.")
@@ -303,7 +318,8 @@ def _value(where: str, value: Any, hint: Any) -> Any:
 
 
 def _expanded(where: str, text: str) -> str:
-    found = os.path.expandvars(text)
-    if "$" in found:
-        raise ConfigError(f"{where} names {text}, a variable that is not set; set it.")
-    return found
+    """Return a text with the variables that it names; a `$` that no name follows is one."""
+    for name in re.findall(r"\$\{?([A-Za-z_]\w*)", text):
+        if name not in os.environ:
+            raise ConfigError(f"{where} names ${name}, a variable that is not set; set it.")
+    return os.path.expandvars(text)

@@ -32,10 +32,8 @@ def add_equal_learning(run: Run, methods: Mapping[str, Any]) -> None:
     def add(one: tuple[str, dict[str, Any], float]) -> None:
         name, found, dial = one
         label = f"{name} seed {found['seed']} strength {dial:g}"
-        if dial == 1.0:
-            tasks = _own(found)["tasks"]
-        else:
-            tasks = suite_at(run, label, found["adapter"], dial)
+        own = dial == 1.0
+        tasks = _own(found)["tasks"] if own else suite_at(run, label, found["adapter"], dial)
         if tasks:
             found["at_reference"] = {"dial": dial, "tasks": tasks}
 

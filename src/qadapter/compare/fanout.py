@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any, TypeVar
 
 from qadapter.compare import cells
@@ -57,12 +58,26 @@ def fanout(address: str | None) -> Iterator[Fanout]:
         yield Fanout(cells.launch)
         return
     ray = _connected(address)
-    pool = ThreadPoolExecutor(_WAITING)
+    pool, ended, asked = ThreadPoolExecutor(_WAITING), Event(), []
     try:
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_launch_there)
         here = os.getcwd()
-        yield Fanout(lambda directory: _done(ray, remote.remote(str(directory), here)), pool)
+
+        def launch(directory: Path) -> int:
+            if ended.is_set():
+                raise cells.CellFailed("the comparison has ended")
+            task = remote.remote(str(directory), here)
+            asked.append(task)
+            return _done(ray, task)
+
+        yield Fanout(launch, pool)
+    except BaseException:
+        # Each method's thread would go on with its next cell, and be waited for.
+        ended.set()
+        for task in asked:
+            ray.cancel(task, force=True)
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
         ray.shutdown()

@@ -197,8 +197,11 @@ def drift(
     ]
 
 
-def generations_kl(policy: Policy, prompts: Sequence[Text], answers: Sequence[str]) -> float:
-    """Return KL(π1 ‖ π) a token at strength 1 on answers that the base gave, nats."""
+def generations_kl(policy: Policy, prompts: Sequence[Text], answers: Sequence[str]) -> float | None:
+    """Return KL(π1 ‖ π) a token at strength 1 on answers that the base gave, nats.
+
+    None where it said nothing.
+    """
     rows, starts = [], []
     for prompt, answer in zip(prompts, answers, strict=True):
         before = tokenize_prompt(prompt, policy.tokenizer)
@@ -206,6 +209,8 @@ def generations_kl(policy: Policy, prompts: Sequence[Text], answers: Sequence[st
         if after:
             rows.append([*before, *after])
             starts.append(len(before))
+    if not rows:
+        return None
     found = row_figures(policy, rows, starts, [1.0])
     return float(cast(Tensor, found.kl).sum()) / int(found.tokens.sum())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -33,7 +34,7 @@ class Choice:
 Space = Mapping[str, Range | Choice]
 
 
-_ABOVE_ZERO = ("learning_rate", "epochs", "alpha", "alpha_0", "lora_r")
+_ABOVE_ZERO = ("learning_rate", "epochs", "alpha", "alpha_0", "gamma", "lora_r")
 _FROM_ZERO = ("anchor_weight", "sft_weight")
 
 
@@ -44,6 +45,8 @@ def has_number(space: Range | Choice) -> bool:
 
 def why_not(parameter: str, value: float, space: Space) -> str | None:
     """Return why a method with that search cannot be trained with a number, or None."""
+    if not math.isfinite(value):
+        return "must be finite"
     # DPO's β is searched, and without it nothing is learned; ours is 0.
     positive = parameter in _ABOVE_ZERO or parameter in {*space} - {*_FROM_ZERO}
     if value < 0 or (value == 0 and positive):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ import torch
 import qadapter
 from qadapter import hub
 from qadapter.config import bf16_supported
+from qadapter.errors import ConfigError
 from qadapter.files import code_digest
 
 Origin = dict[str, dict[str, str]]
@@ -21,7 +22,11 @@ _PACKAGES = ("qadapter", "torch", "transformers", "peft", "trl", "datasets", "lm
 
 @cache
 def origin() -> Origin:
-    """Return `machine`, and `versions` of libraries and, by digest, of this package's own code."""
+    """Return `machine`, and `versions` of libraries and, by digest, of this package's own code.
+
+    Raises:
+        ConfigError: a library is not installed.
+    """
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     machine = {
         "cpus": str(os.cpu_count()),
@@ -32,4 +37,10 @@ def origin() -> Origin:
         "system": platform.platform(),
     }
     code = code_digest(Path(qadapter.__file__).parent)[:16]
-    return {"machine": machine, "versions": {n: version(n) for n in _PACKAGES} | {"code": code}}
+    try:
+        versions = {name: version(name) for name in _PACKAGES}
+    except PackageNotFoundError as error:
+        raise ConfigError(
+            f"compare: needs {error.name}, which is not installed; pip install 'qadapter[compare]'."
+        ) from error
+    return {"machine": machine, "versions": versions | {"code": code}}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -96,16 +97,22 @@ def _compare(
 
 def _told_early(config: CompareConfig) -> dict[str, str]:
     """Read what would else fail hours later; return the suite's files, each by a name."""
-    part_of(read_texts(config.text), "report")
-    read_prompts(config.prompts)
+    text = read_texts(config.text)
+    part_of(text, "report")
+    if config.prompts:
+        read_prompts(config.prompts)
+    files = _suite_files(config)
     if config.anchors:
-        read_texts(config.anchors)
-        if sha256(config.anchors) == sha256(config.text):
-            raise ConfigError(
-                "anchors: is `text` too, where methods with anchors would look better than they "
-                "are; give another text."
-            )
-    return _suite_files(config)
+        held = {line.strip() for line in read_texts(config.anchors)} - {""}
+        measured = {config.text: text}
+        measured |= {f: read_texts(f) for f in files.values() if f.endswith(".txt")}
+        for path, lines in measured.items():
+            if line := next((line for line in lines if line.strip() in held), None):
+                raise ConfigError(
+                    f"anchors: {config.anchors} holds {line.strip()[:40]!r} as does {path}, where "
+                    "methods with anchors would look better than they are; give another text."
+                )
+    return files
 
 
 def _suite_files(config: CompareConfig) -> dict[str, str]:
@@ -122,17 +129,28 @@ def _suite_files(config: CompareConfig) -> dict[str, str]:
             names.append(task["task"])
             files[f"suite:{task['task']}"] = task["dataset_kwargs"]["data_files"]["test"]
             continue
-        for name, loaded in load_task(task).items():
-            names.append(name)
-            data = (loaded.get_config("dataset_kwargs") or {}).get("data_files")
-            for part, path in data.items() if isinstance(data, dict) else ():
-                if isinstance(path, str) and Path(path).is_file():
-                    files[f"suite:{name}:{part}"] = path
+        loaded = load_task(task)
+        # A group is scored as one, by its own name.
+        names += [*loaded] if task in loaded or is_yaml(task) else [*loaded, task]
+        for name, one in loaded.items():
+            files |= {f"suite:{name}:{path}": path for path in _local_files(one)}
         if is_yaml(task):
             files[f"suite:{task}"] = task
     if again := next((name for i, name in enumerate(names) if name in names[:i]), None):
         raise ConfigError(f"suite: two tasks are named {again}; leave one out, or rename it.")
     return files
+
+
+def _local_files(task: Any) -> Iterator[str]:
+    """Yield the files here that a task of lm-eval's reads."""
+    kwargs = task.get_config("dataset_kwargs") or {}
+    data = kwargs.get("data_files") or ()
+    named = [*data.values()] if isinstance(data, dict) else [data]
+    flat = [path for one in named for path in (one if isinstance(one, list | tuple) else [one])]
+    for place in (*flat, kwargs.get("data_dir"), task.get_config("dataset_path")):
+        for found in sorted(glob(place, recursive=True)) if isinstance(place, str) else ():
+            inside = sorted(Path(found).rglob("*")) if Path(found).is_dir() else [Path(found)]
+            yield from (str(path) for path in inside if path.is_file())
 
 
 def _cells(
@@ -141,7 +159,8 @@ def _cells(
     curves: Sequence[tuple[str, str, Sequence[float]]],
 ) -> int:
     """Return how many cells methods, curves, judges' validations and the base's answers are."""
-    whole = 1 + len(config.judges)  # a measurement and the verdicts on its answers
+    # A measurement, the verdicts on its answers, and the suite.
+    whole = 1 + len(config.judges) + bool(config.suite)
     return (
         1
         + len(config.judges)
@@ -166,6 +185,8 @@ def _add_files(run: Run, parts: Splits, suite: Mapping[str, str]) -> None:
     run.suite = tuple(suite)
     run.base = _digests(config.model)
     run.add_written("answers", files={"test": "test"}, answers=config.answers)
+    if "answers" not in run.files:
+        raise ConfigError(f"the base cannot answer: {run.failures[-1]['error']}.")
 
 
 def _method(run: Run, name: str, method: Method) -> dict[str, Any]:

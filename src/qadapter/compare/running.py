@@ -16,7 +16,6 @@ from qadapter.compare.config import CompareConfig
 from qadapter.compare.fanout import Fanout
 from qadapter.compare.methods import METHODS, starts_at_base
 from qadapter.compare.origin import Origin
-from qadapter.errors import ConfigError
 from qadapter.files import sha256
 from qadapter.stats import share_interval
 
@@ -101,15 +100,9 @@ class Run:
         return [{"count": count, **json.loads(made)} for made, count in counts.most_common()]
 
     def add_written(self, kind: str, **spec: Any) -> None:
-        """Let cells read what the base writes in a cell of that kind.
-
-        Raises:
-            ConfigError: it fails; nothing could go on.
-        """
-        made = self.cell(kind, "base", **spec)
-        if made is None:
-            raise ConfigError(f"the base cannot write {kind}: {self.failures[-1]['error']}.")
-        self.add_file(kind, Path(made["directory"]) / f"{kind}.jsonl")
+        """Let cells read what the base writes in a cell of that kind, unless that fails."""
+        if made := self.cell(kind, "base", **spec):
+            self.add_file(kind, Path(made["directory"]) / f"{kind}.jsonl")
 
     def add_file(self, name: str, path: Path) -> None:
         """Let cells read a file; those under the comparison's directory are told relative to it."""
@@ -136,8 +129,9 @@ def tried(
 ) -> dict[str, Any] | None:
     """Train a method and measure it; return its points, its cost and where its adapter lies.
 
-    None if either cell failed. `whole` measures everything, `long` drift on as much text. Where
-    strength 0 is not the base, strengths are no dial from it, and 1 alone is measured.
+    None if either cell failed, or the base did not write what it reads. `whole` measures
+    everything, `long` drift on as much text. Where strength 0 is not the base, strengths are no
+    dial from it, and 1 alone is measured.
     """
     method = METHODS[name]
     params = {**method.fixed, **params}
@@ -147,6 +141,9 @@ def tried(
         files["anchors"] = "anchors"
     if "replay" in params:
         files["replay"] = "replay"
+    if not {*files.values()} <= {*run.files}:
+        run.total -= 2  # cells that are not asked for
+        return None
     trained = run.cell(
         "train",
         f"{name} seed {seed}",
@@ -165,8 +162,13 @@ def tried(
     return found and {"adapter": adapter, **cost, **found}
 
 
-def suite_at(run: Run, label: str, adapter: str, strength: float) -> dict[str, Any] | None:
-    """Return the capability suite's scores of an adapter at a strength; None if the cell failed."""
+def suite_at(run: Run, label: str, adapter: str | None, strength: float) -> dict[str, Any]:
+    """Return the capability suite's scores of an adapter, or of the base, at a strength.
+
+    By task; empty without a suite, or if the cell failed.
+    """
+    if not run.suite:
+        return {}
     found = run.cell(
         "suite",
         label,
@@ -175,7 +177,8 @@ def suite_at(run: Run, label: str, adapter: str, strength: float) -> dict[str, A
         strength=strength,
         **{n: getattr(run.config, n) for n in _SUITE},
     )
-    return found and found["tasks"]
+    tasks: dict[str, Any] = found["tasks"] if found else {}
+    return tasks
 
 
 def points(
@@ -199,8 +202,7 @@ def points(
         "text_part": "search" if split == "validation" else "report",
     }
     if whole:
-        files |= {name: name for name in ("answers", *run.suite)}
-        more |= {n: getattr(config, n) for n in _SUITE}
+        files["answers"] = "answers"
     found = run.cell(
         "measure",
         label,
@@ -216,6 +218,7 @@ def points(
         point["accuracy_ci"] = share_interval(point["correct"], found["prompts"])
         if whole and point["dial"] == 1.0:
             point |= _judged(run, label, found["directory"])
+            point["tasks"] = suite_at(run, label, adapter, 1.0)
     return {name: found[name] for name in ("points", "length_baseline", "prompts")}
 
 

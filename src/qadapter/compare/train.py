@@ -136,7 +136,7 @@ def _settings(task: Task, base: _Base) -> dict[str, Any]:
         "per_device_train_batch_size": ours.per_device_train_batch_size,
         "gradient_accumulation_steps": ours.gradient_accumulation_steps,
         "learning_rate": float(task.params["learning_rate"]),
-        "num_train_epochs": float(task.params.get("epochs", 1)),
+        "num_train_epochs": float(task.params["epochs"]),
         "warmup_steps": ours.warmup_steps,
         "logging_steps": ours.logging_steps,
         "save_strategy": "no",

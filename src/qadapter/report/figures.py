@@ -180,6 +180,7 @@ def _tasks(results: Results, tasks: Sequence[str], methods: Sequence[Method]) ->
                 bars = _bars([drop])
                 axes.errorbar([drop.value], [y], xerr=bars, color=colour, marker=marker, capsize=2)
         unit = "\n(share higher)" if results.is_perplexity(task) else ""
+        unit = "\n(rise)" if results.less_is_better(task) else unit
         axes.set_title(_plain(task) + unit, fontsize=10)
         axes.tick_params(axis="x", labelsize=8)
     panels[0].set_yticks(range(len(methods)), [_plain(method.label) for method in methods])

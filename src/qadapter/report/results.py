@@ -22,6 +22,8 @@ from qadapter.stats import (
     numbered,
     paired_bootstrap,
     resampled_curve,
+    share_difference,
+    share_interval,
 )
 
 Point = Mapping[str, Any]
@@ -182,10 +184,26 @@ class Results:
             right=right,
             window_kl=far,
             points=curve.intervals(),
-            accuracies=mean_intervals(right, pairs),
-            ranking=mean_intervals(ranked[:, [at]], pairs)[0],
+            accuracies=self._shares(runs, dials, "correct", right),
+            ranking=self._shares(runs, (dials[at],), "ranked", ranked[:, [at]])[0],
             at_reference=level if len(level) == len(runs) else (),
         )
+
+    def _shares(
+        self, runs: Sequence[Mapping[float, Point]], dials: Sequence[float], field: str, sums: Array
+    ) -> list[Interval]:
+        """Return the share of pairs with a vote, at each dial; `sums` are its votes by prompt.
+
+        Where all are ties it is the base beside itself, which is no draw.
+        """
+        found = mean_intervals(sums, np.bincount(self._prompts))
+        if len(runs) == 1:
+            votes = [runs[0][dial][field] for dial in dials]
+            found = [
+                i if {*v} == {0.5} else Interval(i.value, *share_interval(v, self._prompts))
+                for i, v in zip(found, votes, strict=True)
+            ]
+        return found
 
     @property
     def scored(self) -> str:
@@ -245,10 +263,13 @@ class Results:
         return self._equal[reference.name]
 
     def varied_equal_learning(self, variation: str) -> dict[str, EqualLearning]:
-        """Return the same of the methods under a variation; empty without the reference."""
-        methods = self.varied[variation]
-        reference = methods.get(self.comparison["reference"])
-        return _equal_learning(methods, reference) if reference else {}
+        """Return the same of the methods under a variation; empty without the reference.
+
+        A reference that has no such parameter is as it was.
+        """
+        methods, name = self.varied[variation], self.comparison["reference"]
+        reference = methods.get(name) or self.varied[UNVARIED].get(name) or self.reference
+        return _equal_learning({**methods, name: reference}, reference) if reference else {}
 
     def equal_accuracy(self, reference: Method) -> dict[str, EqualLearning]:
         """Return what each method forgets at the reference's accuracy, which sees no sizes."""
@@ -284,9 +305,10 @@ class Results:
         return method.own_points if method is self.reference else method.at_reference
 
     def drop(self, method: Method, task: str, *, level: bool = False) -> Interval | None:
-        """Return the base's figure less the method's, over the same items; None without both.
+        """Return what the method lost on a task, over the same items; None without the base's.
 
-        Of a perplexity (`is_perplexity`) it is the share by which the method's is the higher.
+        It is the base's figure less the method's, or the method's less the base's where less is
+        better; of a perplexity (`is_perplexity`) the share by which the method's is the higher.
 
         Args:
             level: at the reference's margin, and not at the method's own setting.
@@ -302,6 +324,14 @@ class Results:
         points = (point for method in self.methods.values() for point in method.own_points)
         return any(point["tasks"].get(task, {}).get("weights") for point in points)
 
+    def less_is_better(self, task: str) -> bool:
+        """Return whether a task's figure is neither a perplexity nor the higher the better."""
+        points = (point for method in self.methods.values() for point in method.own_points)
+        found: Mapping[str, Any] = next(
+            (p["tasks"][task] for p in points if task in p["tasks"]), {}
+        )
+        return not (self.is_perplexity(task) or found.get("higher_is_better", True))
+
     def _drop(self, points: Sequence[Point], task: str) -> Interval | None:
         base = self.base
         if base is None or not points or any(task not in p["tasks"] for p in (base, *points)):
@@ -311,10 +341,17 @@ class Results:
         if not before or any(len(items) != len(before) for items in kept):
             return None
         if not weights:
-            return paired_bootstrap([before], kept)
+            return _lost(before, kept, base["tasks"][task].get("higher_is_better", True))
         # Nats a word, the logarithm of perplexity.
         lost = paired_bootstrap([before], kept, weights)
         return Interval(*map(math.expm1, (lost.value, lost.low, lost.high)))
+
+
+def _lost(before: Sequence[float], kept: Sequence[Sequence[float]], higher: bool) -> Interval:
+    """Return the loss from before to what seeds kept, of scores of which more or less is better."""
+    better, worse = ([before], kept) if higher else (kept, [before])
+    right_or_wrong = np.isin([before, *kept], (0.0, 1.0)).all()
+    return (share_difference if right_or_wrong else paired_bootstrap)(better, worse)
 
 
 def _runs_of(name: str) -> str:

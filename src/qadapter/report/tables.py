@@ -114,6 +114,8 @@ def _win_rate(method: Method, judge: str) -> str:
     preferred = fmean(half_ties(vote, 0.5) for vote in votes)
     longer = fmean(rate["length_delta"] for rate in rates)
     counted = f"{percent(preferred)} preferred, {ties} ties of {n}"
+    if len(rates) < len(method.runs):
+        counted = f"{len(rates)} of {len(method.runs)} seeds; {counted}"
     return f"{ranged(interval, percent)}; {counted}; {known}; {longer:+.1f} words"
 
 
@@ -184,14 +186,16 @@ def _task_heads(results: Results) -> list[str]:
 
 
 def _tasks(results: Results, method: Method, *, level: bool) -> list[str]:
-    """Return the method's cell of each task: the mean over seeds, and the drop."""
+    """Return the method's cell of each task: the mean over seeds, and what was lost."""
     points, cells = results.level(method) if level else method.own_points, []
     for task in results.tasks():
         found = [p["tasks"][task]["value"] for p in points if task in p["tasks"]]
         cell = number(fmean(found)) if found else NONE
         if method.name != "base" and (drop := results.drop(method, task, level=level)):
-            higher = results.is_perplexity(task)
-            cell += f"; higher by {ranged(drop, percent)}" if higher else f"; drop {ranged(drop)}"
+            if results.is_perplexity(task):
+                cell += f"; higher by {ranged(drop, percent)}"
+            else:
+                cell += f"; {'rise' if results.less_is_better(task) else 'drop'} {ranged(drop)}"
         cells.append(cell)
     return cells
 
@@ -286,7 +290,7 @@ def robustness(results: Results) -> Table:
             ratio = ranged(level[name].ratio) if level and method.moves else NONE
             rows.append([variation, method.label, seeds, *figures, ratio])
     columns = ("Variation", "Method", "Seeds", "Accuracy", "Margin", "KL")
-    return Table((*columns, f"Ratio to {results.reference_label}’s KL, same variation"), rows)
+    return Table((*columns, f"Ratio to {results.reference_label}’s KL, varied alike"), rows)
 
 
 def made(results: Results) -> Table:

@@ -220,7 +220,11 @@ def _drops(results: Results, method: Method, where: str, *, level: bool) -> list
     unit = {task: percent if results.is_perplexity(task) else number for task in known}
 
     def of(tasks: Iterable[str]) -> str:
-        return ", ".join(f"{task} ({_brief(known[task], unit[task])})" for task in tasks)
+        return ", ".join(
+            f"{task}{', of which less is better' * results.less_is_better(task)} "
+            f"({_brief(known[task], unit[task])})"
+            for task in tasks
+        )
 
     lost = [task for task, d in known.items() if d.low > _ROUNDING]
     gained = [task for task, d in known.items() if d.high < -_ROUNDING]
