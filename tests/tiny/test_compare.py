@@ -1259,6 +1259,7 @@ def test_what_the_base_cannot_write_is_missed_by_who_reads_it_and_a_suite_by_nob
     for kind in ("anchors", "suite"):
         monkeypatch.setitem(cells.WORK, kind, broken)
     changed = {"suite": str(suite), "suite_limit": 1, "trials": 0, "judges": []}
+    changed |= {"methods": ["base", "qadapter_half", "dpo"]}
     path = yaml_file(tmp_path / "run.yaml", settings | changed)
     assert main(["compare", path]) == 2
     said = capsys.readouterr()
