@@ -112,8 +112,8 @@ class DropMeter:
 
     def __init__(self, limit: float, task: str, items: int) -> None:
         self._limit, self._source, self._items = limit, task, items
-        if Path(task).is_dir():
-            raise ConfigError(f"drop_task: {task} is a directory; name one of its files.")
+        if Path(task).is_dir() or (Path(task).name != task and not Path(task).is_file()):
+            raise ConfigError(f"drop_task: {task} is no file; name one, or a task of lm-eval's.")
         self._tasks = suite_tasks([task])
         self._base: TaskScore | None = None
 

@@ -63,8 +63,8 @@ class TaskScore:
     For perplexities the log-likelihood of each document, in nats. Empty where the metric has no
     number for a single document, such as BLEU or F1."""
     weights: tuple[float, ...] = ()
-    """For perplexities the words (or bytes) of each document, by which they are taken; else
-    empty."""
+    """For perplexities the words (or bytes) of each document by which they are taken, or 1 where
+    they are taken by documents; else empty."""
 
 
 def evaluate_tasks(

@@ -577,7 +577,7 @@ def test_rows_are_thinned_evenly(n: int, width: int, tokens: int) -> None:
         ("--max_drop 1 --drop_task piqa --drop_limit 1", "drop_limit: 1 must be at least 2"),
         ("--max_drop 1 --drop_task missing.jsonl", "missing.jsonl: cannot be read"),
         ("--max_drop 1 --drop_task odd.jsonl", "odd.jsonl: has neither 'choices' nor"),
-        ("--max_drop 1 --drop_task .", "drop_task: . is a directory; name one of its files"),
+        ("--max_drop 1 --drop_task .", "drop_task: . is no file; name one"),
         ("--max_drop 1 --drop_task F.txt", "F.txt is scored by word_perplexity, which is no share"),
         ("--max_drop 1 --drop_task no_such_task", "no_such_task"),
         ("--max_drop 1 --drop_task one.jsonl", "one.jsonl has one item, too few for a standard"),

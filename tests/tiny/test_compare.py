@@ -45,7 +45,7 @@ from qadapter.compare.data import Splits, part_of, prompts_of, split, varied
 from qadapter.compare.equal import add_equal_learning
 from qadapter.compare.fanout import Fanout
 from qadapter.compare.methods import has_number, why_not
-from qadapter.compare.run import _local_files
+from qadapter.compare.run import _local_files, _told_early
 from qadapter.compare.running import Run
 from qadapter.data import prompt_key, read_pairs, read_texts, tokenize_pairs
 from qadapter.errors import ConfigError, DataError, UserError
@@ -171,6 +171,14 @@ def test_a_file_is_read_with_its_full_section_and_the_environment(
     assert (full.trials, full.seeds, full.vary) == (5, (0, 1), ("pairs=4",))
 
 
+def test_a_blank_in_the_full_section_leaves_what_stands_above(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings |= {"suite": "there", "full": {"suite": None, "trials": 3}}
+    config = CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings), full=True)
+    assert (config.suite, config.trials) == (("there",), 3)
+
+
 def test_a_field_left_blank_is_left_out_and_a_dollar_may_be_one(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,16 +216,18 @@ def test_text_that_drift_is_measured_on_is_no_anchor(
     (tmp_path / "copy.txt").write_bytes(Path(settings["text"]).read_bytes())
     path = yaml_file(tmp_path / "run.yaml", settings | {"anchors": str(tmp_path / "copy.txt")})
     assert main(["compare", path]) == 2
-    assert "copy.txt holds 'The ferry leaves twice a day.' as does" in capsys.readouterr().err
+    assert "copy.txt shares text with" in capsys.readouterr().err
     assert not list(tmp_path.glob("out/cells/*"))
-    # Nor is a text of which one line is measured, be it by the suite.
-    (tmp_path / "copy.txt").write_text("Another line.\n\n  What a perplexity is taken of.\n")
-    (tmp_path / "own.txt").write_text("Some line.\n\nWhat a perplexity is taken of.\n")
+    # Nor is a text of which one line is measured, be it by the suite; a heading may be in both.
+    long = "What a perplexity is taken of, and what is long enough to be no heading."
+    (tmp_path / "own.txt").write_text(f"= Life =\n\n{long}\n")
     settings |= {"anchors": str(tmp_path / "copy.txt"), "suite": str(tmp_path / "own.txt")}
-    assert main(["compare", yaml_file(tmp_path / "run.yaml", settings)]) == 2
-    said = capsys.readouterr().err
-    assert "copy.txt holds 'What a perplexity is taken of.' as does" in said
-    assert "own.txt, where methods with anchors would look better" in said
+    path = yaml_file(tmp_path / "run.yaml", settings)
+    (tmp_path / "copy.txt").write_text(f"= Death =\n\n  {long}\n")
+    assert main(["compare", path]) == 2
+    assert "own.txt, where methods with anchors would look better" in capsys.readouterr().err
+    (tmp_path / "copy.txt").write_text("= Life =\n")
+    assert list(_told_early(CompareConfig.read(path))) == ["suite:own"]
 
 
 def test_settings_are_searched_on_other_text_than_is_reported() -> None:
@@ -233,8 +243,9 @@ def test_settings_are_searched_on_other_text_than_is_reported() -> None:
         ({"trails": 3}, "'trails' is not a field"),
         ({"trials": "many"}, "'trials' is 'many', which is no int"),
         ({"trials": -1}, "trials: -1 must be at least 0"),
-        ({"train": None}, "'train' is None"),
+        ({"train": None}, "'train' is missing"),
         ({"train": "$NOT_SET_ANYWHERE/f"}, "a variable that is not set"),
+        ({"train": "${NOT_SET_ANYWHERE/f"}, "a variable that is not set"),
         ({"methods": ["base", "magic"]}, "'magic' is not one of"),
         ({"methods": ["dpo", "replay"], "prompts": None}, "prompts: 'replay' learns the base's"),
         ({"reference": "sft"}, "'sft' must be among the methods"),
@@ -1244,6 +1255,7 @@ def test_a_failed_cell_is_reported_and_the_rest_go_on(
 
 
 @pytest.mark.usefixtures("one_index")
+@pytest.mark.parametrize("trials", [0, 1])
 def test_what_the_base_cannot_write_is_missed_by_who_reads_it_and_a_suite_by_nobody(
     settings: dict[str, Any],
     tmp_path: Path,
@@ -1251,6 +1263,7 @@ def test_what_the_base_cannot_write_is_missed_by_who_reads_it_and_a_suite_by_nob
     monkeypatch: pytest.MonkeyPatch,
     failing_in_process: None,
     capsys: pytest.CaptureFixture[str],
+    trials: int,
 ) -> None:
     def broken(_: Any) -> None:
         raise RuntimeError("out of luck")
@@ -1259,7 +1272,7 @@ def test_what_the_base_cannot_write_is_missed_by_who_reads_it_and_a_suite_by_nob
     for kind in ("anchors", "suite"):
         monkeypatch.setitem(cells.WORK, kind, broken)
     changed = {"suite": str(suite), "suite_limit": 1, "trials": 0, "judges": []}
-    changed |= {"methods": ["base", "qadapter_half", "dpo"]}
+    changed |= {"methods": ["base", "qadapter_half", "dpo"], "trials": trials}
     path = yaml_file(tmp_path / "run.yaml", settings | changed)
     assert main(["compare", path]) == 2
     said = capsys.readouterr()
@@ -1272,7 +1285,7 @@ def test_what_the_base_cannot_write_is_missed_by_who_reads_it_and_a_suite_by_nob
     assert run["points"][-1]["tasks"] == {}
     assert run["points"][-1]["greedy_changed"] >= 0
     (*_, (done, total)) = re.findall(r"^\[(\d+)/(\d+)\] ", said.out, flags=re.M)
-    assert int(total) - int(done) == 1  # of the method that was missed its suite
+    assert done == total  # nothing is waited for that is not asked for
     # Tried anew the next time, and then nothing is missing.
     for kind in ("anchors", "suite"):
         monkeypatch.setitem(cells.WORK, kind, sound[kind])
@@ -1305,6 +1318,7 @@ def test_files_that_a_task_of_lm_evals_reads(tmp_path: Path) -> None:
     assert read(data_files={"train": a, "test": [b, c]}) == [a, b, c]
     assert read(data_files=str(tmp_path / "[bc].jsonl")) == [b, c]
     assert read(data_dir=str(tmp_path)) == read(str(tmp_path)) == [a, b, c]
+    assert read("piqa", data_dir=str(tmp_path)) == []  # of the Hub's
     assert read("piqa", data_files={"test": "https://hub/x.jsonl"}) == []
 
 
@@ -1320,6 +1334,7 @@ class _Ray:
     def __init__(self) -> None:
         self.asked: list[Event] = []
         self.exceptions = SimpleNamespace(RayError=OSError)
+        self.begun = Event()
         self.shut = False
 
     def cluster_resources(self) -> dict[str, float]:
@@ -1333,6 +1348,7 @@ class _Ray:
         return lambda _: SimpleNamespace(remote=asked)
 
     def get(self, task: Event) -> int:
+        self.begun.set()
         assert task.wait(60)
         raise OSError("cancelled")
 
@@ -1359,12 +1375,12 @@ def test_an_error_ends_what_ray_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     with pytest.raises(KeyboardInterrupt), fanout.fanout("local") as ways:  # noqa: PT012
         assert ways.pool is not None
-        ways.pool.submit(method, ways)
-        while not ray.asked:
-            time.sleep(0.01)
+        asking = ways.pool.submit(method, ways)
+        assert ray.begun.wait(60)
         raise KeyboardInterrupt
     assert len(ray.asked) == 1
-    assert failed == ["Ray: cancelled", *["the comparison has ended"] * 4]
+    assert failed == ["Ray: cancelled"]
+    assert isinstance(asking.exception(0), fanout._EndedError)
     assert ray.shut
 
 

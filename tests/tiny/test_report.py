@@ -530,15 +530,21 @@ def test_a_judge_of_some_seeds_says_so(full: dict[str, Any]) -> None:
 def test_a_variation_of_what_the_reference_has_not_is_put_beside_it(full: dict[str, Any]) -> None:
     made = copy.deepcopy(full)
     (first, *_) = made["methods"]["qadapter"]["runs"]
-    made["robustness"] = [{"variation": "alpha_0=0.2", "method": "qadapter", **first}]
+    row = {"variation": "alpha_0=0.2", "method": "qadapter", "reference_varied": False, **first}
+    # One whose reference failed has nothing to stand beside.
+    failed = {**row, "variation": "10% flipped", "reference_varied": True}
+    made["robustness"] = [row, failed]
     results = Results(made)
+    assert results.varied_equal_learning("10% flipped") == {}
     level = results.varied_equal_learning("alpha_0=0.2")
     assert set(level) == {"qadapter", "dpo"}
     usual = results.equal_learning(results.methods["dpo"])["qadapter"].ratio.value
     assert level["qadapter"].ratio.value == pytest.approx(usual, rel=0.2)
     assert level["dpo"].ratio.value == 1.0
     table = tables.robustness(results)
-    assert [row[-1] == "–" for row in table.rows] == [False, False]
+    told = {row[0]: row[-1] for row in table.rows}
+    assert told["10% flipped"] == told["none"] == "–"
+    assert told["alpha_0=0.2"].endswith("), to DPO as it was")
 
 
 def test_tasks_at_the_margin_of_the_reference(full: dict[str, Any], tmp_path: Path) -> None:

@@ -179,18 +179,20 @@ class CompareConfig:
     def read(cls, path: str | Path, *, full: bool = False, **flags: Any) -> CompareConfig:
         """Read a YAML file; `full` lays its section `full` over the rest, `flags` over both.
 
-        `$NAME` in a value is that variable of the environment. Paths are relative to where the
-        command runs.
+        A field left blank is left out. `$NAME` in a value is that variable of the environment.
+        Paths are relative to where the command runs.
 
         Raises:
             ConfigError: the file cannot be read, or a field is unknown, missing or of a wrong kind.
         """
         fields = read_fields(path)
+        fields = {name: value for name, value in fields.items() if value is not None}
         over = fields.pop("full", {})
         if full and not over:
             raise ConfigError(f"{path}: has no section `full`; leave out --full or add it.")
         if not isinstance(over, dict):
             raise ConfigError(f"{path}: `full` must hold fields and values.")
+        over = {name: value for name, value in over.items() if value is not None}
         fields |= (over if full else {}) | {k: v for k, v in flags.items() if v}
         hints = get_type_hints(cls)
         for name in fields:
@@ -198,14 +200,11 @@ class CompareConfig:
                 raise ConfigError(
                     f"{path}: {name!r} is not a field; the fields are {', '.join(hints)}."
                 )
-        needed = [
+        missing = [
             f.name
             for f in dataclasses.fields(cls)
-            if f.default is f.default_factory is dataclasses.MISSING
+            if f.default is f.default_factory is dataclasses.MISSING and f.name not in fields
         ]
-        # A field that is left blank is left out.
-        fields = {n: v for n, v in fields.items() if v is not None or n in needed}
-        missing = [name for name in needed if name not in fields]
         if missing:
             raise ConfigError(f"{path}: {missing[0]!r} is missing; add it.")
         values = {n: _value(f"{path}: {n!r}", v, hints[n]) for n, v in fields.items()}
@@ -319,7 +318,8 @@ def _value(where: str, value: Any, hint: Any) -> Any:
 
 def _expanded(where: str, text: str) -> str:
     """Return a text with the variables that it names; a `$` that no name follows is one."""
-    for name in re.findall(r"\$\{?([A-Za-z_]\w*)", text):
+    for braced, plain in re.findall(r"\$(?:\{([^}]*)\}?|([A-Za-z_]\w*))", text):
+        name = braced or plain
         if name not in os.environ:
             raise ConfigError(f"{where} names ${name}, a variable that is not set; set it.")
     return os.path.expandvars(text)

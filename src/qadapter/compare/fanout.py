@@ -10,10 +10,10 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
+from threading import Lock
 from typing import Any, TypeVar
 
 from qadapter.compare import cells
@@ -25,6 +25,10 @@ _B = TypeVar("_B")
 # Threads that wait for cells. A method's thread waits for those of its seeds, so there must be more
 # than there are methods.
 _WAITING = 128
+
+
+class _EndedError(Exception):
+    """Ends a thread that would ask for a cell of a comparison that has ended."""
 
 
 @dataclass(frozen=True)
@@ -58,25 +62,29 @@ def fanout(address: str | None) -> Iterator[Fanout]:
         yield Fanout(cells.launch)
         return
     ray = _connected(address)
-    pool, ended, asked = ThreadPoolExecutor(_WAITING), Event(), []
+    pool, turn, ended = ThreadPoolExecutor(_WAITING), Lock(), False
+    asked: list[Any] = []
     try:
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_launch_there)
         here = os.getcwd()
 
         def launch(directory: Path) -> int:
-            if ended.is_set():
-                raise cells.CellFailed("the comparison has ended")
-            task = remote.remote(str(directory), here)
-            asked.append(task)
+            with turn:
+                if ended:
+                    raise _EndedError
+                task = remote.remote(str(directory), here)
+                asked.append(task)
             return _done(ray, task)
 
         yield Fanout(launch, pool)
     except BaseException:
         # Each method's thread would go on with its next cell, and be waited for.
-        ended.set()
+        with turn:
+            ended = True
         for task in asked:
-            ray.cancel(task, force=True)
+            with suppress(ray.exceptions.RayError, ValueError):
+                ray.cancel(task, force=True)
         raise
     finally:
         pool.shutdown(cancel_futures=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from glob import glob
 from pathlib import Path
@@ -28,6 +28,10 @@ from qadapter.files import alone_in, check_writable, sha256, write_text
 from qadapter.stats import INTERVALS
 from qadapter.suite import is_yaml, suite_tasks
 
+_SENTENCE = 50
+"""Characters of a line that two texts do not share by chance."""
+_BUILDERS = ("json", "csv", "parquet", "text", "arrow")
+"""Of datasets' own: what they read `data_files` and `data_dir` say."""
 _REPLAY_TOKENS = 256
 """Most tokens of an answer that Replay learns."""
 
@@ -103,16 +107,27 @@ def _told_early(config: CompareConfig) -> dict[str, str]:
         read_prompts(config.prompts)
     files = _suite_files(config)
     if config.anchors:
-        held = {line.strip() for line in read_texts(config.anchors)} - {""}
-        measured = {config.text: text}
-        measured |= {f: read_texts(f) for f in files.values() if f.endswith(".txt")}
-        for path, lines in measured.items():
-            if line := next((line for line in lines if line.strip() in held), None):
-                raise ConfigError(
-                    f"anchors: {config.anchors} holds {line.strip()[:40]!r} as does {path}, where "
-                    "methods with anchors would look better than they are; give another text."
-                )
+        held = _sentences(read_texts(config.anchors))
+        measured = {config.text: _sentences(text)}
+        measured |= {
+            path: _sentences(read_texts(path))
+            for task in suite_tasks(config.suite)
+            if isinstance(task, dict)
+            and (path := task["dataset_kwargs"]["data_files"]["test"]).endswith(".txt")
+        }
+        same = [config.text] if sha256(config.anchors) == sha256(config.text) else []
+        if shared := [*same, *(path for path, lines in measured.items() if held & lines)]:
+            raise ConfigError(
+                f"anchors: {config.anchors} shares text with {shared[0]}, where methods with "
+                "anchors would look better than they are; give another."
+            )
     return files
+
+
+def _sentences(texts: Iterable[str]) -> set[str]:
+    """Return the lines that are too long to stand in two texts by chance, as headings do."""
+    lines = (line.strip() for text in texts for line in text.splitlines())
+    return {line for line in lines if len(line) >= _SENTENCE}
 
 
 def _suite_files(config: CompareConfig) -> dict[str, str]:
@@ -147,7 +162,10 @@ def _local_files(task: Any) -> Iterator[str]:
     data = kwargs.get("data_files") or ()
     named = [*data.values()] if isinstance(data, dict) else [data]
     flat = [path for one in named for path in (one if isinstance(one, list | tuple) else [one])]
-    for place in (*flat, kwargs.get("data_dir"), task.get_config("dataset_path")):
+    path = task.get_config("dataset_path")
+    here = isinstance(path, str) and path not in _BUILDERS and Path(path).is_dir()
+    places = [path] if here else [kwargs.get("data_dir")] if path in _BUILDERS else []
+    for place in (*flat, *places):
         for found in sorted(glob(place, recursive=True)) if isinstance(place, str) else ():
             inside = sorted(Path(found).rglob("*")) if Path(found).is_dir() else [Path(found)]
             yield from (str(path) for path in inside if path.is_file())
@@ -159,8 +177,7 @@ def _cells(
     curves: Sequence[tuple[str, str, Sequence[float]]],
 ) -> int:
     """Return how many cells methods, curves, judges' validations and the base's answers are."""
-    # A measurement, the verdicts on its answers, and the suite.
-    whole = 1 + len(config.judges) + bool(config.suite)
+    whole = _whole(config)
     return (
         1
         + len(config.judges)
@@ -169,6 +186,11 @@ def _cells(
         + whole * int("base" in config.methods)
         + 2 * sum(len(config.seeds_of(n)) * len(values) for n, _, values in curves)
     )
+
+
+def _whole(config: CompareConfig) -> int:
+    """Return how many cells a whole measurement is: with the verdicts on its answers, the suite."""
+    return 1 + len(config.judges) + bool(config.suite)
 
 
 def _add_files(run: Run, parts: Splits, suite: Mapping[str, str]) -> None:
@@ -205,7 +227,9 @@ def _method(run: Run, name: str, method: Method) -> dict[str, Any]:
             runs.append({"seed": 0, "params": {}, "seconds": 0.0, "peak_gib": 0.0, **found})
         return told
     told["search"] = search = searched(run, name, method)
+    seeds = run.config.seeds_of(name)
     if search["best"] is None:
+        run.total -= len(seeds) * (1 + _whole(run.config))
         return told
     if not starts_at_base({**method.fixed, **search["best"]}):
         told["dial"] = "none: its strength 0 is not the base, for α0 is not α̃"
@@ -214,7 +238,6 @@ def _method(run: Run, name: str, method: Method) -> dict[str, Any]:
     def of(seed: int) -> dict[str, Any] | None:
         return tried(run, name, search["best"], seed, f"{name} seed {seed}", **options)
 
-    seeds = run.config.seeds_of(name)
     for seed, found in zip(seeds, run.fanout.map(of, seeds), strict=True):
         if found:
             runs.append({"seed": seed, "params": search["best"], **found})

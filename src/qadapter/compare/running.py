@@ -142,7 +142,8 @@ def tried(
     if "replay" in params:
         files["replay"] = "replay"
     if not {*files.values()} <= {*run.files}:
-        run.total -= 2  # cells that are not asked for
+        # Cells that are not asked for.
+        run.total -= 2 + whole * (len(run.config.judges) + bool(run.config.suite))
         return None
     trained = run.cell(
         "train",

@@ -39,7 +39,10 @@ def read_variation(text: str, train: Sequence[Any], methods: Sequence[str]) -> V
 def robust(
     run: Run, name: str, told: Mapping[str, Any], variation: Variation
 ) -> dict[str, Any] | None:
-    """Return a method's curve under a variation of its chosen setting; None if it has none."""
+    """Return a method's curve under a variation of its chosen setting; None if it has none.
+
+    Where the reference has no such parameter, it says that it stands beside the unvaried one.
+    """
     text, what, value, pairs = variation
     best = (told["search"] or {}).get("best")
     if best is None or (pairs is None and not METHODS[name].takes_number(what)):
@@ -56,7 +59,9 @@ def robust(
     seed, label = run.config.seeds[0], f"{name} {text}"
     options: dict[str, Any] = {"strengths": run.config.strengths, "split": "test", "long": True}
     found = tried(run, name, params, seed, label, train=train, **options)
-    return found and {"variation": text, "method": name, "seed": seed, **found}
+    beside = pairs is not None or METHODS[run.config.reference].takes_number(what)
+    row = {"variation": text, "method": name, "seed": seed, "reference_varied": beside}
+    return found and {**row, **found}
 
 
 def retrained_curve(

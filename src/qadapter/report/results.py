@@ -265,11 +265,16 @@ class Results:
     def varied_equal_learning(self, variation: str) -> dict[str, EqualLearning]:
         """Return the same of the methods under a variation; empty without the reference.
 
-        A reference that has no such parameter is as it was.
+        A reference that has no such parameter is the unvaried one (`beside_unvaried`).
         """
         methods, name = self.varied[variation], self.comparison["reference"]
-        reference = methods.get(name) or self.varied[UNVARIED].get(name) or self.reference
+        reference = self.reference if self.beside_unvaried(variation) else methods.get(name)
         return _equal_learning({**methods, name: reference}, reference) if reference else {}
+
+    def beside_unvaried(self, variation: str) -> bool:
+        """Return whether it varies what the reference does not have."""
+        rows = [r for r in self.comparison["robustness"] if r["variation"] == variation]
+        return any(not row.get("reference_varied", True) for row in rows)
 
     def equal_accuracy(self, reference: Method) -> dict[str, EqualLearning]:
         """Return what each method forgets at the reference's accuracy, which sees no sizes."""
@@ -342,7 +347,7 @@ class Results:
             return None
         if not weights:
             return _lost(before, kept, base["tasks"][task].get("higher_is_better", True))
-        # Nats a word, the logarithm of perplexity.
+        # Nats a word, or a document: the logarithm of perplexity.
         lost = paired_bootstrap([before], kept, weights)
         return Interval(*map(math.expm1, (lost.value, lost.low, lost.high)))
 

@@ -288,6 +288,8 @@ def robustness(results: Results) -> Table:
             seeds = str(len(method.runs))
             figures = [ranged(method.accuracy, percent), ranged(method.margin), ranged(method.kl)]
             ratio = ranged(level[name].ratio) if level and method.moves else NONE
+            if ratio != NONE and results.beside_unvaried(variation):
+                ratio += f", to {results.reference_label} as it was"
             rows.append([variation, method.label, seeds, *figures, ratio])
     columns = ("Variation", "Method", "Seeds", "Accuracy", "Margin", "KL")
     return Table((*columns, f"Ratio to {results.reference_label}’s KL, varied alike"), rows)
