@@ -225,7 +225,8 @@ def test_text_that_drift_is_measured_on_is_no_anchor(
     path = yaml_file(tmp_path / "run.yaml", settings)
     (tmp_path / "copy.txt").write_text(f"= Death =\n\n  {long}\n")
     assert main(["compare", path]) == 2
-    assert "own.txt, where methods with anchors would look better" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"own.txt, as {long[:60]!r}, where methods with anchors would look better" in said
     (tmp_path / "copy.txt").write_text("= Life =\n")
     assert list(_told_early(CompareConfig.read(path))) == ["suite:own"]
 
@@ -245,7 +246,8 @@ def test_settings_are_searched_on_other_text_than_is_reported() -> None:
         ({"trials": -1}, "trials: -1 must be at least 0"),
         ({"train": None}, "'train' is missing"),
         ({"train": "$NOT_SET_ANYWHERE/f"}, "a variable that is not set"),
-        ({"train": "${NOT_SET_ANYWHERE/f"}, "a variable that is not set"),
+        ({"train": "${NOT_SET_ANYWHERE}/f"}, "a variable that is not set"),
+        ({"train": "${HOME/f"}, "'train': '${HOME/f' has no } after ${; add it"),
         ({"methods": ["base", "magic"]}, "'magic' is not one of"),
         ({"methods": ["dpo", "replay"], "prompts": None}, "prompts: 'replay' learns the base's"),
         ({"reference": "sft"}, "'sft' must be among the methods"),

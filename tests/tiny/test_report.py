@@ -543,7 +543,13 @@ def test_a_variation_of_what_the_reference_has_not_is_put_beside_it(full: dict[s
     assert level["dpo"].ratio.value == 1.0
     table = tables.robustness(results)
     told = {row[0]: row[-1] for row in table.rows}
-    assert told["10% flipped"] == told["none"] == "–"
+    assert told["10% flipped"] == "–"
+    assert [row[1] for row in table.rows if row[0] == "none"] == ["Q-Adapter", "DPO"]
+    assert results.varied["none"]["dpo"].runs == results.methods["dpo"].runs[:1]
+    (none,) = (row[-1] for row in table.rows if tuple(row[:2]) == ("none", "Q-Adapter"))
+    assert none.startswith(
+        f"{number(results.varied_equal_learning('none')['qadapter'].ratio.value)} ("
+    )
     assert told["alpha_0=0.2"].endswith("), to DPO as it was")
 
 

@@ -318,7 +318,9 @@ def _value(where: str, value: Any, hint: Any) -> Any:
 
 def _expanded(where: str, text: str) -> str:
     """Return a text with the variables that it names; a `$` that no name follows is one."""
-    for braced, plain in re.findall(r"\$(?:\{([^}]*)\}?|([A-Za-z_]\w*))", text):
+    if re.search(r"\$\{[^}]*$", text):
+        raise ConfigError(f"{where}: {text!r} has no }} after ${{; add it.")
+    for braced, plain in re.findall(r"\$(?:\{([^}]+)\}|([A-Za-z_]\w*))", text):
         name = braced or plain
         if name not in os.environ:
             raise ConfigError(f"{where} names ${name}, a variable that is not set; set it.")

@@ -115,12 +115,14 @@ def _told_early(config: CompareConfig) -> dict[str, str]:
             if isinstance(task, dict)
             and (path := task["dataset_kwargs"]["data_files"]["test"]).endswith(".txt")
         }
-        same = [config.text] if sha256(config.anchors) == sha256(config.text) else []
-        if shared := [*same, *(path for path, lines in measured.items() if held & lines)]:
-            raise ConfigError(
-                f"anchors: {config.anchors} shares text with {shared[0]}, where methods with "
-                "anchors would look better than they are; give another."
-            )
+        for path, lines in measured.items():
+            shared = min(held & lines, default="")
+            if shared or sha256(config.anchors) == sha256(path):
+                said = f", as {shared[:60]!r}" if shared else ""
+                raise ConfigError(
+                    f"anchors: {config.anchors} shares text with {path}{said}, where methods with "
+                    "anchors would look better than they are; give another."
+                )
     return files
 
 
@@ -163,7 +165,7 @@ def _local_files(task: Any) -> Iterator[str]:
     named = [*data.values()] if isinstance(data, dict) else [data]
     flat = [path for one in named for path in (one if isinstance(one, list | tuple) else [one])]
     path = task.get_config("dataset_path")
-    here = isinstance(path, str) and path not in _BUILDERS and Path(path).is_dir()
+    here = bool(path) and path not in _BUILDERS and Path(path).is_dir()
     places = [path] if here else [kwargs.get("data_dir")] if path in _BUILDERS else []
     for place in (*flat, *places):
         for found in sorted(glob(place, recursive=True)) if isinstance(place, str) else ():

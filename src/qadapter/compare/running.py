@@ -142,8 +142,7 @@ def tried(
     if "replay" in params:
         files["replay"] = "replay"
     if not {*files.values()} <= {*run.files}:
-        # Cells that are not asked for.
-        run.total -= 2 + whole * (len(run.config.judges) + bool(run.config.suite))
+        run.total -= 2 + whole * _after_measuring(run)  # cells that are not asked for
         return None
     trained = run.cell(
         "train",
@@ -155,12 +154,18 @@ def tried(
         training=run.config.training,
     )
     if trained is None:
+        run.total -= 1 + whole * _after_measuring(run)
         return None
     adapter = str(Path(trained["directory"], "adapter").relative_to(run.root))
     options = {"whole": whole, "long": whole or long}
     found = points(run, label, adapter, strengths=strengths, split=split, **options)
     cost = {k: trained[k] for k in ("seconds", "peak_gib")}
     return found and {"adapter": adapter, **cost, **found}
+
+
+def _after_measuring(run: Run) -> int:
+    """Return how many cells follow a whole measurement."""
+    return len(run.config.judges) + bool(run.config.suite)
 
 
 def suite_at(run: Run, label: str, adapter: str | None, strength: float) -> dict[str, Any]:
@@ -214,6 +219,7 @@ def points(
         **more,
     )
     if found is None:
+        run.total -= whole * _after_measuring(run)
         return None
     for point in found["points"]:
         point["accuracy_ci"] = share_interval(point["correct"], found["prompts"])

@@ -143,9 +143,13 @@ class Results:
         runs: dict[tuple[str, str], list[Any]] = {}
         for row in self.comparison["robustness"]:
             runs.setdefault((row["variation"], row["method"]), []).append(row)
-        for name in dict.fromkeys([name for _, name in runs]):
-            seeds = {row["seed"] for row in self.comparison["robustness"] if row["method"] == name}
-            runs[UNVARIED, name] = [run for run in methods[name]["runs"] if run["seed"] in seeds]
+        seeds = {name: {row["seed"] for row in rows} for (_, name), rows in runs.items()}
+        # What does not have the parameter stands beside as it was.
+        alone = [row["seed"] for row in self.comparison["robustness"] if _beside_unvaried(row)]
+        if alone:
+            seeds.setdefault(self.comparison["reference"], set(alone))
+        for name, drawn in seeds.items():
+            runs[UNVARIED, name] = [run for run in methods[name]["runs"] if run["seed"] in drawn]
         varied: dict[str, dict[str, Method]] = {UNVARIED: {}} if runs else {}
         for (variation, name), rows in runs.items():
             method = self._method(name, {**methods[name], "runs": rows})
@@ -268,13 +272,14 @@ class Results:
         A reference that has no such parameter is the unvaried one (`beside_unvaried`).
         """
         methods, name = self.varied[variation], self.comparison["reference"]
-        reference = self.reference if self.beside_unvaried(variation) else methods.get(name)
+        there = self.varied[UNVARIED] if self.beside_unvaried(variation) else methods
+        reference = there.get(name)
         return _equal_learning({**methods, name: reference}, reference) if reference else {}
 
     def beside_unvaried(self, variation: str) -> bool:
         """Return whether it varies what the reference does not have."""
-        rows = [r for r in self.comparison["robustness"] if r["variation"] == variation]
-        return any(not row.get("reference_varied", True) for row in rows)
+        rows = self.comparison["robustness"]
+        return any(_beside_unvaried(row) for row in rows if row["variation"] == variation)
 
     def equal_accuracy(self, reference: Method) -> dict[str, EqualLearning]:
         """Return what each method forgets at the reference's accuracy, which sees no sizes."""
@@ -350,6 +355,10 @@ class Results:
         # Nats a word, or a document: the logarithm of perplexity.
         lost = paired_bootstrap([before], kept, weights)
         return Interval(*map(math.expm1, (lost.value, lost.low, lost.high)))
+
+
+def _beside_unvaried(row: Mapping[str, Any]) -> bool:
+    return not row.get("reference_varied", True)
 
 
 def _lost(before: Sequence[float], kept: Sequence[Sequence[float]], higher: bool) -> Interval:
