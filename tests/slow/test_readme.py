@@ -64,7 +64,7 @@ def test_every_command_and_the_python_of_the_readme(
     monkeypatch.chdir(tmp_path)
     row = json.loads(re.sub(r"\s+", " ", re.findall(r"^    (\{.*?\]\})$", README, re.M | re.S)[0]))
     for name in ("pairs.jsonl", "held_out.jsonl"):
-        Path(name).write_text((json.dumps(row) + "\n") * 8)
+        Path(name).write_text((json.dumps(row) + "\n") * 4)
     Path("general.txt").write_text("The ferry leaves twice a day in summer.\n")
     Path("prompts.txt").write_text("What is a ferry?\n")
     Path("capability").mkdir()
