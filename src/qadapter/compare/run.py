@@ -18,7 +18,7 @@ from qadapter.compare.equal import add_equal_learning
 from qadapter.compare.fanout import Fanout, fanout
 from qadapter.compare.methods import METHODS, Method, starts_at_base
 from qadapter.compare.origin import origin
-from qadapter.compare.running import Progress, Run, points, tried
+from qadapter.compare.running import Progress, Run, after_measuring, points, tried
 from qadapter.compare.search import searched, trials_of
 from qadapter.compare.variations import read_variation, retrained_curve, robust
 from qadapter.data import Pair, read_prompts, read_texts, tokenize_pairs
@@ -179,7 +179,7 @@ def _cells(
     curves: Sequence[tuple[str, str, Sequence[float]]],
 ) -> int:
     """Return how many cells methods, curves, judges' validations and the base's answers are."""
-    whole = _whole(config)
+    whole = 1 + after_measuring(config)
     return (
         1
         + len(config.judges)
@@ -188,11 +188,6 @@ def _cells(
         + whole * int("base" in config.methods)
         + 2 * sum(len(config.seeds_of(n)) * len(values) for n, _, values in curves)
     )
-
-
-def _whole(config: CompareConfig) -> int:
-    """Return how many cells a whole measurement is: with the verdicts on its answers, the suite."""
-    return 1 + len(config.judges) + bool(config.suite)
 
 
 def _add_files(run: Run, parts: Splits, suite: Mapping[str, str]) -> None:
@@ -231,7 +226,7 @@ def _method(run: Run, name: str, method: Method) -> dict[str, Any]:
     told["search"] = search = searched(run, name, method)
     seeds = run.config.seeds_of(name)
     if search["best"] is None:
-        run.total -= len(seeds) * (1 + _whole(run.config))
+        run.total -= len(seeds) * (2 + after_measuring(run.config))
         return told
     if not starts_at_base({**method.fixed, **search["best"]}):
         told["dial"] = "none: its strength 0 is not the base, for α0 is not α̃"

@@ -142,7 +142,7 @@ def tried(
     if "replay" in params:
         files["replay"] = "replay"
     if not {*files.values()} <= {*run.files}:
-        run.total -= 2 + whole * _after_measuring(run)  # cells that are not asked for
+        run.total -= 2 + whole * after_measuring(run.config)  # cells that are not asked for
         return None
     trained = run.cell(
         "train",
@@ -154,7 +154,7 @@ def tried(
         training=run.config.training,
     )
     if trained is None:
-        run.total -= 1 + whole * _after_measuring(run)
+        run.total -= 1 + whole * after_measuring(run.config)
         return None
     adapter = str(Path(trained["directory"], "adapter").relative_to(run.root))
     options = {"whole": whole, "long": whole or long}
@@ -163,9 +163,9 @@ def tried(
     return found and {"adapter": adapter, **cost, **found}
 
 
-def _after_measuring(run: Run) -> int:
-    """Return how many cells follow a whole measurement."""
-    return len(run.config.judges) + bool(run.config.suite)
+def after_measuring(config: CompareConfig) -> int:
+    """Return how many cells follow a whole measurement: verdicts on its answers, and the suite."""
+    return len(config.judges) + bool(config.suite)
 
 
 def suite_at(run: Run, label: str, adapter: str | None, strength: float) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def points(
         **more,
     )
     if found is None:
-        run.total -= whole * _after_measuring(run)
+        run.total -= whole * after_measuring(run.config)
         return None
     for point in found["points"]:
         point["accuracy_ci"] = share_interval(point["correct"], found["prompts"])

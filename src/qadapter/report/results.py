@@ -143,7 +143,9 @@ class Results:
         runs: dict[tuple[str, str], list[Any]] = {}
         for row in self.comparison["robustness"]:
             runs.setdefault((row["variation"], row["method"]), []).append(row)
-        seeds = {name: {row["seed"] for row in rows} for (_, name), rows in runs.items()}
+        seeds: dict[str, set[int]] = {}
+        for (_, name), rows in runs.items():
+            seeds.setdefault(name, set()).update(row["seed"] for row in rows)
         # What does not have the parameter stands beside as it was.
         alone = [row["seed"] for row in self.comparison["robustness"] if _beside_unvaried(row)]
         if alone:
