@@ -105,19 +105,21 @@ def _told_early(config: CompareConfig) -> dict[str, str]:
     part_of(text, "report")
     if config.prompts:
         read_prompts(config.prompts)
-    files = _suite_files(config)
+    tasks = suite_tasks(config.suite)
+    files = _suite_files(tasks)
     if config.anchors:
         held = _sentences(read_texts(config.anchors))
         measured = {config.text: _sentences(text)}
         measured |= {
             path: _sentences(read_texts(path))
-            for task in suite_tasks(config.suite)
+            for task in tasks
             if isinstance(task, dict)
             and (path := task["dataset_kwargs"]["data_files"]["test"]).endswith(".txt")
         }
+        digest = sha256(config.anchors)
         for path, lines in measured.items():
             shared = min(held & lines, default="")
-            if shared or sha256(config.anchors) == sha256(path):
+            if shared or sha256(path) == digest:
                 said = f", as {shared[:60]!r}" if shared else ""
                 raise ConfigError(
                     f"anchors: {config.anchors} shares text with {path}{said}, where methods with "
@@ -132,16 +134,15 @@ def _sentences(texts: Iterable[str]) -> set[str]:
     return {line for line in lines if len(line) >= _SENTENCE}
 
 
-def _suite_files(config: CompareConfig) -> dict[str, str]:
-    """Return what the suite reads here; what lm-eval gets from the Hub is got now.
+def _suite_files(tasks: Sequence[str | dict[str, Any]]) -> dict[str, str]:
+    """Return what a suite's tasks read here; what lm-eval gets from the Hub is got now.
 
     Raises:
-        DataError: a file cannot be read or has other rows.
         ConfigError: lm-eval cannot load a task, or two are of one name.
     """
     files: dict[str, str] = {}
     names: list[str] = []
-    for task in suite_tasks(config.suite):
+    for task in tasks:
         if isinstance(task, dict):
             names.append(task["task"])
             files[f"suite:{task['task']}"] = task["dataset_kwargs"]["data_files"]["test"]

@@ -353,7 +353,7 @@ class Results:
         if not before or any(len(items) != len(before) for items in kept):
             return None
         if not weights:
-            return _lost(before, kept, base["tasks"][task].get("higher_is_better", True))
+            return _lost(before, kept, less_is_better=self.less_is_better(task))
         # Nats a word, or a document: the logarithm of perplexity.
         lost = paired_bootstrap([before], kept, weights)
         return Interval(*map(math.expm1, (lost.value, lost.low, lost.high)))
@@ -363,9 +363,11 @@ def _beside_unvaried(row: Mapping[str, Any]) -> bool:
     return not row.get("reference_varied", True)
 
 
-def _lost(before: Sequence[float], kept: Sequence[Sequence[float]], higher: bool) -> Interval:
+def _lost(
+    before: Sequence[float], kept: Sequence[Sequence[float]], *, less_is_better: bool
+) -> Interval:
     """Return the loss from before to what seeds kept, of scores of which more or less is better."""
-    better, worse = ([before], kept) if higher else (kept, [before])
+    better, worse = (kept, [before]) if less_is_better else ([before], kept)
     right_or_wrong = np.isin([before, *kept], (0.0, 1.0)).all()
     return (share_difference if right_or_wrong else paired_bootstrap)(better, worse)
 
