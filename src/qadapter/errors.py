@@ -11,6 +11,9 @@ The message is one sentence: where, what, how to mend. The command line prints i
 anything else that escapes is our bug.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Something the user can mend; the message says where, what and how."""
@@ -34,3 +37,19 @@ class ArtefactError(UserError):
 
 class TrainingError(UserError):
     """A training run that must not go on, or must not be called finished."""
+
+
+@contextmanager
+def needs(extra: str, asker: str) -> Iterator[None]:
+    """Turn a failed import inside the block into a ConfigError that says what to install.
+
+    Args:
+        extra: that of our package which brings what is imported.
+        asker: the command or flag that needs it.
+    """
+    try:
+        yield
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name
+        why = f"{missing} is not installed" if missing else str(error)
+        raise ConfigError(f"{asker}: {why}; run `pip install 'qadapter[{extra}]'`.") from error

@@ -29,11 +29,11 @@ import yaml
 
 from qadapter import hub
 from qadapter.config import QConfig
-from qadapter.errors import ConfigError, UserError
+from qadapter.errors import ConfigError, UserError, needs
 from qadapter.files import sha256
 from qadapter.model.adapter import FILES, find_weights
 from qadapter.policy import Policy
-from qadapter.suite import LOCAL_SUITE, installed, local_suite, supply_sentences
+from qadapter.suite import LOCAL_SUITE, local_suite, supply_sentences
 
 PAPER_SUITE = ("mmlu", "mmlu_pro", "gsm8k", "bbh", "ifeval")
 """The five benchmarks of arXiv:2407.03856 as lm-eval names them; their data come from the Hub."""
@@ -101,7 +101,7 @@ def evaluate_tasks(
         return []
     # What lm-eval prints as it goes is not the caller's output.
     with _told(), _seeded(policy.model.device), redirect_stdout(sys.stderr):
-        with installed():
+        with needs("eval", "evaluate"):
             from lm_eval import evaluate
             from lm_eval.tasks import TaskManager
 
@@ -134,7 +134,7 @@ def load_task(task: str) -> dict[str, Any]:
         ConfigError: lm-eval is not installed, has no such task, or cannot get its data.
     """
     with _told():
-        with installed():
+        with needs("eval", "evaluate"):
             from lm_eval.tasks import TaskManager
         found: dict[str, Any] = TaskManager().load([task])["tasks"]
         return found
@@ -251,7 +251,7 @@ def harness_parser() -> argparse.ArgumentParser:
     Raises:
         ConfigError: lm-eval is not installed.
     """
-    with installed():
+    with needs("eval", "evaluate"):
         from lm_eval._cli.run import Run
     commands = argparse.ArgumentParser().add_subparsers()
     Run.create(commands)
@@ -279,7 +279,7 @@ def run_harness(
         UserError: an option, a task, the adapter or its data cannot be used.
     """
     with _told():
-        with installed():
+        with needs("eval", "evaluate"):
             from lm_eval._cli.run import Run
             from lm_eval.config.evaluate_config import EvaluatorConfig
             from lm_eval.utils import setup_logging

@@ -7,28 +7,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from qadapter.errors import ConfigError, DataError
+import yaml
+
+from qadapter.errors import ConfigError, DataError, needs
 from qadapter.files import read_jsonl, read_lines
 
 _Row = dict[str, Any]
-
-
-@contextmanager
-def installed() -> Iterator[None]:
-    """Turn a failed import inside the block into a ConfigError that says what to install."""
-    try:
-        yield
-    except ImportError as error:
-        raise ConfigError(
-            f"evaluation needs lm-eval, of which a part is not installed ({error}); "
-            "run `pip install 'qadapter[eval]'`."
-        ) from error
 
 
 @cache
@@ -38,7 +27,7 @@ def supply_sentences() -> bool:
     IFEval would try to download it when imported, which fails or hangs without a network. Ours is
     four empty files: a sentence ends at every full stop, even after "Mr.".
     """
-    with installed():
+    with needs("eval", "evaluate"):
         import nltk
     try:
         nltk.data.find("tokenizers/punkt_tab")
@@ -88,7 +77,7 @@ def _perplexity() -> dict[str, Any]:
 
 def _ifeval() -> dict[str, Any]:
     supply_sentences()
-    with installed():
+    with needs("eval", "evaluate"):
         from lm_eval.tasks.ifeval.utils import agg_inst_level_acc, process_results
     return {
         "output_type": "generate_until",
@@ -234,6 +223,51 @@ def suite_tasks(entries: Sequence[str]) -> list[str | dict[str, Any]]:
 def is_yaml(task: str) -> bool:
     """Return whether a task that lm-eval knows is the path of a YAML file of its."""
     return Path(task).suffix in _YAML
+
+
+def yaml_files(path: str | Path) -> list[Path]:
+    """Return a YAML file of lm-eval's and what it reads beside it.
+
+    That is the YAML files that it includes, and theirs, and the Python files of its functions; not
+    what these import.
+    """
+    found: list[Path] = []
+    waiting = [Path(path)]
+    while waiting:
+        file = waiting.pop(0)
+        if file in found or not file.is_file():  # as functions of an installed package are not
+            continue
+        found.append(file)
+        if is_yaml(str(file)):
+            waiting += [file.parent / name for name in _named_in(file)]
+    return found
+
+
+def _named_in(file: Path) -> Iterator[str]:
+    """Yield what an lm-eval YAML file includes, and the files of its functions."""
+
+    def walked(value: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            included = value.get("include") or ()
+            yield from [included] if isinstance(included, str) else included
+        if isinstance(value, _Function):
+            yield value.rpartition(".")[0].replace(".", "/") + ".py"
+        elif isinstance(value, dict | list):
+            for inner in value.values() if isinstance(value, dict) else value:
+                yield from walked(inner)
+
+    return walked(yaml.load(file.read_bytes(), Loader=_TaskLoader))
+
+
+class _Function(str):
+    """What stands after `!function`: a module and a function of it."""
+
+
+class _TaskLoader(yaml.SafeLoader):
+    """YAML as lm-eval reads it, without importing functions."""
+
+
+_TaskLoader.add_constructor("!function", lambda _, node: _Function(node.value))
 
 
 def file_task(path: str | Path) -> dict[str, Any]:

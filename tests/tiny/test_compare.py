@@ -1326,7 +1326,7 @@ def test_files_that_a_task_of_lm_evals_reads(tmp_path: Path) -> None:
 
 def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(origin, "_PACKAGES", ("torch", "no-such-package"))
-    with pytest.raises(ConfigError, match=r"needs no-such-package.*pip install 'qadapter\[compare"):
+    with pytest.raises(ConfigError, match=r"no-such-package is not installed.*qadapter\[compare"):
         origin.origin.__wrapped__()
 
 
@@ -1498,6 +1498,20 @@ def test_a_suite_of_files_and_tasks_of_ones_own(
     (tmp_path / "say.yaml").write_text(json.dumps(say | {"doc_to_text": "{{query}}?"}))
     assert main(["compare", path]) == 0
     assert Counter(in_process) == {"suite": 2}
+    # What the task's file reads is watched, too: what it includes, and a function's file.
+    functions = tmp_path / "functions"
+    functions.mkdir()
+    (functions / "ask.py").write_text("def ask(doc):\n    return doc['query']\n")
+    (tmp_path / "shared.yaml").write_text("doc_to_text: !function functions.ask.ask\n")
+    including = {k: v for k, v in say.items() if k != "doc_to_text"} | {"include": "shared.yaml"}
+    yaml_file(tmp_path / "say.yaml", including)
+    for change in ("\n", "# another\n"):
+        for changed_file in (functions / "ask.py", tmp_path / "shared.yaml"):
+            with changed_file.open("a") as file:
+                file.write(change)
+            in_process.clear()
+            assert main(["compare", path]) == 0
+            assert Counter(in_process) == {"suite": 2}
     with own.open("a") as file:  # read by both of the tasks
         file.write('{"query": "r", "choices": ["a", "b"], "gold": 0}\n')
     in_process.clear()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from qadapter.cli.arguments import Commands, add_adapter, level
 from qadapter.cli.terminal import duration, printable
-from qadapter.errors import ConfigError, TrainingError
+from qadapter.errors import TrainingError, needs
 
 
 def add_compare(commands: Commands) -> None:
@@ -41,13 +41,9 @@ def add_compare(commands: Commands) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    try:
+    with needs("compare", "compare"):
         from qadapter.compare import CompareConfig, Progress, compare
         from qadapter.report import write_report
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"compare: needs {error.name}, which is not installed; pip install 'qadapter[compare]'."
-        ) from error
 
     def tell(at: Progress) -> None:
         left = "" if at.seconds_left is None else f", about {duration(at.seconds_left)} left"

@@ -6,13 +6,12 @@ import argparse
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 from qadapter.cli.arguments import Commands, add_policy, count, load_policy, named, port
 from qadapter.cli.terminal import without
-from qadapter.errors import ConfigError
+from qadapter.errors import ConfigError, needs
 
 _LIMITS = ("max_context", "max_tokens", "max_body")
 
@@ -52,7 +51,7 @@ def _serve(args: argparse.Namespace) -> None:
     args.dtype = args.dtype or "float32"
     if args.vllm_args is not None:
         raise ConfigError("--vllm-args: goes with --engine vllm; leave it out or add that.")
-    with _extra("serve"):
+    with needs("serve", "serve"):
         from transformers.utils import logging
 
         from qadapter.serve.asking import Limits
@@ -139,7 +138,7 @@ def add_play(commands: Commands) -> None:
 
 
 def _play(args: argparse.Namespace) -> None:
-    with _extra("play"):
+    with needs("play", "play"):
         from qadapter import play
         from qadapter.serve.run import listen
 
@@ -149,17 +148,6 @@ def _play(args: argparse.Namespace) -> None:
         host, port = bound.getsockname()[:2]
         print(f"http://{host}:{port}  (Ctrl-C ends it)", flush=True)
         play.run(policy, bound, strength=args.strength, max_tokens=args.max_new_tokens)
-
-
-@contextmanager
-def _extra(name: str) -> Iterator[None]:
-    """Turn a failed import of an extra's packages into a ConfigError that says what to install."""
-    try:
-        yield
-    except ImportError as error:
-        raise ConfigError(
-            f"{name}: {error.name or error} is not installed; run `pip install 'qadapter[{name}]'`."
-        ) from error
 
 
 def _add_address(parser: argparse.ArgumentParser, usual: int) -> None:

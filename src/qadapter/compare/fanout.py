@@ -17,7 +17,7 @@ from threading import Lock
 from typing import Any, TypeVar
 
 from qadapter.compare import cells
-from qadapter.errors import ConfigError
+from qadapter.errors import ConfigError, needs
 
 _A = TypeVar("_A")
 _B = TypeVar("_B")
@@ -92,10 +92,8 @@ def fanout(address: str | None) -> Iterator[Fanout]:
 
 
 def _connected(address: str) -> Any:
-    try:
+    with needs("ray", "--ray"):
         import ray
-    except ImportError as error:
-        raise ConfigError(f"--ray: needs Ray ({error}); pip install 'qadapter[ray]'.") from error
     local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     try:

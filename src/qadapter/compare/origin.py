@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ import torch
 import qadapter
 from qadapter import hub
 from qadapter.config import bf16_supported
-from qadapter.errors import ConfigError
+from qadapter.errors import needs
 from qadapter.files import code_digest
 
 Origin = dict[str, dict[str, str]]
@@ -37,10 +37,6 @@ def origin() -> Origin:
         "system": platform.platform(),
     }
     code = code_digest(Path(qadapter.__file__).parent)[:16]
-    try:
+    with needs("compare", "compare"):
         versions = {name: version(name) for name in _PACKAGES}
-    except PackageNotFoundError as error:
-        raise ConfigError(
-            f"compare: needs {error.name}, which is not installed; pip install 'qadapter[compare]'."
-        ) from error
     return {"machine": machine, "versions": versions | {"code": code}}

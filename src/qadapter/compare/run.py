@@ -26,7 +26,7 @@ from qadapter.errors import ConfigError
 from qadapter.evaluate import load_task
 from qadapter.files import alone_in, check_writable, sha256, write_text
 from qadapter.stats import INTERVALS
-from qadapter.suite import is_yaml, suite_tasks
+from qadapter.suite import is_yaml, suite_tasks, yaml_files
 
 _SENTENCE = 50
 """Characters of a line that two texts do not share by chance."""
@@ -153,7 +153,7 @@ def _suite_files(tasks: Sequence[str | dict[str, Any]]) -> dict[str, str]:
         for name, one in loaded.items():
             files |= {f"suite:{name}:{path}": path for path in _local_files(one)}
         if is_yaml(task):
-            files[f"suite:{task}"] = task
+            files |= {f"suite:{path}": str(path) for path in yaml_files(task)}
     if again := next((name for i, name in enumerate(names) if name in names[:i]), None):
         raise ConfigError(f"suite: two tasks are named {again}; leave one out, or rename it.")
     return files
@@ -227,7 +227,7 @@ def _method(run: Run, name: str, method: Method) -> dict[str, Any]:
     told["search"] = search = searched(run, name, method)
     seeds = run.config.seeds_of(name)
     if search["best"] is None:
-        run.total -= len(seeds) * (2 + after_measuring(run.config))
+        run.spare(len(seeds) * (2 + after_measuring(run.config)))
         return told
     if not starts_at_base({**method.fixed, **search["best"]}):
         told["dial"] = "none: its strength 0 is not the base, for α0 is not α̃"

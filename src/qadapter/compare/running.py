@@ -57,6 +57,8 @@ class Run:
     fresh: int = 0
     """Of those done, the ones that had no result before."""
     began: float = field(default_factory=time.perf_counter)
+    counting: Lock = field(default_factory=Lock)
+    """Whoever counts holds it: methods may run side by side."""
     failures: list[dict[str, str]] = field(default_factory=list)
     origins: dict[Path, Origin] = field(default_factory=dict)
     """What made the result of each cell's directory, in this run or an earlier one."""
@@ -91,8 +93,14 @@ class Run:
             self.failures.append({"cell": label, "error": str(error)})
             return None
         finally:
-            self.done += 1
-            self.fresh += fresh
+            with self.counting:
+                self.done += 1
+                self.fresh += fresh
+
+    def spare(self, cells: int) -> None:
+        """Take so many off the total: they are not asked for after all."""
+        with self.counting:
+            self.total -= cells
 
     def made_by(self) -> list[dict[str, Any]]:
         """Return what made the results, most of them first, and how many each made."""
@@ -142,7 +150,7 @@ def tried(
     if "replay" in params:
         files["replay"] = "replay"
     if not {*files.values()} <= {*run.files}:
-        run.total -= 2 + whole * after_measuring(run.config)  # cells that are not asked for
+        run.spare(2 + whole * after_measuring(run.config))
         return None
     trained = run.cell(
         "train",
@@ -154,7 +162,7 @@ def tried(
         training=run.config.training,
     )
     if trained is None:
-        run.total -= 1 + whole * after_measuring(run.config)
+        run.spare(1 + whole * after_measuring(run.config))
         return None
     adapter = str(Path(trained["directory"], "adapter").relative_to(run.root))
     options = {"whole": whole, "long": whole or long}
@@ -219,7 +227,7 @@ def points(
         **more,
     )
     if found is None:
-        run.total -= whole * after_measuring(run.config)
+        run.spare(whole * after_measuring(run.config))
         return None
     for point in found["points"]:
         point["accuracy_ci"] = share_interval(point["correct"], found["prompts"])
@@ -243,7 +251,7 @@ def _verdict(run: Run, label: str, measured: str, judge: str) -> dict[str, Any] 
     """Return a judge's win rate, or why it gives none; None if its cell or validation failed."""
     found = _validated(run, judge)
     if found is None or "refused" in found:
-        run.total -= 1  # a cell that is not asked for
+        run.spare(1)
         return found
     files = {name: name for name in ("judge", "answers")}
     more = {"measured": measured, "validation": found["validation"], **_told(run, judge)}

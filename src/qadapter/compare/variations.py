@@ -46,7 +46,7 @@ def robust(
     text, what, value, pairs = variation
     best = (told["search"] or {}).get("best")
     if best is None or (pairs is None and not METHODS[name].takes_number(what)):
-        run.total -= 2  # cells that are not asked for
+        run.spare(2)
         return None
     train, params = "train", dict(best)
     if pairs is None:
