@@ -232,7 +232,7 @@ def yaml_files(path: str | Path) -> list[Path]:
     what these import.
     """
     found: list[Path] = []
-    waiting = [Path(path)]
+    waiting = [Path(path).expanduser().resolve()]  # as lm-eval does, where links lead elsewhere
     while waiting:
         file = waiting.pop(0)
         if file in found or not file.is_file():  # as functions of an installed package are not
@@ -246,17 +246,17 @@ def yaml_files(path: str | Path) -> list[Path]:
 def _named_in(file: Path) -> Iterator[str]:
     """Yield what an lm-eval YAML file includes, and the files of its functions."""
 
-    def walked(value: Any) -> Iterator[str]:
-        if isinstance(value, dict):
-            included = value.get("include") or ()
-            yield from [included] if isinstance(included, str) else included
+    def functions(value: Any) -> Iterator[str]:
         if isinstance(value, _Function):
             yield value.rpartition(".")[0].replace(".", "/") + ".py"
         elif isinstance(value, dict | list):
             for inner in value.values() if isinstance(value, dict) else value:
-                yield from walked(inner)
+                yield from functions(inner)
 
-    return walked(yaml.load(file.read_bytes(), Loader=_TaskLoader))
+    config = yaml.load(file.read_bytes(), Loader=_TaskLoader)
+    included = config.get("include") or ()
+    yield from [included] if isinstance(included, str) else included
+    yield from functions(config)
 
 
 class _Function(str):

@@ -227,8 +227,13 @@ def test_text_that_drift_is_measured_on_is_no_anchor(
     assert main(["compare", path]) == 2
     said = capsys.readouterr().err
     assert f"own.txt, as {long[:60]!r}, where methods with anchors would look better" in said
-    (tmp_path / "copy.txt").write_text("= Life =\n")
+    other = "".join(f"What no other text holds, number {i}.\n" for i in range(20))
+    (tmp_path / "copy.txt").write_text(f"= Life =\n{other}")
     assert list(_told_early(CompareConfig.read(path))) == ["suite:own"]
+    # Short lines are no chance where they are many, as in dialogues, in code and in Chinese.
+    (tmp_path / "copy.txt").write_text(f"The ferry leaves twice a day.\n{other[:300]}")
+    assert main(["compare", path]) == 2
+    assert "text.txt, as 'The ferry leaves twice a day.', where" in capsys.readouterr().err
 
 
 def test_settings_are_searched_on_other_text_than_is_reported() -> None:
@@ -1093,7 +1098,10 @@ def test_the_suite_is_measured_at_the_margin_of_the_reference(
 
 
 def test_a_retrained_curve_has_its_method_s_own_point_among_the_others(
-    settings: dict[str, Any], tmp_path: Path, in_process: list[str]
+    settings: dict[str, Any],
+    tmp_path: Path,
+    in_process: list[str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     # Of a method that is not compared nothing is trained anew.
     retrain = ["dpo.beta=0.1,1.0", "sft.epochs=1,2"]
@@ -1101,6 +1109,8 @@ def test_a_retrained_curve_has_its_method_s_own_point_among_the_others(
     settings |= {"methods": ["base", "dpo"], "retrain": retrain, "headline": ["dpo", "sft"]}
     path = yaml_file(tmp_path / "run.yaml", settings)
     assert main(["compare", path]) == 0
+    (*_, (done, total)) = re.findall(r"^\[(\d+)/(\d+)\] ", capsys.readouterr().out, flags=re.M)
+    assert done == total  # nothing is waited for that is there already
     # The search's default β is 0.1: that point is there already.
     wanted = {"answers": 1, "train": 2, "measure": 1 + 2 + 1, "validate": 1, "judge": 2}
     assert Counter(in_process) == wanted
@@ -1243,7 +1253,7 @@ def test_a_failed_cell_is_reported_and_the_rest_go_on(
     path = yaml_file(tmp_path / "run.yaml", settings)
     assert main(["compare", path]) == 2
     err = capsys.readouterr().err
-    assert "failed train dpo seed 0: exit code 1: RuntimeError: out of luck" in err
+    assert "failed train dpo trial 0: exit code 1: RuntimeError: out of luck" in err
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert found["methods"]["dpo"]["runs"] == []
     assert found["methods"]["dpo"]["search"]["trials"][0]["state"] == "failed"
@@ -1499,14 +1509,17 @@ def test_a_suite_of_files_and_tasks_of_ones_own(
     assert main(["compare", path]) == 0
     assert Counter(in_process) == {"suite": 2}
     # What the task's file reads is watched, too: what it includes, and a function's file.
-    functions = tmp_path / "functions"
-    functions.mkdir()
+    # As lm-eval reads it: from where a link leads, and included at the top alone.
+    functions = tmp_path / "real" / "functions"
+    functions.mkdir(parents=True)
+    say |= {"metadata": {"version": 1.0, "include": True}}
     (functions / "ask.py").write_text("def ask(doc):\n    return doc['query']\n")
-    (tmp_path / "shared.yaml").write_text("doc_to_text: !function functions.ask.ask\n")
+    (tmp_path / "real" / "shared.yaml").write_text("doc_to_text: !function functions.ask.ask\n")
     including = {k: v for k, v in say.items() if k != "doc_to_text"} | {"include": "shared.yaml"}
-    yaml_file(tmp_path / "say.yaml", including)
+    (tmp_path / "say.yaml").unlink()
+    (tmp_path / "say.yaml").symlink_to(yaml_file(tmp_path / "real" / "told.yaml", including))
     for change in ("\n", "# another\n"):
-        for changed_file in (functions / "ask.py", tmp_path / "shared.yaml"):
+        for changed_file in (functions / "ask.py", tmp_path / "real" / "shared.yaml"):
             with changed_file.open("a") as file:
                 file.write(change)
             in_process.clear()
@@ -1639,6 +1652,31 @@ def test_a_cell_ends_with_whoever_started_it(tmp_path: Path) -> None:
         write_on()
     os.close(pipe)
     assert not (cell / "result.json").exists()
+
+
+def test_a_cell_imports_nothing_from_where_it_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torch.py").write_text("raise RuntimeError('mine')\n")
+    monkeypatch.chdir(tmp_path)
+    cell = cells.Cell(tmp_path, "train", "x", {"files": {}, "model": "nothing here"})
+    with pytest.raises(cells.CellFailed, match=r"exit code 1: KeyError"):
+        cell.run(cells.launch)
+
+
+@pytest.mark.parametrize(("visible", "told"), [(None, "0"), ("2,3", "2"), ("", "")])
+def test_a_cell_sees_one_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, told: str
+) -> None:
+    seen = tmp_path / "seen"
+    (tmp_path / "python").write_text(f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES" > {seen}\n')
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert cells.launch(tmp_path) == 0
+    assert seen.read_text() == f"{told}\n"
 
 
 def test_a_cell_runs_in_a_process_of_its_own_and_tells_its_last_word(tmp_path: Path) -> None:

@@ -432,7 +432,13 @@ def test_settings_of_the_asked_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_KEY", "two words")
     with pytest.raises(ConfigError, match=r"\$NO_KEY: holds no key"):
         OpenAIJudge("http://localhost/v1", "m", "NO_KEY")
-    for address in ("localhost:8000", "file:///etc/passwd", "http://", "http://a b/v1"):
+    for address in (
+        "localhost:8000",
+        "file:///etc/passwd",
+        "http://",
+        "http://a b/v1",
+        "http://a/é",
+    ):
         with pytest.raises(ConfigError, match="not an address"):
             OpenAIJudge(address, "m", None)
 

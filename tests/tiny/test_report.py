@@ -474,6 +474,24 @@ def test_what_is_lost_of_a_perplexity_is_the_share_it_rises_by(full: dict[str, A
     assert not results.is_perplexity("piqa")
 
 
+def test_bits_are_lost_by_their_difference(full: dict[str, Any]) -> None:
+    made = copy.deepcopy(full)
+    for name in made["methods"]:
+        for point in own(made, name):
+            task = point["tasks"]["wikitext"]
+            task |= {"metric": "bits_per_byte", "higher_is_better": False}
+            task["value"] = -sum(task["items"]) / sum(task["weights"]) / math.log(2)
+    results = Results(made)
+    assert not results.is_perplexity("wikitext")
+    assert results.less_is_better("wikitext")
+    before = own(made, "base")[0]["tasks"]["wikitext"]["value"]
+    after = fmean(p["tasks"]["wikitext"]["value"] for p in own(made, "sft"))
+    drop = results.drop(results.methods["sft"], "wikitext")
+    assert drop is not None
+    assert drop.value == pytest.approx(after - before)
+    assert drop.low < drop.value < drop.high
+
+
 def test_where_less_is_better_a_rise_is_lost(full: dict[str, Any], tmp_path: Path) -> None:
     made = copy.deepcopy(full)
     for name, value in (

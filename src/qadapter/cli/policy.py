@@ -154,7 +154,8 @@ def _tune(args: argparse.Namespace) -> None:
         max_strength=args.max_strength,
         max_tokens=args.text_tokens,
     )
-    words = ["qadapter", "chat", *loading_words(args), "--strength", f"{found.strength:g}"]
+    strength = f"{found.strength:.9g}"  # all of its digits: more than it may be outside
+    words = ["qadapter", "chat", *loading_words(args), "--strength", strength]
     following = shlex.join(words)
     if args.json:
         print(json.dumps({**dataclasses.asdict(found), "next": following}, allow_nan=False))
@@ -162,7 +163,7 @@ def _tune(args: argparse.Namespace) -> None:
     spread = "of one window, so without an interval"
     if found.kl_ci is not None:
         spread = f"95% {found.kl_ci[0]:.4g}–{found.kl_ci[1]:.4g}"
-    print(f"strength {found.strength:g}, the largest up to {found.max_strength:g} that keeps to it")
+    print(f"strength {strength}, the largest up to {found.max_strength:g} that keeps to it")
     print(f"KL       {found.kl:.4g} nats a token ({spread}) of at most {found.max_kl:g}")
     print(f"         {found.kl_at_max:.4g} at strength {found.max_strength:g}")
     print(f"read on  {found.tokens:,} tokens of {args.text}\nnext     {following}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -99,11 +100,22 @@ def launch(directory: Path, *, cwd: str | None = None) -> int:
 
 
 def _launch(directory: Path, log: TextIO, cwd: str | None) -> int:
-    words = [sys.executable, "-m", "qadapter.compare", str(directory)]
+    # Nothing is imported from the working directory, where a file may be named as a library is.
+    words = [sys.executable, "-P", "-m", "qadapter.compare", str(directory)]
     # The pipe ends with this process, however that ends, and with the pipe the cell.
     pipe = subprocess.PIPE
-    with subprocess.Popen(words, stdin=pipe, stdout=log, stderr=log, cwd=cwd) as process:
+    options: dict[str, Any] = {"stdin": pipe, "stdout": log, "stderr": log, "cwd": cwd}
+    with subprocess.Popen(words, env=_on_one_gpu(), **options) as process:
         return process.wait()
+
+
+def _on_one_gpu() -> dict[str, str]:
+    """Return the environment with the first GPU alone in sight.
+
+    Given several, transformers' trainer would split each batch between them (`DataParallel`).
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": visible.split(",")[0]}
 
 
 # ── the work, in the cell's own process ─────────────────────────────────────────────────────────
@@ -306,7 +318,8 @@ def _suite(work: _Work) -> dict[str, Any]:
     """Measure the capability suite at one strength.
 
     Tasks of log-likelihood as lm-eval asks them, without a template; those that generate as
-    conversations, as many as the answers made for the win rate, and on files twice as long.
+    conversations, if the base has a template for them, as many as the answers made for the win
+    rate, and on files twice as long.
     """
     from qadapter.evaluate import evaluate_tasks, load_task
     from qadapter.suite import suite_tasks
@@ -319,8 +332,9 @@ def _suite(work: _Work) -> dict[str, Any]:
             limits = {**task["generation_kwargs"], "max_gen_toks": 2 * spec["answer_tokens"]}
             task = {**task, "generation_kwargs": limits}
         limit = spec["answers"] if made else spec["suite_limit"]
+        chat = made and bool(policy.tokenizer.chat_template)
         scores += evaluate_tasks(
-            policy, [task], strength=spec["strength"], limit=limit, apply_chat_template=made
+            policy, [task], strength=spec["strength"], limit=limit, apply_chat_template=chat
         )
     return {"tasks": {score.task: dataclasses.asdict(score) for score in scores}}
 

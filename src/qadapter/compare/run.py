@@ -29,7 +29,9 @@ from qadapter.stats import INTERVALS
 from qadapter.suite import is_yaml, suite_tasks, yaml_files
 
 _SENTENCE = 50
-"""Characters of a line that two texts do not share by chance."""
+"""Bytes of a line that two texts do not share by chance."""
+_SHARED = 0.05
+"""Part of a text, in bytes of its lines, that it does not share with another by chance."""
 _BUILDERS = ("json", "csv", "parquet", "text", "arrow")
 """Of datasets' own: what they read `data_files` and `data_dir` say."""
 _REPLAY_TOKENS = 256
@@ -108,30 +110,34 @@ def _told_early(config: CompareConfig) -> dict[str, str]:
     tasks = suite_tasks(config.suite)
     files = _suite_files(tasks)
     if config.anchors:
-        held = _sentences(read_texts(config.anchors))
-        measured = {config.text: _sentences(text)}
+        held = _lines(read_texts(config.anchors))
+        measured = {config.text: _lines(text)}
         measured |= {
-            path: _sentences(read_texts(path))
+            path: _lines(read_texts(path))
             for task in tasks
             if isinstance(task, dict)
             and (path := task["dataset_kwargs"]["data_files"]["test"]).endswith(".txt")
         }
-        digest = sha256(config.anchors)
         for path, lines in measured.items():
-            shared = min(held & lines, default="")
-            if shared or sha256(path) == digest:
-                said = f", as {shared[:60]!r}" if shared else ""
+            shared = held & lines
+            longest = max(shared, key=_bytes, default="")
+            much = sum(map(_bytes, shared)) >= _SHARED * sum(map(_bytes, held))
+            if shared and (much or _bytes(longest) >= _SENTENCE):
                 raise ConfigError(
-                    f"anchors: {config.anchors} shares text with {path}{said}, where methods with "
-                    "anchors would look better than they are; give another."
+                    f"anchors: {config.anchors} shares text with {path}, as {longest[:60]!r}, "
+                    "where methods with anchors would look better than they are; give another."
                 )
     return files
 
 
-def _sentences(texts: Iterable[str]) -> set[str]:
-    """Return the lines that are too long to stand in two texts by chance, as headings do."""
-    lines = (line.strip() for text in texts for line in text.splitlines())
-    return {line for line in lines if len(line) >= _SENTENCE}
+def _lines(texts: Iterable[str]) -> set[str]:
+    """Return the different lines of texts that are not blank."""
+    return {line.strip() for text in texts for line in text.splitlines()} - {""}
+
+
+def _bytes(line: str) -> int:
+    """Return how long a line is, by which forty ideographs are long."""
+    return len(line.encode())
 
 
 def _suite_files(tasks: Sequence[str | dict[str, Any]]) -> dict[str, str]:
@@ -260,6 +266,7 @@ def _write(
     # The same of every run, since all are measured on the same pairs.
     told = [(found.pop("length_baseline"), found.pop("prompts")) for found in runs]
     baseline, prompts = told[0] if told else (None, [])
+    measured = (sum(run["points"][0]["window_tokens"]) for run in runs)
     out = {
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -275,7 +282,7 @@ def _write(
             }
             for name, pairs in vars(parts).items()
         }
-        | {"general_text": {"path": config.text, "tokens": config.text_tokens}},
+        | {"general_text": {"path": config.text, "tokens": next(measured, 0)}},
         "intervals": INTERVALS,
         "pair_prompts": prompts,
         "length_baseline": baseline,

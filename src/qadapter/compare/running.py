@@ -69,20 +69,24 @@ class Run:
     validating: defaultdict[str, Lock] = field(default_factory=lambda: defaultdict(Lock))
     """One a judge: it is validated once, whoever asks for its votes."""
 
-    def cell(self, kind: str, label: str, **spec: Any) -> dict[str, Any] | None:
-        """Return a cell's result with its `directory`, or None if it failed."""
+    def cell(
+        self, kind: str, label: str, *, asker: str | None = None, **spec: Any
+    ) -> dict[str, Any] | None:
+        """Return a cell's result with its `directory`, or None if it failed.
+
+        `asker` says what it is for where several ask for the same; default its label.
+        """
         files = {name: self.files[of] for name, of in spec.pop("files").items()}
         shared = {name: getattr(self.config, name) for name in _SHARED}
         if self.base:
             shared["base"] = self.base
         cell = Cell(self.root, kind, label, {"files": files, **shared, **spec})
         with self.locks[cell.directory]:
-            return self._run(cell)
+            return self._run(cell, f"{kind} {asker or label}")
 
-    def _run(self, cell: Cell) -> dict[str, Any] | None:
+    def _run(self, cell: Cell, label: str) -> dict[str, Any] | None:
         pace = (time.perf_counter() - self.began) / self.fresh if self.fresh else None
         left = None if pace is None else pace * (self.total - self.done)
-        label = f"{cell.kind} {cell.label}"
         self.tell(Progress(self.done, self.total, label, left))
         fresh = cell.result is None
         try:
@@ -155,6 +159,7 @@ def tried(
     trained = run.cell(
         "train",
         f"{name} seed {seed}",
+        asker=label,
         files=files,
         trainer=method.trainer,
         params=params,

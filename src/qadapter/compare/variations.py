@@ -75,8 +75,10 @@ def retrained_curve(
         "search": None,
         "runs": [],
     }
+    run.spare(2 * len(values) * (len(run.config.seeds_of(name)) - len(told["runs"])))
     for chosen in told["runs"]:
         own, seed = float(chosen["params"][parameter]), chosen["seed"]
+        run.spare(2 * (len(values) - len({*values} - {own})))
         points = {own: next(p for p in chosen["points"] if p["dial"] == 1.0)}
         for value in sorted({*values} - {own}):
             params = {**chosen["params"], parameter: value}

@@ -65,8 +65,10 @@ class OpenAIJudge(Judge):
         workers: int = 4,
     ) -> None:
         super().__init__(model)
-        if not re.fullmatch(r"https?://[^/\s]\S*", base_url):
-            raise ConfigError(f"{base_url!r}: not an address; give one such as http://host/v1.")
+        if not re.fullmatch(r"https?://[^/\s]\S*", base_url, re.ASCII) or not base_url.isascii():
+            raise ConfigError(
+                f"{base_url!r}: not an address, of ASCII alone; give one such as http://host/v1."
+            )
         self._key = os.environ.get(api_key_env, "").strip() if api_key_env else ""
         if api_key_env and not re.fullmatch("[!-~]+", self._key):
             raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,10 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 _GREY = "#555555"
 _CHI2_95 = 5.991
 """χ² of two degrees of freedom at 95%."""
+_PANELS = 5
+"""Tasks side by side."""
+_TITLE = 18
+"""Characters of a task's name above its panel in a line."""
 
 
 def draw(results: Results) -> dict[str, bytes]:
@@ -58,12 +63,12 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # without pyplot: no global state, no window
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
-    for one in axes:
+    axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for one in axes.flat:
         one.spines[["top", "right"]].set_visible(False)
         one.grid(alpha=0.25)
         one.set_axisbelow(True)
@@ -90,7 +95,7 @@ def _png(figure: Any) -> bytes:
 
 def _frontier(results: Results, methods: Sequence[Method]) -> bytes:
     """Draw margin against KL, one curve a method along its dial, with a 95% region a point."""
-    figure, (axes,) = _figure(9.0, 5.0)
+    figure, ((axes,),) = _figure(9.0, 5.0)
     styles = _styles(results, methods)
     for method in methods:
         style = styles[method.name]
@@ -145,7 +150,7 @@ def _equal_learning(results: Results, reference: Method, methods: Sequence[Metho
     ratios = [found[method.name].ratio for method in rows]
     ends = [x for r in ratios for x in (r.value, r.low, r.high) if 0 < x < math.inf]
     left, right = min([*ends, 0.5]) / 1.5, max([*ends, 2.0]) * 1.5
-    figure, (axes,) = _figure(9.0, 1.4 + 0.36 * len(rows))
+    figure, ((axes,),) = _figure(9.0, 1.4 + 0.36 * len(rows))
     axes.axvline(1.0, color=_GREY, lw=1)
     for y, (method, ratio) in enumerate(zip(rows, ratios, strict=True)):
         colour, marker = styles[method.name]["color"], styles[method.name]["marker"]
@@ -170,8 +175,12 @@ def _equal_learning(results: Results, reference: Method, methods: Sequence[Metho
 def _tasks(results: Results, tasks: Sequence[str], methods: Sequence[Method]) -> bytes:
     """Draw each task's drop below the base with its interval, one panel a task."""
     styles = _styles(results, methods)
-    figure, panels = _figure(9.0, 1.4 + 0.3 * len(methods), len(tasks))
-    for axes, task in zip(panels, tasks, strict=True):
+    rows = math.ceil(len(tasks) / _PANELS)
+    height = rows * (1.1 + 0.3 * len(methods)) + 0.3
+    figure, grid = _figure(9.0, height, rows, min(len(tasks), _PANELS))
+    for axes in grid.flat[len(tasks) :]:
+        axes.set_axis_off()
+    for axes, task in zip(grid.flat, tasks, strict=False):
         axes.axvline(0.0, color=_GREY, lw=1)
         for y, method in enumerate(methods):
             drop = results.drop(method, task)
@@ -181,9 +190,11 @@ def _tasks(results: Results, tasks: Sequence[str], methods: Sequence[Method]) ->
                 axes.errorbar([drop.value], [y], xerr=bars, color=colour, marker=marker, capsize=2)
         unit = "\n(share higher)" if results.is_perplexity(task) else ""
         unit = "\n(rise)" if results.less_is_better(task) else unit
-        axes.set_title(_plain(task) + unit, fontsize=10)
+        name = "\n".join(wrap(task, _TITLE))
+        axes.set_title(_plain(name) + unit, fontsize=10)
         axes.tick_params(axis="x", labelsize=8)
-    panels[0].set_yticks(range(len(methods)), [_plain(method.label) for method in methods])
-    panels[0].set_ylim(len(methods) - 0.5, -0.5)
+    for axes in grid[:, 0]:
+        axes.set_yticks(range(len(methods)), [_plain(method.label) for method in methods])
+    grid[0, 0].set_ylim(len(methods) - 0.5, -0.5)
     figure.supxlabel("drop below the base  (0 is nothing lost)", fontsize=10)
     return _png(figure)

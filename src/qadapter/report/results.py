@@ -334,7 +334,8 @@ class Results:
     def is_perplexity(self, task: str) -> bool:
         """Return whether a task's figure is a perplexity, the lower the better."""
         points = (point for method in self.methods.values() for point in method.own_points)
-        return any(point["tasks"].get(task, {}).get("weights") for point in points)
+        found = (point["tasks"].get(task, {}) for point in points)
+        return any(t.get("weights") and t.get("metric") != "bits_per_byte" for t in found)
 
     def less_is_better(self, task: str) -> bool:
         """Return whether a task's figure is neither a perplexity nor the higher the better."""
@@ -354,9 +355,14 @@ class Results:
             return None
         if not weights:
             return _lost(before, kept, less_is_better=self.less_is_better(task))
-        # Nats a word, or a document: the logarithm of perplexity.
+        # Nats a word, a byte, or a document: the logarithm of perplexity.
         lost = paired_bootstrap([before], kept, weights)
-        return Interval(*map(math.expm1, (lost.value, lost.low, lost.high)))
+        told = math.expm1 if self.is_perplexity(task) else _bits
+        return Interval(*map(told, (lost.value, lost.low, lost.high)))
+
+
+def _bits(nats: float) -> float:
+    return nats / math.log(2)
 
 
 def _beside_unvaried(row: Mapping[str, Any]) -> bool:
