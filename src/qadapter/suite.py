@@ -239,7 +239,7 @@ def yaml_files(path: str | Path) -> list[Path]:
             continue
         found.append(file)
         if is_yaml(str(file)):
-            waiting += [file.parent / name for name in _named_in(file)]
+            waiting += [(file.parent / name).resolve() for name in _named_in(file)]
     return found
 
 

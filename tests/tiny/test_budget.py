@@ -669,7 +669,7 @@ def test_the_commands_answer_is_inside_by_a_plain_measurement(
     # No digit is lost that the measurement had.
     far = [*words[:3], "1e9", *words[4:], "--max-strength", "123.4567"]
     assert main(far) == 0
-    assert capsys.readouterr().out.startswith("strength 123.4567, the largest up to 123.457")
+    assert capsys.readouterr().out.startswith("strength 123.4567, the largest up to 123.4567 ")
     loading = ["--base", base, "--no-check-base"]
     assert main([*words, *loading, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)["next"]

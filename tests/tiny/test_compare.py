@@ -46,7 +46,7 @@ from qadapter.compare.equal import add_equal_learning
 from qadapter.compare.fanout import Fanout
 from qadapter.compare.methods import has_number, why_not
 from qadapter.compare.run import _local_files, _told_early
-from qadapter.compare.running import Run
+from qadapter.compare.running import Run, suite_at
 from qadapter.data import prompt_key, read_pairs, read_texts, tokenize_pairs
 from qadapter.errors import ConfigError, DataError, UserError
 from qadapter.evaluate import evaluate_tasks
@@ -220,20 +220,33 @@ def test_text_that_drift_is_measured_on_is_no_anchor(
     assert not list(tmp_path.glob("out/cells/*"))
     # Nor is a text of which one line is measured, be it by the suite; a heading may be in both.
     long = "What a perplexity is taken of, and what is long enough to be no heading."
-    (tmp_path / "own.txt").write_text(f"= Life =\n\n{long}\n")
+    other = "".join(f"What no other text holds, number {i}.\n" for i in range(20))
+    measured = other.replace("no other text", "the suite")
+    (tmp_path / "own.txt").write_text(f"= Ранние годы и образование =\n\n{long}\n{measured}")
     settings |= {"anchors": str(tmp_path / "copy.txt"), "suite": str(tmp_path / "own.txt")}
     path = yaml_file(tmp_path / "run.yaml", settings)
-    (tmp_path / "copy.txt").write_text(f"= Death =\n\n  {long}\n")
+    (tmp_path / "copy.txt").write_text(f"= Death =\n\n  {long}\n{other}")
     assert main(["compare", path]) == 2
     said = capsys.readouterr().err
     assert f"own.txt, as {long[:60]!r}, where methods with anchors would look better" in said
-    other = "".join(f"What no other text holds, number {i}.\n" for i in range(20))
-    (tmp_path / "copy.txt").write_text(f"= Life =\n{other}")
+    (tmp_path / "copy.txt").write_text(f"= Ранние годы и образование =\n{other}")
     assert list(_told_early(CompareConfig.read(path))) == ["suite:own"]
     # Short lines are no chance where they are many, as in dialogues, in code and in Chinese.
     (tmp_path / "copy.txt").write_text(f"The ferry leaves twice a day.\n{other[:300]}")
     assert main(["compare", path]) == 2
     assert "text.txt, as 'The ferry leaves twice a day.', where" in capsys.readouterr().err
+    # Nor is it chance where all that is measured stands among much else.
+    much = "".join(f"Much that no other text holds, {i}.\n" for i in range(900))
+    (tmp_path / "copy.txt").write_text(f"The ferry leaves twice a day.\n{much}")
+    assert main(["compare", path]) == 2
+    assert "text.txt, as 'The ferry leaves twice a day.', where" in capsys.readouterr().err
+    # What a task of rows asks is measured, too, be it in two fields.
+    row = {"context": "The keeper opened the", "continuation": "door, which was green and heavy"}
+    (tmp_path / "lambada.jsonl").write_text(json.dumps(row) + "\n")
+    path = yaml_file(tmp_path / "run.yaml", settings | {"suite": str(tmp_path / "lambada.jsonl")})
+    (tmp_path / "copy.txt").write_text(f"{' '.join(row.values())}\n{other}")
+    assert main(["compare", path]) == 2
+    assert "lambada.jsonl, as 'The keeper opened the door" in capsys.readouterr().err
 
 
 def test_settings_are_searched_on_other_text_than_is_reported() -> None:
@@ -1058,6 +1071,34 @@ def test_nobody_has_the_margin_of_what_learned_nothing(
         assert run.total == 0
 
 
+def test_a_suite_that_reads_no_file_here_is_measured(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """As of lm-eval's tasks alone, whose data come from the Hub."""
+    run = equal_run(settings, tmp_path)
+    run.suite, run.files = (), {}
+    assert suite_at(run, "dpo seed 0", "out/dpo", 0.5) == {"t": {"items": [0.5]}}
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages }}"])
+def test_a_suite_s_answers_are_a_conversation_s_if_the_base_has_a_template(
+    suite: Path, monkeypatch: pytest.MonkeyPatch, template: str | None
+) -> None:
+    asked = {}
+
+    def recorded(policy: Any, tasks: Any, *, apply_chat_template: bool, **_: Any) -> list[Any]:
+        asked[tasks[0]["task"]] = apply_chat_template
+        return []
+
+    policy = SimpleNamespace(tokenizer=SimpleNamespace(chat_template=template))
+    monkeypatch.setattr("qadapter.evaluate.evaluate_tasks", recorded)
+    limits = {"suite_limit": 3, "answers": 2, "answer_tokens": 4}
+    spec = {"suite": [str(suite)], "strength": 1.0, **limits}
+    cells.WORK["suite"](SimpleNamespace(spec=spec, policy=lambda: policy))
+    assert asked.pop("local_ifeval") is (template is not None)
+    assert {*asked.values()} == {False}
+
+
 @pytest.mark.usefixtures("one_index")
 def test_the_suite_is_measured_at_the_margin_of_the_reference(
     settings: dict[str, Any], tmp_path: Path, suite: Path, in_process: list[str]
@@ -1116,6 +1157,9 @@ def test_a_retrained_curve_has_its_method_s_own_point_among_the_others(
     assert Counter(in_process) == wanted
     comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
     curve = comparison["methods"]["dpo.beta"]
+    measured = sum(curve["runs"][0]["points"][0]["window_tokens"])
+    assert 0 < measured < settings["text_tokens"]  # the text is shorter
+    assert comparison["data"]["general_text"]["tokens"] == measured
     assert curve["own_dial"] == 0.1
     trained, other = curve["runs"][0]["points"]
     assert (trained["dial"], other["dial"]) == (0.1, 1.0)
@@ -1515,7 +1559,11 @@ def test_a_suite_of_files_and_tasks_of_ones_own(
     say |= {"metadata": {"version": 1.0, "include": True}}
     (functions / "ask.py").write_text("def ask(doc):\n    return doc['query']\n")
     (tmp_path / "real" / "shared.yaml").write_text("doc_to_text: !function functions.ask.ask\n")
-    including = {k: v for k, v in say.items() if k != "doc_to_text"} | {"include": "shared.yaml"}
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "shared.yaml").symlink_to(tmp_path / "real" / "shared.yaml")
+    including = {k: v for k, v in say.items() if k != "doc_to_text"} | {
+        "include": "../linked/shared.yaml"
+    }
     (tmp_path / "say.yaml").unlink()
     (tmp_path / "say.yaml").symlink_to(yaml_file(tmp_path / "real" / "told.yaml", including))
     for change in ("\n", "# another\n"):

@@ -432,13 +432,9 @@ def test_settings_of_the_asked_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_KEY", "two words")
     with pytest.raises(ConfigError, match=r"\$NO_KEY: holds no key"):
         OpenAIJudge("http://localhost/v1", "m", "NO_KEY")
-    for address in (
-        "localhost:8000",
-        "file:///etc/passwd",
-        "http://",
-        "http://a b/v1",
-        "http://a/é",
-    ):
+    wrong = ["localhost:8000", "file:///etc/passwd", "http://", "http://a b/v1", "http://a/é"]
+    wrong += ["http://[::1/v1", "http://localhost:abc/v1", "http://a\x01b/v1"]
+    for address in wrong:
         with pytest.raises(ConfigError, match="not an address"):
             OpenAIJudge(address, "m", None)
 

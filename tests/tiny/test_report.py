@@ -296,6 +296,27 @@ def test_the_frontier_is_the_first_picture(page: Page) -> None:
     assert "Margin on held-out pairs against KL" in str(order[1][1])
 
 
+def test_the_names_of_many_tasks_stand_apart(full: dict[str, Any]) -> None:
+    made = copy.deepcopy(full)
+    for name in made["methods"]:
+        for point in own(made, name):
+            for i in range(20):
+                task = f"leaderboard_bbh_logical_deduction_{i}_objects"
+                point["tasks"][task] = point["tasks"]["piqa"]
+    results = Results(made)
+    drawn: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "_png", lambda figure: drawn.append(figure) or b"")
+        figures.draw(results)
+    tasks = drawn[-1]
+    tasks.canvas.draw()
+    boxes = [axes.title.get_window_extent() for axes in tasks.axes if axes.axison]
+    assert all(axes.get_window_extent().width > 50 for axes in tasks.axes)
+    assert len(boxes) == len(results.tasks())
+    for i, one in enumerate(boxes):
+        assert not any(one.overlaps(other) for other in boxes[:i])
+
+
 def test_a_region_holds_95_percent_of_the_resamples_of_a_point(full: dict[str, Any]) -> None:
     found = Results(full).methods["qadapter"]
     for dial in range(len(DIALS)):

@@ -163,9 +163,9 @@ def _tune(args: argparse.Namespace) -> None:
     spread = "of one window, so without an interval"
     if found.kl_ci is not None:
         spread = f"95% {found.kl_ci[0]:.4g}–{found.kl_ci[1]:.4g}"
-    print(f"strength {strength}, the largest up to {found.max_strength:g} that keeps to it")
+    print(f"strength {strength}, the largest up to {found.max_strength:.9g} that keeps to it")
     print(f"KL       {found.kl:.4g} nats a token ({spread}) of at most {found.max_kl:g}")
-    print(f"         {found.kl_at_max:.4g} at strength {found.max_strength:g}")
+    print(f"         {found.kl_at_max:.4g} at strength {found.max_strength:.9g}")
     print(f"read on  {found.tokens:,} tokens of {args.text}\nnext     {following}")
 
 

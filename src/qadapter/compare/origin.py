@@ -17,7 +17,8 @@ from qadapter.errors import needs
 from qadapter.files import code_digest
 
 Origin = dict[str, dict[str, str]]
-_PACKAGES = ("qadapter", "torch", "transformers", "peft", "trl", "datasets", "lm_eval", "optuna")
+_LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets", "lm_eval", "optuna")
+_PACKAGES = ("qadapter", *_LIBRARIES, "scikit-learn", "matplotlib", "jinja2")
 
 
 @cache

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from glob import glob
 from pathlib import Path
 from typing import Any
+from unicodedata import east_asian_width
 
 from qadapter import hub
 from qadapter.anchors import COUNT, MAX_TOKENS
@@ -24,14 +25,14 @@ from qadapter.compare.variations import read_variation, retrained_curve, robust
 from qadapter.data import Pair, read_prompts, read_texts, tokenize_pairs
 from qadapter.errors import ConfigError
 from qadapter.evaluate import load_task
-from qadapter.files import alone_in, check_writable, sha256, write_text
+from qadapter.files import alone_in, check_writable, read_jsonl, sha256, write_text
 from qadapter.stats import INTERVALS
 from qadapter.suite import is_yaml, suite_tasks, yaml_files
 
 _SENTENCE = 50
-"""Bytes of a line that two texts do not share by chance."""
+"""Characters of a line that two texts do not share by chance; an ideograph is three."""
 _SHARED = 0.05
-"""Part of a text, in bytes of its lines, that it does not share with another by chance."""
+"""Part of a text, in such characters of its lines, that is not another's by chance."""
 _BUILDERS = ("json", "csv", "parquet", "text", "arrow")
 """Of datasets' own: what they read `data_files` and `data_dir` say."""
 _REPLAY_TOKENS = 256
@@ -112,17 +113,13 @@ def _told_early(config: CompareConfig) -> dict[str, str]:
     if config.anchors:
         held = _lines(read_texts(config.anchors))
         measured = {config.text: _lines(text)}
-        measured |= {
-            path: _lines(read_texts(path))
-            for task in tasks
-            if isinstance(task, dict)
-            and (path := task["dataset_kwargs"]["data_files"]["test"]).endswith(".txt")
-        }
+        measured |= {path: _lines(_task_texts(path)) for path in files.values()}
         for path, lines in measured.items():
             shared = held & lines
-            longest = max(shared, key=_bytes, default="")
-            much = sum(map(_bytes, shared)) >= _SHARED * sum(map(_bytes, held))
-            if shared and (much or _bytes(longest) >= _SENTENCE):
+            longest = max(shared, key=_length, default="")
+            least = min(sum(map(_length, held)), sum(map(_length, lines)))
+            much = sum(map(_length, shared)) >= _SHARED * least
+            if shared and (much or _length(longest) >= _SENTENCE):
                 raise ConfigError(
                     f"anchors: {config.anchors} shares text with {path}, as {longest[:60]!r}, "
                     "where methods with anchors would look better than they are; give another."
@@ -135,9 +132,20 @@ def _lines(texts: Iterable[str]) -> set[str]:
     return {line.strip() for text in texts for line in text.splitlines()} - {""}
 
 
-def _bytes(line: str) -> int:
-    """Return how long a line is, by which forty ideographs are long."""
-    return len(line.encode())
+def _length(line: str) -> int:
+    """Return how long a line is, by which seventeen ideographs are as long as fifty letters."""
+    return sum(3 if east_asian_width(character) in "WF" else 1 for character in line)
+
+
+def _task_texts(path: str) -> Iterator[str]:
+    """Yield what a file of the suite has a policy read: a text's, or the fields of rows."""
+    if path.endswith(".txt"):
+        yield from read_texts(path)
+    elif path.endswith(".jsonl"):
+        for _, row in read_jsonl(path):
+            values = row.values() if isinstance(row, dict) else ()
+            fields = [value for value in values if isinstance(value, str)]
+            yield from (*fields, " ".join(fields))  # LAMBADA's passages are in two
 
 
 def _suite_files(tasks: Sequence[str | dict[str, Any]]) -> dict[str, str]:

@@ -186,7 +186,7 @@ def suite_at(run: Run, label: str, adapter: str | None, strength: float) -> dict
 
     By task; empty without a suite, or if the cell failed.
     """
-    if not run.suite:
+    if not run.config.suite:
         return {}
     found = run.cell(
         "suite",

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from qadapter.data import Text
@@ -65,7 +66,7 @@ class OpenAIJudge(Judge):
         workers: int = 4,
     ) -> None:
         super().__init__(model)
-        if not re.fullmatch(r"https?://[^/\s]\S*", base_url, re.ASCII) or not base_url.isascii():
+        if not _is_address(base_url):
             raise ConfigError(
                 f"{base_url!r}: not an address, of ASCII alone; give one such as http://host/v1."
             )
@@ -159,6 +160,16 @@ def _content(body: bytes) -> str:
         raise _NoCompletionError from error
     # Silence is the model's, not a failure of the server: an unreadable verdict.
     return content if isinstance(content, str) else ""
+
+
+def _is_address(url: str) -> bool:
+    """Return whether a text is an address of HTTP, in ASCII without blanks, as it is sent."""
+    try:
+        parts = urlsplit(url)
+        whole = parts.port != 0 and bool(parts.hostname)
+    except ValueError:  # a port that is no number, half a bracket
+        return False
+    return whole and parts.scheme in ("http", "https") and bool(re.fullmatch("[!-~]+", url))
 
 
 def _verdict(reply: str) -> float | None:

@@ -21,7 +21,7 @@ _CHI2_95 = 5.991
 """χ² of two degrees of freedom at 95%."""
 _PANELS = 5
 """Tasks side by side."""
-_TITLE = 18
+_TITLE = 16
 """Characters of a task's name above its panel in a line."""
 
 
@@ -190,7 +190,8 @@ def _tasks(results: Results, tasks: Sequence[str], methods: Sequence[Method]) ->
                 axes.errorbar([drop.value], [y], xerr=bars, color=colour, marker=marker, capsize=2)
         unit = "\n(share higher)" if results.is_perplexity(task) else ""
         unit = "\n(rise)" if results.less_is_better(task) else unit
-        name = "\n".join(wrap(task, _TITLE))
+        lines = wrap(task.replace("_", " "), _TITLE, break_long_words=False)
+        name = "_\n".join(lines).replace(" ", "_")
         axes.set_title(_plain(name) + unit, fontsize=10)
         axes.tick_params(axis="x", labelsize=8)
     for axes in grid[:, 0]:
