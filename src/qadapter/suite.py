@@ -246,28 +246,21 @@ def yaml_files(path: str | Path) -> list[Path]:
 def _named_in(file: Path) -> Iterator[str]:
     """Yield what an lm-eval YAML file includes, and the files of its functions."""
 
-    def functions(value: Any) -> Iterator[str]:
-        if isinstance(value, _Function):
-            yield value.rpartition(".")[0].replace(".", "/") + ".py"
-        elif isinstance(value, dict | list):
-            for inner in value.values() if isinstance(value, dict) else value:
-                yield from functions(inner)
+    def functions(node: Any) -> Iterator[str]:
+        if node.tag == "!function":
+            yield node.value.rpartition(".")[0].replace(".", "/") + ".py"
+        elif isinstance(node, yaml.CollectionNode):
+            for inner in node.value:  # of a mapping, pairs
+                for one in inner if isinstance(inner, tuple) else (inner,):
+                    yield from functions(one)
 
-    config = yaml.load(file.read_bytes(), Loader=_TaskLoader)
-    included = config.get("include") or ()
-    yield from [included] if isinstance(included, str) else included
-    yield from functions(config)
-
-
-class _Function(str):
-    """What stands after `!function`: a module and a function of it."""
-
-
-class _TaskLoader(yaml.SafeLoader):
-    """YAML as lm-eval reads it, without importing functions."""
-
-
-_TaskLoader.add_constructor("!function", lambda _, node: _Function(node.value))
+    root = yaml.compose(file.read_bytes(), Loader=yaml.SafeLoader)
+    for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
+        if key.value == "include":
+            named = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            yield from (one.value for one in named)
+    if root is not None:
+        yield from functions(root)
 
 
 def file_task(path: str | Path) -> dict[str, Any]:
