@@ -292,8 +292,8 @@ def file_task(path: str | Path) -> dict[str, Any]:
 
 def _task_on(name: str, path: Path) -> dict[str, Any]:
     _, config, wrong = _TASKS[name]
+    state = random.getstate()  # IFEval draws when it is imported, and what a row leaves open
     made = config()  # first: the checks of IFEval are its own
-    state = random.getstate()  # IFEval draws what a row leaves open
     _check_file(path, wrong)
     random.setstate(state)
     return {
