@@ -103,9 +103,8 @@ def _launch(directory: Path, log: TextIO, cwd: str | None) -> int:
     # Nothing is imported from the working directory, where a file may be named as a library is.
     words = [sys.executable, "-P", "-m", "qadapter.compare", str(directory)]
     # The pipe ends with this process, however that ends, and with the pipe the cell.
-    pipe = subprocess.PIPE
-    options: dict[str, Any] = {"stdin": pipe, "stdout": log, "stderr": log, "cwd": cwd}
-    with subprocess.Popen(words, env=_on_one_gpu(), **options) as process:
+    pipe, env = subprocess.PIPE, _on_one_gpu()
+    with subprocess.Popen(words, stdin=pipe, stdout=log, stderr=log, cwd=cwd, env=env) as process:
         return process.wait()
 
 
