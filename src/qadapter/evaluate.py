@@ -33,7 +33,7 @@ from qadapter.errors import ConfigError, UserError, needs
 from qadapter.files import sha256
 from qadapter.model.adapter import FILES, find_weights
 from qadapter.policy import Policy
-from qadapter.suite import LOCAL_SUITE, local_suite, supply_sentences
+from qadapter.suite import LOCAL_SUITE, local_suite, supply_sentences, untrained_sentences
 
 PAPER_SUITE = ("mmlu", "mmlu_pro", "gsm8k", "bbh", "ifeval")
 """The five benchmarks of arXiv:2407.03856 as lm-eval names them; their data come from the Hub."""
@@ -123,7 +123,7 @@ def evaluate_tasks(
             apply_chat_template=apply_chat_template,
             fewshot_as_multiturn=apply_chat_template,
         )
-    _say_which_sentences()
+    say_which_sentences()
     return [score for part in parts for score in _scores(part, found)]
 
 
@@ -136,6 +136,7 @@ def load_task(task: str) -> dict[str, Any]:
     with _told():
         with needs("eval", "evaluate"):
             from lm_eval.tasks import TaskManager
+        supply_sentences()
         found: dict[str, Any] = TaskManager().load([task])["tasks"]
         return found
 
@@ -232,13 +233,14 @@ def _seeded(device: torch.device) -> Iterator[None]:
 @cache
 def _warn_of_sentences() -> None:
     _log.warning(
-        "IFEval counted sentences by nltk's untrained tokenizer, which ends one after every full "
+        "IFEval counts sentences by nltk's untrained tokenizer, which ends one after every full "
         "stop: punkt_tab is not on this machine; `python -m nltk.downloader punkt_tab` gets it."
     )
 
 
-def _say_which_sentences() -> None:
-    if supply_sentences() and any("ifeval.instructions_util" in name for name in sys.modules):
+def say_which_sentences() -> None:
+    """Warn, once a process, if IFEval counts sentences by nltk's untrained model."""
+    if untrained_sentences():
         _warn_of_sentences()
 
 
@@ -299,7 +301,7 @@ def run_harness(
             options.include_path = [path for path in (theirs, directory) if path]
             options.tasks = names
             Run._execute(options)
-    _say_which_sentences()
+    say_which_sentences()
 
 
 def _set_model(options: argparse.Namespace, written: dict[str, Any], model: dict[str, Any]) -> None:

@@ -191,7 +191,9 @@ def read_fields(path: str | Path) -> dict[str, Any]:
 
     try:
         fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:  # such as a 45th of December
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); name another.") from error
+    except (ValueError, yaml.YAMLError) as error:  # such as a 45th of December
         raise ConfigError(f"{path}: cannot be read as YAML ({error}); fix it.") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{path}: must hold fields and values, one `name: value` a line.")

@@ -6,6 +6,7 @@ Prompts and metrics are those of lm-eval's own tasks of these names; only the da
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.resources import files
@@ -35,6 +36,11 @@ def supply_sentences() -> bool:
         nltk.data.path.append(str(files("qadapter") / "data_files" / "nltk"))
         return True
     return False
+
+
+def untrained_sentences() -> bool:
+    """Return whether IFEval, if it is loaded, counts sentences by nltk's untrained model."""
+    return supply_sentences() and any("ifeval.instructions_util" in name for name in sys.modules)
 
 
 def _metric(name: str, aggregation: Any = "mean", *, higher: bool = True) -> dict[str, Any]:

@@ -57,7 +57,7 @@ from qadapter.policy import Policy
 from qadapter.report import tables
 from qadapter.report.results import Results
 from qadapter.stats import INTERVALS, KL_FLOOR, share_interval, wilson_interval
-from qadapter.suite import local_suite
+from qadapter.suite import local_suite, supply_sentences
 
 WORDS = ["red", "green", "blue", "pink", "grey", "black", "white", "brown", "gold", "teal"]
 
@@ -958,6 +958,7 @@ def test_a_comparison_is_made_and_resumed_and_reported(
     assert found["pair_prompts"] == [*range(8), *range(8), *range(4)]
     test = {"path": settings["test"], "pairs": 20, "prompts": 8, "within_max_length": 20}
     assert found["data"]["test"] == test
+    assert "suite" not in found["data"]
     assert found["intervals"] == INTERVALS
     assert point["accuracy_ci"] == list(share_interval(point["correct"], found["pair_prompts"]))
     assert point["accuracy_ci"] != list(wilson_interval(sum(point["correct"]), 20))
@@ -1111,6 +1112,8 @@ def test_the_suite_is_measured_at_the_margin_of_the_reference(
         changed = {"methods": names, "reference": reference, "pairs": 32, "trials": 0}
         assert main(["compare", yaml_file(tmp_path / "run.yaml", settings | changed)]) == 0
         comparisons.append(json.loads((tmp_path / "out" / "comparison.json").read_text()))
+        # That IFEval's sentences are another model's than lm-eval's is told with the data.
+        assert ("suite" in comparisons[-1]["data"]) is supply_sentences()
     run_of = {n: comparisons[0]["methods"][n]["runs"][0] for n in ("dpo", "qadapter_all_layers")}
     ones = {name: run["points"][1]["margin"] for name, run in run_of.items()}
     less, more = sorted(ones, key=lambda name: ones[name])

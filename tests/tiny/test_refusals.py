@@ -463,6 +463,16 @@ def test_a_message_is_one_line_even_where_its_cause_has_many(
     assert line.endswith("; fix it.")
 
 
+def test_a_config_that_is_not_there_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(tmp_path / "run.yaml")
+    for command in (["train", "--config", config], ["compare", config]):
+        assert main(command) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith(f"{config}: cannot be read (No such file or directory); name another.")
+
+
 GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
 
 

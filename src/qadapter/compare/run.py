@@ -24,10 +24,10 @@ from qadapter.compare.search import searched, trials_of
 from qadapter.compare.variations import read_variation, retrained_curve, robust
 from qadapter.data import Pair, read_prompts, read_texts, tokenize_pairs
 from qadapter.errors import ConfigError
-from qadapter.evaluate import load_task
+from qadapter.evaluate import load_task, say_which_sentences
 from qadapter.files import alone_in, check_writable, read_jsonl, sha256, write_text
 from qadapter.stats import INTERVALS
-from qadapter.suite import is_yaml, suite_tasks, yaml_files
+from qadapter.suite import is_yaml, suite_tasks, untrained_sentences, yaml_files
 
 _SENTENCE = 50
 """Characters of a line that two texts do not share by chance; an ideograph is three."""
@@ -37,6 +37,9 @@ _BUILDERS = ("json", "csv", "parquet", "text", "arrow")
 """Of datasets' own: what they read `data_files` and `data_dir` say."""
 _REPLAY_TOKENS = 256
 """Most tokens of an answer that Replay learns."""
+
+
+_SENTENCES = {"sentences of IFEval": "one after every full stop (nltk's punkt_tab is missing)"}
 
 
 def compare(
@@ -110,6 +113,8 @@ def _told_early(config: CompareConfig) -> dict[str, str]:
         read_prompts(config.prompts)
     tasks = suite_tasks(config.suite)
     files = _suite_files(tasks)
+    if tasks:
+        say_which_sentences()
     if config.anchors:
         held = _lines(read_texts(config.anchors))
         measured = {config.text: _lines(text)}
@@ -290,7 +295,8 @@ def _write(
             }
             for name, pairs in vars(parts).items()
         }
-        | {"general_text": {"path": config.text, "tokens": next(measured, 0)}},
+        | {"general_text": {"path": config.text, "tokens": next(measured, 0)}}
+        | ({"suite": _SENTENCES} if config.suite and untrained_sentences() else {}),
         "intervals": INTERVALS,
         "pair_prompts": prompts,
         "length_baseline": baseline,
