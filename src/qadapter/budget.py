@@ -253,6 +253,11 @@ class Budget(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
     # ── what it comes to ────────────────────────────────────────────────────────────────────────
 
+    @property
+    def passed(self) -> bool:
+        """Whether a budget was passed, which has ended the run."""
+        return self._passed is not None
+
     def summary(self) -> str:
         """Return in a sentence whether a budget was passed, when, and what the adapter has now."""
         steps, of = self._steps

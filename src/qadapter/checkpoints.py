@@ -69,7 +69,8 @@ class SealingTrainer(Trainer):
         if threading.current_thread() is not threading.main_thread():
             return super().train(*args, **kwargs)  # only the main thread hears signals
         stop = _StopsOnSignal(self)
-        self.add_callback(stop)
+        # First, so that a budget sees the checkpoint that it asks for.
+        self.callback_handler.callbacks.insert(0, stop)
         before = signal.signal(signal.SIGTERM, stop.hear)
         try:
             return super().train(*args, **kwargs)

@@ -292,7 +292,8 @@ def _trained(run: Prepared, config: QAdapterConfig) -> TrainResult:
         metrics = dict(result.metrics)
         pairs = len(run.train_set)
         outcome = TrainResult(directory, pairs, run.dropped, metrics, trainable, layers)
-        if trainer.stopped:
+        # What a budget has ended at the same step is done.
+        if trainer.stopped and not (run.budget and run.budget.passed):
             for table in run.tables:
                 table.keep()
             return replace(outcome, stopped_at=trainer.state.global_step)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -359,6 +361,38 @@ def test_going_back_takes_eight_readings_at_most(base: str, data: str, tmp_path:
     assert meter.calls == 3 + 8
 
 
+@pytest.mark.parametrize("step", [3, 7])
+def test_a_run_that_sigterm_ends_leaves_nothing_outside_its_budget(
+    base: str,
+    data: str,
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    step: int,
+) -> None:
+    loss = QAdapterTrainer.compute_loss
+
+    def hit(self: QAdapterTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step - 1 and self.model.training:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, *args, **kwargs)
+
+    # Of 90 steps every ninth is one to read the budget at.
+    options = f"--max_steps 90 --save_strategy no --max_kl {LIMIT} --budget_text {text}"
+    with monkeypatch.context() as patch:
+        patch.setattr(QAdapterTrainer, "compute_loss", hit)
+        assert train(base, data, tmp_path / "out", options) == 0
+    printed = capsys.readouterr().out
+    checkpoint = tmp_path / "out" / f"checkpoint-{step}"
+    assert drift(checkpoint, text) <= LIMIT * (1 + 1e-4)
+    ended = (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert ended is (f"step {step} of 90 passed max_kl" in printed)
+    assert ended is not (f"stopped after step {step}; go on by" in printed)
+    # Before the budget, and past it.
+    assert ended is (step == 7)
+
+
 @pytest.mark.fleet
 def test_two_processes_decide_alike(base: str, data: str, text: str, tmp_path: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -483,6 +517,18 @@ def test_scoring_a_task_leaves_training_as_it_is(
     limited = f"--max_drop 100 --drop_task {items} --drop_limit 4"
     assert train(base, data, tmp_path / "limited", options, limited) == 0
     assert same(tmp_path / "free", tmp_path / "limited")
+
+
+def test_a_last_word_task_is_read_while_training(
+    base: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """lm-eval bootstraps its perplexity, in processes that would outlive a training's SIGTERM."""
+    rows = [{"context": SAID[: 20 + i], "continuation": SAID[20 + i : 22 + i]} for i in range(4)]
+    path = tmp_path / "lambada.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = f"--max_steps 2 --save_strategy no --max_drop 100 --drop_task {path}"
+    assert train(base, data, tmp_path / "out", options) == 0
+    assert "max_drop 100 not reached in 2 of 2 steps" in capsys.readouterr().out
 
 
 def test_several_tasks_under_one_name_are_no_budget(
