@@ -267,6 +267,21 @@ def load_generation_config(name: str, *, trust_remote_code: bool = False) -> Gen
     return cast("GenerationConfig", GenerationConfig.from_model_config(config))
 
 
+def load_context(name: str) -> int | None:
+    """Return the most tokens that a base reads at once, by its config; None if that has no limit.
+
+    Raises:
+        ModelError: the base cannot be found or read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(resolve_base(name))
+    except Exception as error:  # transformers and json each raise their own
+        raise _refusal(name, error) from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def token_ids(settings: GenerationConfig) -> GenerationConfig:
     """Return generation settings that keep these ones' special tokens and nothing else."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -25,6 +25,9 @@ from qadapter.packing import PairCollator, pack_pairs, pad_rows
 from qadapter.stats import half_ties, numbered, share_interval
 from qadapter.strength import Strength
 
+WINDOW = 256
+"""Tokens of a row of general text."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -217,6 +220,21 @@ class Policy:
         texts: list[str] = self.tokenizer.batch_decode(list(answers), skip_special_tokens=True)
         return [text.strip() for text in texts]
 
+    def prompt_ids(self, prompts: Sequence[str | list[dict[str, str]]]) -> list[list[int]]:
+        """Return the tokens of prompts, as `answer_ids` takes them.
+
+        Raises:
+            DataError: one fills the model's context.
+        """
+        rows = [tokenize_prompt(prompt, self.tokenizer) for prompt in prompts]
+        for i, row in enumerate(rows, start=1):
+            if len(row) >= self.context:
+                raise DataError(
+                    f"prompt {i}: {len(row)} tokens do not fit the model's context of "
+                    f"{self.context}; shorten it."
+                )
+        return rows
+
     def answer_ids(
         self,
         prompts: Sequence[str | list[dict[str, str]]],
@@ -235,13 +253,7 @@ class Policy:
         Raises:
             DataError: a prompt fills the model's context.
         """
-        rows = [tokenize_prompt(prompt, self.tokenizer) for prompt in prompts]
-        for i, row in enumerate(rows, start=1):
-            if len(row) >= self.context:
-                raise DataError(
-                    f"prompt {i}: {len(row)} tokens do not fit the model's context of "
-                    f"{self.context}; shorten it."
-                )
+        rows = self.prompt_ids(prompts)
         pad = cast(int, self.tokenizer.pad_token_id)
         ids, mask = pad_rows(rows, pad, left=True)
         options = {"do_sample": False, "max_new_tokens": 256, **generate}
@@ -339,7 +351,7 @@ class Policy:
         texts: Sequence[str],
         *,
         strength: Strength = 1.0,
-        window: int = 256,
+        window: int = WINDOW,
         max_tokens: int = 50_000,
         batch_size: int = 8,
     ) -> Drift:
@@ -367,7 +379,7 @@ class Policy:
         )
 
     def text_rows(
-        self, texts: Sequence[str], *, window: int = 256, max_tokens: int | None = None
+        self, texts: Sequence[str], *, window: int = WINDOW, max_tokens: int | None = None
     ) -> list[list[int]]:
         """Return the texts' tokens, joined by newlines, in rows of `window`, the last shorter.
 
@@ -377,14 +389,7 @@ class Policy:
             DataError: the texts hold fewer than two tokens.
         """
         window = min(window, self.context)
-        joined = cast(list[int], self.tokenizer("\n".join(texts), verbose=False)["input_ids"])
-        end = len(joined) if max_tokens is None else min(len(joined), max_tokens)
-        rows = [joined[i : i + window] for i in range(0, end, window)]
-        # The first token of a row is not predicted.
-        rows = [row for row in rows if len(row) > 1]
-        if not rows:
-            raise DataError("text: fewer than two tokens; give a longer text.")
-        return rows
+        return text_windows(texts, self.tokenizer, window=window, max_tokens=max_tokens)
 
     def kl_curve(self, rows: Sequence[Sequence[int]], *, batch_size: int = 8) -> KLCurve:
         """Return KL to the base on rows of tokens as a function of the strength.
@@ -424,3 +429,21 @@ def _nll(
 
 def _length(pair: TokenizedPair) -> int:
     return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+
+
+def text_windows(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    window: int = WINDOW,
+    max_tokens: int | None = None,
+) -> list[list[int]]:
+    """Return the texts' tokens as `Policy.text_rows` does, of any `window`."""
+    joined = cast(list[int], tokenizer("\n".join(texts), verbose=False)["input_ids"])
+    end = len(joined) if max_tokens is None else min(len(joined), max_tokens)
+    rows = [joined[i : i + window] for i in range(0, end, window)]
+    # The first token of a row is not predicted.
+    rows = [row for row in rows if len(row) > 1]
+    if not rows:
+        raise DataError("text: fewer than two tokens; give a longer text.")
+    return rows

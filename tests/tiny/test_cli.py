@@ -176,7 +176,7 @@ def test_bad_input_is_one_sentence_and_exit_two(
     block = tmp_path / "file"
     block.write_text("x")
     long_prompt = tmp_path / "long.txt"
-    long_prompt.write_text("x" * 400)
+    long_prompt.write_text("Why?\nWhere?\nWho?\n" * 4 + "x" * 400)
     out = str(tmp_path / "out")
     train = ["train", "--model", base, "--bf16", "false", "--max_length", "200"]
     prompts = ["--prompts", str(long_prompt), "--output", str(tmp_path / "o.jsonl")]
@@ -192,7 +192,7 @@ def test_bad_input_is_one_sentence_and_exit_two(
         (["train", "--data", data, "--output", out, "--model", "./nowhere"], "./nowhere: cannot"),
         (["score", str(tmp_path), data], "qadapter_config.json: missing"),
         (["score", damaged(adapter, tmp_path / "cut"), data], "the file is damaged"),
-        (["generate", adapter, *prompts], "do not fit the model's context"),
+        (["generate", adapter, *prompts], "prompt 13: "),
         (["generate", adapter, "--prompts", "none.txt", "--output", out], "none.txt"),
     ]
     for words, message in cases:

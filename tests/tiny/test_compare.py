@@ -47,7 +47,7 @@ from qadapter.compare.fanout import Fanout
 from qadapter.compare.methods import has_number, why_not
 from qadapter.compare.run import _local_files, _told_early
 from qadapter.compare.running import Run, suite_at
-from qadapter.data import prompt_key, read_pairs, read_texts, tokenize_pairs
+from qadapter.data import prompt_key, read_pairs, read_texts, tokenize_pairs, tokenize_prompt
 from qadapter.errors import ConfigError, DataError, UserError
 from qadapter.evaluate import evaluate_tasks
 from qadapter.files import shipped
@@ -247,6 +247,19 @@ def test_text_that_drift_is_measured_on_is_no_anchor(
     (tmp_path / "copy.txt").write_text(f"{' '.join(row.values())}\n{other}")
     assert main(["compare", path]) == 2
     assert "lambada.jsonl, as 'The keeper opened the door" in capsys.readouterr().err
+
+
+def test_what_the_base_or_the_text_does_not_allow_is_told_before_any_cell(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for change, said in [
+        ({"max_length": 300}, "max_length: 300 exceeds the model's context of 256; lower it."),
+        ({"text_tokens": 100}, "is one window of 256 tokens, which shows no spread; give more"),
+    ]:
+        assert main(["compare", yaml_file(tmp_path / "run.yaml", settings | change)]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert said in line
+        assert not list((tmp_path / "out").glob("cells/*"))
 
 
 def test_settings_are_searched_on_other_text_than_is_reported() -> None:
@@ -1078,7 +1091,7 @@ def test_a_suite_that_reads_no_file_here_is_measured(
     """As of lm-eval's tasks alone, whose data come from the Hub."""
     run = equal_run(settings, tmp_path)
     run.suite, run.files = (), {}
-    assert suite_at(run, "dpo seed 0", "out/dpo", 0.5) == {"t": {"items": [0.5]}}
+    assert suite_at(run, "dpo seed 0", {"adapter": "out/dpo"}, 0.5) == {"t": {"items": [0.5]}}
 
 
 @pytest.mark.parametrize("template", [None, "{{ messages }}"])
@@ -1599,7 +1612,7 @@ def test_replay_learns_what_the_base_samples_to_its_end(
     settings: dict[str, Any], tmp_path: Path, in_process: list[str]
 ) -> None:
     """Not greedy answers, nor ones that were cut as if they ended there; asked for Replay alone."""
-    changed = {"methods": ["base", "dpo"], "trials": 0, "judges": [], "max_length": 40}
+    changed = {"methods": ["base", "dpo"], "trials": 0, "judges": [], "max_length": 80}
     assert main(["compare", yaml_file(tmp_path / "run.yaml", settings | changed)]) == 0
     assert "replay" not in in_process
     in_process.clear()
@@ -1611,12 +1624,83 @@ def test_replay_learns_what_the_base_samples_to_its_end(
     assert Counter(row["kind"] for row in found) == {"general": 4, "training": 4}
     base = measure.load_policy(settings["model"], None)
     prompts = [row["prompt"] for row in found]
-    greedy = measure.answers_of(base, prompts, strength=0.0, max_new_tokens=40)
+    greedy = measure.answers_of(base, prompts, strength=0.0, max_new_tokens=80)
     assert all(row["ids"] != ids for row, ids in zip(found, greedy, strict=True))
     ended = [row["ids"][-1] in base.end_ids for row in found]
-    for row, end in zip(found, ended, strict=True):
+    lengths = [len(tokenize_prompt(prompt, base.tokenizer)) for prompt in prompts]
+    for row, end, before in zip(found, ended, lengths, strict=True):
         assert not base.end_ids & {*row["ids"][:-1]}
-        assert end or len(row["ids"]) == 40
+        assert before <= 60
+        assert end or before + len(row["ids"]) == 80
+
+
+@pytest.mark.usefixtures("one_index")
+def test_an_adapter_that_was_trained_anew_is_measured_anew(
+    settings: dict[str, Any], tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = {"methods": ["base", "dpo"], "trials": 0, "judges": ["rule:contains:!"]}
+    path = yaml_file(tmp_path / "run.yaml", settings | changed)
+    assert main(["compare", path]) == 0
+    (cell,) = (tmp_path / "out" / "cells").glob("train-dpo-*")
+
+    def again() -> list[str]:
+        in_process.clear()
+        (cell / "result.json").unlink()
+        assert main(["compare", path]) == 0
+        return list(in_process)
+
+    assert again() == ["train"]  # the same to the last bit
+    trained = cells.WORK["train"]
+
+    def otherwise(work: Any) -> dict[str, Any]:
+        work.spec["seed"] += 1
+        return trained(work)
+
+    monkeypatch.setitem(cells.WORK, "train", otherwise)
+    assert again() == ["train", "measure", "judge"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_replay_learns_whole_rows_of_prompts_that_leave_room(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL would leave out, unasked, a row whose prompt fills `max_length`."""
+    import trl
+
+    given: list[list[int]] = []
+    train = trl.SFTTrainer.train
+
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given.extend([i for i in row["labels"] if i != -100] for row in self.train_dataset)
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(trl.SFTTrainer, "train", recorded)
+    short = ["Why?", "Where?"]
+    Path(settings["prompts"]).write_text("\n".join(["Much too long for it " * 3, *short]))
+    changed = {"methods": ["base", "dpo", "replay"], "trials": 0, "judges": [], "max_length": 80}
+    assert main(["compare", yaml_file(tmp_path / "run.yaml", settings | changed)]) == 0
+    (file,) = (tmp_path / "out" / "cells").glob("replay-*/replay.jsonl")
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    general = [row for row in found if row["kind"] == "general"]
+    assert [row["prompt"][0]["content"] for row in general] == short
+    pairs = json.loads((tmp_path / "out" / "comparison.json").read_text())["data"]["train"]
+    assert len(given) == pairs["within_max_length"] + len(short)
+    assert given[-len(short) :] == [row["ids"] for row in general]
+
+
+def test_a_prompt_without_room_for_an_answer_is_passed_over(base: str) -> None:
+    policy = measure.load_policy(base, None)
+    prompts = ["Why " * 9, "Why?", "Where " * 9, "Who?", "What?"]
+
+    def kept(room: int, most: int) -> list[Any]:
+        return measure.with_room(policy, prompts, room, within=30, most=most)
+
+    tokens = [len(tokenize_prompt(prompt, policy.tokenizer)) for prompt in prompts]
+    assert max(tokens[1], tokens[3]) < 20 < min(tokens[0], tokens[2])
+    assert kept(10, 2) == ["Why?", "Who?"]
+    assert kept(10, 9) == ["Why?", "Who?", "What?"]
+    with pytest.raises(DataError, match="none of 5 prompts leaves 30 of 30 tokens for an answer"):
+        kept(30, 2)
 
 
 def test_two_comparisons_do_not_write_to_one_place(

@@ -276,6 +276,18 @@ def test_the_page_holds_its_pictures(page: Page, directory: Path) -> None:
         assert png.startswith(b"\x89PNG")
 
 
+def test_no_picture_of_an_earlier_report_is_left(full: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "mine.png").write_bytes(b"")
+    written(full, tmp_path / "again")
+    less = comparison(base=base(), dpo=DPO)
+    for place in ("again", "anew"):
+        written(less, tmp_path / place)
+    left, made = ({p.name for p in (tmp_path / place).iterdir()} for place in ("again", "anew"))
+    assert left == made | {"mine.png"}
+    assert "equal_learning.png" not in made
+
+
 def test_the_page_loads_nothing(page: Page) -> None:
     for tag, attributes in page.tags:
         assert tag not in ("script", "link", "iframe", "object", "embed", "base")

@@ -79,6 +79,7 @@ def _generate(args: argparse.Namespace) -> None:
 
         set_seed(args.seed)
         options |= {"do_sample": True, "temperature": args.temperature}
+    policy.prompt_ids(prompts)  # one too long is told by its place, before any is answered
     rows = []
     for start in range(0, len(prompts), args.batch_size):
         part = prompts[start : start + args.batch_size]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -27,7 +28,7 @@ from qadapter.stats import numbered
 UNSEEN = -1000
 """Exit code of a cell whose directory is not there on the machine that was to run it."""
 
-_FORMAT = 5
+_FORMAT = 6
 """Of what results hold; another number makes other cells, so that none of an older one is read."""
 _ASKED = 50
 """Held-out pairs that an endpoint is validated on: each is two calls."""
@@ -152,12 +153,13 @@ class _Work:
 def _answers(work: _Work) -> dict[str, Any]:
     """Write the base's greedy answers to test prompts."""
     from qadapter.compare.data import prompts_of
-    from qadapter.compare.measure import answers_of
+    from qadapter.compare.measure import answers_of, with_room
     from qadapter.data import read_pairs
 
     spec, policy = work.spec, work.policy()
-    prompts = prompts_of(read_pairs(work.file("test")))[: spec["answers"]]
-    made = answers_of(policy, prompts, strength=0.0, max_new_tokens=spec["answer_tokens"])
+    room, there = spec["answer_tokens"], prompts_of(read_pairs(work.file("test")))
+    prompts = with_room(policy, there, room, within=policy.context, most=spec["answers"])
+    made = answers_of(policy, prompts, strength=0.0, max_new_tokens=room)
     rows = zip(prompts, policy.texts(made), strict=True)
     write_jsonl(
         work.directory / "answers.jsonl", ({"prompt": p, "answer": answer} for p, answer in rows)
@@ -168,27 +170,33 @@ def _answers(work: _Work) -> dict[str, Any]:
 def _replay(work: _Work) -> dict[str, Any]:
     """Write what the base samples to general and training prompts, in tokens.
 
-    What Replay learns is to be what the base says; greedy answers are sharper than it is.
+    What Replay learns is to be what the base says; greedy answers are sharper than it is. A prompt
+    and its answer are a row of training, of at most `max_length` tokens, of which an answer has
+    room for a quarter at least.
     """
     from transformers import set_seed
 
     from qadapter.compare.data import prompts_of
-    from qadapter.compare.measure import answers_of
-    from qadapter.data import read_pairs, read_prompts
+    from qadapter.compare.measure import answers_of, with_room
+    from qadapter.data import read_pairs, read_prompts, tokenize_prompt
 
     spec, policy, rows = work.spec, work.policy(), []
     asked = {
-        "general": read_prompts(work.file("prompts"))[: spec["prompts"]],
-        "training": prompts_of(read_pairs(work.file("train")))[: spec["prompts"]],
+        "general": read_prompts(work.file("prompts")),
+        "training": prompts_of(read_pairs(work.file("train"))),
     }
     sampled = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    most = min(spec["most"], spec["max_length"])
+    length = spec["max_length"]
+    most, quarter = min(spec["most"], length), math.ceil(length / 4)
     set_seed(0)
-    for kind, prompts in asked.items():
+    for kind, there in asked.items():
+        prompts = with_room(policy, there, quarter, within=length, most=spec["prompts"])
         made = answers_of(policy, prompts, strength=0.0, max_new_tokens=most, **sampled)
-        rows += [{"kind": kind, "prompt": p, "ids": i} for p, i in zip(prompts, made, strict=True)]
+        for prompt, ids in zip(prompts, made, strict=True):
+            room = length - len(tokenize_prompt(prompt, policy.tokenizer))
+            rows.append({"kind": kind, "prompt": prompt, "ids": ids[:room]})
     write_jsonl(work.directory / "replay.jsonl", rows)
-    return {kind: len(prompts) for kind, prompts in asked.items()}
+    return {kind: sum(row["kind"] == kind for row in rows) for kind in asked}
 
 
 def _anchors(work: _Work) -> dict[str, Any]:
@@ -221,7 +229,9 @@ def _train(work: _Work) -> dict[str, Any]:
     )
     start = time.perf_counter()
     train(task, spec["trainer"])
-    return {"seconds": time.perf_counter() - start, "peak_gib": peak_memory()}
+    seconds = time.perf_counter() - start
+    weights = sha256(task.output / "adapter_model.safetensors")[:16]
+    return {"seconds": seconds, "peak_gib": peak_memory(), "weights": weights}
 
 
 def _measure(work: _Work) -> dict[str, Any]:

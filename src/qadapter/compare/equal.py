@@ -33,7 +33,7 @@ def add_equal_learning(run: Run, methods: Mapping[str, Any]) -> None:
         name, found, dial = one
         label = f"{name} seed {found['seed']} strength {dial:g}"
         own = dial == 1.0
-        tasks = _own(found)["tasks"] if own else suite_at(run, label, found["adapter"], dial)
+        tasks = _own(found)["tasks"] if own else suite_at(run, label, found, dial)
         if tasks:
             found["at_reference"] = {"dial": dial, "tasks": tasks}
 

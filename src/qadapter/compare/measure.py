@@ -19,6 +19,7 @@ from torch import Tensor
 from qadapter import fused, hub
 from qadapter.config import QConfig
 from qadapter.data import Text, TokenizedPair, tokenize_prompt
+from qadapter.errors import DataError
 from qadapter.model import QAdapterModel, Streams
 from qadapter.packing import pad_rows
 from qadapter.policy import Policy
@@ -213,6 +214,26 @@ def generations_kl(policy: Policy, prompts: Sequence[Text], answers: Sequence[st
         return None
     found = row_figures(policy, rows, starts, [1.0])
     return float(cast(Tensor, found.kl).sum()) / int(found.tokens.sum())
+
+
+def with_room(
+    policy: Policy, prompts: Sequence[Text], room: int, *, within: int, most: int
+) -> list[Text]:
+    """Return the first prompts, `most` of them, after which `room` tokens fit `within` so many.
+
+    Raises:
+        DataError: none leaves so much.
+    """
+    kept: list[Text] = []
+    for prompt in prompts:
+        if len(kept) < most and len(tokenize_prompt(prompt, policy.tokenizer)) + room <= within:
+            kept.append(prompt)
+    if not kept:
+        raise DataError(
+            f"none of {len(prompts)} prompts leaves {room} of {within} tokens for an answer; give "
+            "shorter ones, or allow more tokens."
+        )
+    return kept
 
 
 def answers_of(

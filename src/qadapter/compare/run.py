@@ -26,6 +26,7 @@ from qadapter.data import Pair, read_prompts, read_texts, tokenize_pairs
 from qadapter.errors import ConfigError
 from qadapter.evaluate import load_task, say_which_sentences
 from qadapter.files import alone_in, check_writable, read_jsonl, sha256, write_text
+from qadapter.policy import WINDOW, text_windows
 from qadapter.stats import INTERVALS
 from qadapter.suite import is_yaml, suite_tasks, untrained_sentences, yaml_files
 
@@ -239,7 +240,7 @@ def _method(run: Run, name: str, method: Method) -> dict[str, Any]:
         "runs": runs,
     }
     if method.trainer is None:
-        found = points(run, name, None, strengths=(1.0,), split="test", whole=True)
+        found = points(run, name, {}, strengths=(1.0,), split="test", whole=True)
         if found:
             runs.append({"seed": 0, "params": {}, "seconds": 0.0, "peak_gib": 0.0, **found})
         return told
@@ -311,8 +312,26 @@ def _write(
 
 
 def _within_max_length(config: CompareConfig, parts: Splits) -> dict[str, int]:
-    """Return how many pairs of each part that is cut fit; every method leaves the others out."""
-    tokenizer = hub.load_tokenizer(config.model)
+    """Return how many pairs of each part that is cut fit; every method leaves the others out.
+
+    Raises:
+        ConfigError: `max_length` is more than the base reads at once, or the general text has one
+            window and so no spread.
+    """
+    tokenizer, context = hub.load_tokenizer(config.model), hub.load_context(config.model)
+    if context and config.max_length > context:
+        raise ConfigError(
+            f"max_length: {config.max_length} exceeds the model's context of {context}; lower it."
+        )
+    text = part_of(read_texts(config.text), "report")
+    windows = text_windows(
+        text, tokenizer, window=min(WINDOW, context or WINDOW), max_tokens=config.text_tokens
+    )
+    if len(windows) < 2:
+        raise ConfigError(
+            f"text: the half that is reported is one window of {len(windows[0])} tokens, which "
+            "shows no spread; give more text, or raise text_tokens."
+        )
     settings = hub.load_generation_config(config.model)
     end_ids = hub.end_of_turn_ids(tokenizer, settings)
 

@@ -24,6 +24,8 @@ _SHARED = ("model", "max_length", "answer_tokens")
 """Settings that every cell depends on."""
 _SUITE = ("suite", "suite_limit", "answers")
 """Settings that the capability suite depends on beside these."""
+_ADAPTER = ("adapter", "weights")
+"""What tells a trained adapter."""
 
 
 @dataclass(frozen=True)
@@ -169,11 +171,12 @@ def tried(
     if trained is None:
         run.spare(1 + whole * after_measuring(run.config))
         return None
-    adapter = str(Path(trained["directory"], "adapter").relative_to(run.root))
+    path = str(Path(trained["directory"], "adapter").relative_to(run.root))
+    adapter = {"adapter": path, "weights": trained["weights"]}
     options = {"whole": whole, "long": whole or long}
     found = points(run, label, adapter, strengths=strengths, split=split, **options)
     cost = {k: trained[k] for k in ("seconds", "peak_gib")}
-    return found and {"adapter": adapter, **cost, **found}
+    return found and {**adapter, **cost, **found}
 
 
 def after_measuring(config: CompareConfig) -> int:
@@ -181,10 +184,10 @@ def after_measuring(config: CompareConfig) -> int:
     return len(config.judges) + bool(config.suite)
 
 
-def suite_at(run: Run, label: str, adapter: str | None, strength: float) -> dict[str, Any]:
+def suite_at(run: Run, label: str, adapter: Mapping[str, Any], strength: float) -> dict[str, Any]:
     """Return the capability suite's scores of an adapter, or of the base, at a strength.
 
-    By task; empty without a suite, or if the cell failed.
+    By task; empty without a suite, or if the cell failed. `adapter` is as `points` takes it.
     """
     if not run.config.suite:
         return {}
@@ -192,8 +195,8 @@ def suite_at(run: Run, label: str, adapter: str | None, strength: float) -> dict
         "suite",
         label,
         files={name: name for name in run.suite},
-        adapter=adapter,
         strength=strength,
+        **{name: adapter.get(name) for name in _ADAPTER},
         **{n: getattr(run.config, n) for n in _SUITE},
     )
     tasks: dict[str, Any] = found["tasks"] if found else {}
@@ -203,7 +206,7 @@ def suite_at(run: Run, label: str, adapter: str | None, strength: float) -> dict
 def points(
     run: Run,
     label: str,
-    adapter: str | None,
+    adapter: Mapping[str, Any],
     *,
     strengths: Sequence[float],
     split: str,
@@ -212,7 +215,8 @@ def points(
 ) -> dict[str, Any] | None:
     """Measure the base, or an adapter, on a split; None if the cell failed.
 
-    `adapter` is where it lies, relative to the comparison.
+    `adapter` is where it lies, relative to the comparison, and a digest of its `weights`, so that
+    one that was trained anew is measured anew; without them it is the base.
     """
     config = run.config
     files = {"pairs": split, "text": "text"}
@@ -226,9 +230,9 @@ def points(
         "measure",
         label,
         files=files,
-        adapter=adapter,
         strengths=list(strengths),
         whole=whole,
+        **{name: adapter.get(name) for name in _ADAPTER},
         **more,
     )
     if found is None:
@@ -259,7 +263,9 @@ def _verdict(run: Run, label: str, measured: str, judge: str) -> dict[str, Any] 
         run.spare(1)
         return found
     files = {name: name for name in ("judge", "answers")}
-    more = {"measured": measured, "validation": found["validation"], **_told(run, judge)}
+    digest = sha256(run.root / measured / "result.json")[:16]
+    more = {"measured": measured, "points": digest, "validation": found["validation"]}
+    more |= _told(run, judge)
     return run.cell("judge", f"{label} by {judge}", files=files, **more)
 
 

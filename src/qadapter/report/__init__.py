@@ -43,6 +43,8 @@ def write_report(comparison: Mapping[str, Any], directory: Path) -> Path:
         for name, png in pictures.items():
             (partial / f"{name}.png").write_bytes(png)
         (partial / "report.html").write_text(page, encoding="utf-8")
+    for name in {*figures.PICTURES} - {*pictures}:  # of an earlier report
+        Path(directory, f"{name}.png").unlink(missing_ok=True)
     return Path(directory) / "report.html"
 
 

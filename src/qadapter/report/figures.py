@@ -25,8 +25,11 @@ _TITLE = 16
 """Characters of a task's name above its panel in a line."""
 
 
+PICTURES = ("frontier", "equal_learning", "tasks")
+
+
 def draw(results: Results) -> dict[str, bytes]:
-    """Return the pictures that the results allow, as PNG, by name."""
+    """Return those of `PICTURES` that the results allow, as PNG, by name."""
     moving = [method for method in results.methods.values() if method.moves]
     found = {}
     if moving:
