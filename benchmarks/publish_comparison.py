@@ -3,8 +3,8 @@
     python benchmarks/publish_comparison.py runs/compare/mine benchmarks/results/compare_mine.json
     python benchmarks/publish_comparison.py runs/compare/again … --methods replay
 
-The second puts methods that were made anew into what is published, where the others stay. Answers
-that methods gave to real prompts are not ours to publish, and where the data lie is another place
+The second puts methods that were made anew into what is published, where the others stay, and so do
+a method's runs of other seeds, if the new ones have its setting. Answers that methods gave to real prompts are not ours to publish, and where the data lie is another place
 on every machine.
 """
 
@@ -57,11 +57,24 @@ def merged(old: dict[str, Any], new: dict[str, Any], names: list[str]) -> dict[s
     apart += ["pair_prompts"] if old["pair_prompts"] != new["pair_prompts"] else []
     if apart:
         raise ValueError(f"the two differ in {', '.join(apart)}")
-    cells = [cell for cell in old.get("cells", ()) if cell.get("methods") != names]
+    made = {"methods": names, "seeds": new["config"]["seeds"]}
+    cells = [c for c in old.get("cells", ()) if {k: c.get(k) for k in made} != made]
+    put = {name: _joined(old["methods"].get(name), new["methods"][name]) for name in names}
     return old | {
-        "methods": old["methods"] | {name: new["methods"][name] for name in names},
-        "cells": [*cells, *({**cell, "methods": names} for cell in new["cells"])],
+        "methods": old["methods"] | put,
+        "cells": [*cells, *({**cell, **made} for cell in new["cells"])],
     }
+
+
+def _joined(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
+    """Return a method made anew, with the runs of its setting that there were of other seeds."""
+
+    def of(method: dict[str, Any]) -> dict[int, dict[str, Any]]:
+        return {run["seed"]: run for run in method["runs"]}
+
+    first = new["runs"][0]["params"]
+    runs = {k: v for k, v in of(old or {"runs": []}).items() if v["params"] == first} | of(new)
+    return new | {"runs": [runs[seed] for seed in sorted(runs)]}
 
 
 def main() -> None:

@@ -108,10 +108,20 @@ def test_methods_made_anew_are_put_beside_others_scored_on_the_same(
         "test_pairs": 3,
         "held_out_pairs": 0,
         "methods": ["replay"],
+        "seeds": [0],
     }
+
+    def method(beta: float, *seeds: int, **more: Any) -> dict[str, Any]:
+        return {"runs": [{"seed": n, "params": {"beta": beta}, **more} for n in seeds]}
+
     old: dict[str, Any] = {"config": {"suite": "$QADAPTER_DATA/capability", "test_pairs": 3}}
-    old |= {"pair_prompts": [0, 1], "methods": {"dpo": 1, "replay": 2}}
-    made = {"config": new, "pair_prompts": [0, 1], "methods": {"replay": 3}, "failures": []}
+    old |= {"pair_prompts": [0, 1], "methods": {"dpo": method(1.0, 0), "replay": method(2.0, 0, 1)}}
+    made = {
+        "config": new,
+        "pair_prompts": [0, 1],
+        "methods": {"replay": method(3.0, 0)},
+        "failures": [],
+    }
     made |= {"cells": [{"count": 7}]}
     (tmp_path / "comparison.json").write_text(json.dumps(made))
     output = tmp_path / "out.json"
@@ -121,13 +131,25 @@ def test_methods_made_anew_are_put_beside_others_scored_on_the_same(
     for _ in range(2):
         publish.main()
         found = json.loads(output.read_text())
-        cells = [{"count": 7, "methods": ["replay"]}]
-        assert found == old | {"methods": {"dpo": 1, "replay": 3}, "cells": cells}
+        cells = [{"count": 7, "methods": ["replay"], "seeds": [0]}]
+        # Of another setting none is left.
+        methods = {"dpo": method(1.0, 0), "replay": method(3.0, 0)}
+        assert found == old | {"methods": methods, "cells": cells}
+    # Runs of other seeds at the same setting stay.
+    more = {"config": new | {"seeds": [2, 1]}, "methods": {"replay": method(3.0, 2, 1, new=True)}}
+    (tmp_path / "comparison.json").write_text(json.dumps(made | more))
+    publish.main()
+    found = json.loads(output.read_text())
+    assert found["methods"]["replay"]["runs"] == [
+        *method(3.0, 0)["runs"],
+        *method(3.0, 1, 2, new=True)["runs"],
+    ]
+    assert found["cells"] == [*cells, {"count": 7, "methods": ["replay"], "seeds": [2, 1]}]
     for changed, message in (
         ({"config": new | {"test_pairs": 4}}, "the two differ in test_pairs"),
         ({"pair_prompts": [0, 0]}, "the two differ in pair_prompts"),
         ({"failures": [{"cell": "train replay"}]}, "train replay failed"),
-        ({"methods": {"dpo": 1}}, "replay is not in the comparison"),
+        ({"methods": {"dpo": method(1.0, 0)}}, "replay is not in the comparison"),
     ):
         (tmp_path / "comparison.json").write_text(json.dumps(made | changed))
         with pytest.raises(SystemExit):
