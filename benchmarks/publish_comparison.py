@@ -4,8 +4,8 @@
     python benchmarks/publish_comparison.py runs/compare/again … --methods replay
 
 The second puts methods that were made anew into what is published, where the others stay, and so do
-a method's runs of other seeds, if the new ones have its setting. Answers that methods gave to real prompts are not ours to publish, and where the data lie is another place
-on every machine.
+a method's runs of other seeds, if the new ones have its setting. Answers that methods gave to real
+prompts are not ours to publish, and where the data lie is another place on every machine.
 """
 
 from __future__ import annotations
