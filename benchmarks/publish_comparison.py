@@ -58,8 +58,14 @@ def merged(old: dict[str, Any], new: dict[str, Any], names: list[str]) -> dict[s
     if apart:
         raise ValueError(f"the two differ in {', '.join(apart)}")
     made = {"methods": names, "seeds": new["config"]["seeds"]}
-    cells = [c for c in old.get("cells", ()) if {k: c.get(k) for k in made} != made]
     put = {name: _joined(old["methods"].get(name), new["methods"][name]) for name in names}
+    # Of those whose runs are all replaced nothing is left to tell.
+    left = {run["seed"] for fields in put.values() for run in fields["runs"]} - {*made["seeds"]}
+    cells = [
+        cell
+        for cell in old.get("cells", ())
+        if not {*cell.get("methods", [""])} <= {*names} or left & {*cell.get("seeds", left)}
+    ]
     return old | {
         "methods": old["methods"] | put,
         "cells": [*cells, *({**cell, **made} for cell in new["cells"])],
@@ -73,7 +79,11 @@ def _joined(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
         return {run["seed"]: run for run in method["runs"]}
 
     first = new["runs"][0]["params"]
-    runs = {k: v for k, v in of(old or {"runs": []}).items() if v["params"] == first} | of(new)
+    kept = {k: v for k, v in of(old or {"runs": []}).items() if v["params"] == first}
+    runs = kept | of(new)
+    if {*kept} - {*of(new)}:  # the margin of the others' mean is another now
+        for run in runs.values():
+            run.pop("at_reference", None)
     return new | {"runs": [runs[seed] for seed in sorted(runs)]}
 
 

@@ -146,7 +146,7 @@ def _sampling(base: PreTrainedModel) -> Iterator[None]:
 def _continued(base: PreTrainedModel, rows: Tensor, start: int) -> Tensor:
     """Return rows with what the base samples after them."""
     ends = base.generation_config.eos_token_id
-    context = getattr(base.config, "max_position_embeddings", None) or MAX_TOKENS + start
+    context = hub.context_of(base.config) or MAX_TOKENS + start
     most = max(2, min(MAX_TOKENS, context - start))
     try:
         made = base.generate(

@@ -305,6 +305,8 @@ class Budget(TrainerCallback):  # type: ignore[misc,unused-ignore]
         control.should_training_stop = True
         # As at the end of any run, so that these weights are among those to choose the best from.
         control.should_evaluate |= args.eval_strategy == "steps"
+        # A run that this ends is done, and leaves no checkpoint that SIGTERM alone has asked for.
+        control.should_save &= args.save_strategy != "no"
         control.should_save |= args.save_strategy == "steps"
 
     def _go_back(self, outside: _Check) -> None:

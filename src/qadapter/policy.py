@@ -17,16 +17,20 @@ from transformers import PreTrainedTokenizerBase
 
 from qadapter import hub
 from qadapter.config import QConfig
-from qadapter.data import Pair, TokenizedPair, tokenize_pairs, tokenize_prompt
+from qadapter.data import (
+    WINDOW,
+    Pair,
+    TokenizedPair,
+    text_windows,
+    tokenize_pairs,
+    tokenize_prompt,
+)
 from qadapter.errors import ArtefactError, ConfigError, DataError
 from qadapter.model import Adapter, QAdapterModel, Streams
 from qadapter.objective import PairLoss, batch_streams, packable, pair_loss
 from qadapter.packing import PairCollator, pack_pairs, pad_rows
 from qadapter.stats import half_ties, numbered, share_interval
 from qadapter.strength import Strength
-
-WINDOW = 256
-"""Tokens of a row of general text."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ class Policy:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.end_ids = hub.end_of_turn_ids(tokenizer, model.generation_config)
-        self.context: int = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+        self.context: int = hub.context_of(model.config) or sys.maxsize
         """Tokens that the base can look at."""
         self.check_base = True
         """Whether an adapter of another base, tokenizer or template is refused."""
@@ -429,21 +433,3 @@ def _nll(
 
 def _length(pair: TokenizedPair) -> int:
     return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
-
-
-def text_windows(
-    texts: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    window: int = WINDOW,
-    max_tokens: int | None = None,
-) -> list[list[int]]:
-    """Return the texts' tokens as `Policy.text_rows` does, of any `window`."""
-    joined = cast(list[int], tokenizer("\n".join(texts), verbose=False)["input_ids"])
-    end = len(joined) if max_tokens is None else min(len(joined), max_tokens)
-    rows = [joined[i : i + window] for i in range(0, end, window)]
-    # The first token of a row is not predicted.
-    rows = [row for row in rows if len(row) > 1]
-    if not rows:
-        raise DataError("text: fewer than two tokens; give a longer text.")
-    return rows

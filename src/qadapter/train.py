@@ -163,11 +163,7 @@ def prepare(config: QAdapterConfig) -> Prepared:
         trust_remote_code=config.trust_remote_code,
         quantization=config.quantize_base or "",
     )
-    context = getattr(base.config, "max_position_embeddings", None)
-    if context and config.max_length > context:
-        raise ConfigError(
-            f"max_length: {config.max_length} exceeds the model's context of {context}; lower it."
-        )
+    hub.check_max_length(config.max_length, hub.context_of(base.config))
     base_hash = hub.weights_hash(base)
     own: list[str] = []
     if general is None:

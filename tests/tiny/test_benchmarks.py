@@ -124,14 +124,16 @@ def test_methods_made_anew_are_put_beside_others_scored_on_the_same(
     }
     made |= {"cells": [{"count": 7}]}
     (tmp_path / "comparison.json").write_text(json.dumps(made))
+    # What made those that are replaced goes, though it may not say of which seeds they are.
+    before = [{"count": 1}, {"count": 2, "methods": ["replay"]}]
     output = tmp_path / "out.json"
-    output.write_text(json.dumps(old))
+    output.write_text(json.dumps(old | {"cells": before}))
     words = ["publish", str(tmp_path), str(output), "--methods", "replay"]
     monkeypatch.setattr(sys, "argv", words)
     for _ in range(2):
         publish.main()
         found = json.loads(output.read_text())
-        cells = [{"count": 7, "methods": ["replay"], "seeds": [0]}]
+        cells = [{"count": 1}, {"count": 7, "methods": ["replay"], "seeds": [0]}]
         # Of another setting none is left.
         methods = {"dpo": method(1.0, 0), "replay": method(3.0, 0)}
         assert found == old | {"methods": methods, "cells": cells}

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -58,6 +59,7 @@ from qadapter.report import tables
 from qadapter.report.results import Results
 from qadapter.stats import INTERVALS, KL_FLOOR, share_interval, wilson_interval
 from qadapter.suite import local_suite, supply_sentences
+from qadapter.trainer import QAdapterTrainer
 
 WORDS = ["red", "green", "blue", "pink", "grey", "black", "white", "brown", "gold", "teal"]
 
@@ -1107,7 +1109,7 @@ def test_a_suite_s_answers_are_a_conversation_s_if_the_base_has_a_template(
     policy = SimpleNamespace(tokenizer=SimpleNamespace(chat_template=template))
     monkeypatch.setattr("qadapter.evaluate.evaluate_tasks", recorded)
     limits = {"suite_limit": 3, "answers": 2, "answer_tokens": 4}
-    spec = {"suite": [str(suite)], "strength": 1.0, **limits}
+    spec = {"suite": [str(suite)], "strength": 1.0, "untrained": supply_sentences(), **limits}
     cells.WORK["suite"](SimpleNamespace(spec=spec, policy=lambda: policy))
     assert asked.pop("local_ifeval") is (template is not None)
     assert {*asked.values()} == {False}
@@ -1660,6 +1662,40 @@ def test_an_adapter_that_was_trained_anew_is_measured_anew(
     assert again() == ["train", "measure", "judge"]
 
 
+@pytest.mark.usefixtures("failing_in_process")
+def test_a_training_that_sigterm_ended_is_done_anew(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    changed = {"methods": ["base", "qadapter_half"], "reference": "qadapter_half", "judges": []}
+    path = yaml_file(tmp_path / "run.yaml", settings | changed | {"trials": 0})
+    loss = QAdapterTrainer.compute_loss
+
+    def hit(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(QAdapterTrainer, "compute_loss", hit)
+        assert main(["compare", path]) == 2
+    assert "SIGTERM ended it after step 1" in capsys.readouterr().out
+    assert main(["compare", path]) == 0
+
+
+@pytest.mark.usefixtures("in_process")
+def test_sentences_of_another_model_than_elsewhere_are_refused(suite: Path, base: str) -> None:
+    policy = measure.load_policy(base, None)
+    limits = {"suite_limit": 1, "answers": 1, "answer_tokens": 2}
+    spec = {"suite": [str(suite)], "strength": 1.0, **limits, "untrained": supply_sentences()}
+    work = SimpleNamespace(policy=lambda: policy, spec=spec)
+    assert "local_ifeval" in cells.WORK["suite"](work)["tasks"]
+    spec["untrained"] = not supply_sentences()
+    with pytest.raises(DataError, match="punkt_tab is on one of the machines"):
+        cells.WORK["suite"](work)
+
+
 @pytest.mark.usefixtures("in_process")
 def test_replay_learns_whole_rows_of_prompts_that_leave_room(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -1693,13 +1729,13 @@ def test_a_prompt_without_room_for_an_answer_is_passed_over(base: str) -> None:
     prompts = ["Why " * 9, "Why?", "Where " * 9, "Who?", "What?"]
 
     def kept(room: int, most: int) -> list[Any]:
-        return measure.with_room(policy, prompts, room, within=30, most=most)
+        return measure.with_room(policy, prompts, room, within=30, most=most, mend="ask less")
 
     tokens = [len(tokenize_prompt(prompt, policy.tokenizer)) for prompt in prompts]
     assert max(tokens[1], tokens[3]) < 20 < min(tokens[0], tokens[2])
     assert kept(10, 2) == ["Why?", "Who?"]
     assert kept(10, 9) == ["Why?", "Who?", "What?"]
-    with pytest.raises(DataError, match="none of 5 prompts leaves 30 of 30 tokens for an answer"):
+    with pytest.raises(DataError, match="leaves 30 of 30 tokens for an answer; ask less"):
         kept(30, 2)
 
 

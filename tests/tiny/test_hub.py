@@ -19,10 +19,15 @@ from fakes import tiny_tokenizer
 from models import tiny_base
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3Config,
+    PreTrainedTokenizerFast,
+)
 
 from qadapter import hub
-from qadapter.errors import ModelError, UserError
+from qadapter.errors import ConfigError, ModelError, UserError
 
 
 def _tokenizer(**special: str) -> Any:
@@ -269,3 +274,25 @@ def test_hashes_see_the_order_of_elements(exact: bool) -> None:
     pair[0, 1], pair[0, 2] = weight[0, 2], weight[0, 1]
     assert len({identity(w) for w in (weight, rows, columns, pair, weight.reshape(640, 64))}) == 5
     assert identity(weight.t().contiguous().t()) == identity(weight)  # strides are no identity
+
+
+def test_the_context_of_a_base_that_is_not_loaded(tmp_path: Path) -> None:
+    base = tiny_base("llama")
+    base.config.save_pretrained(tmp_path)
+    found = hub.load_context(str(tmp_path))
+    assert found == hub.context_of(base.config) == base.config.max_position_embeddings
+    hub.check_max_length(found, found)
+    hub.check_max_length(found + 1, None)
+    with pytest.raises(ConfigError, match=f"exceeds the model's context of {found}; lower it"):
+        hub.check_max_length(found + 1, found)
+    whole = Gemma3Config(text_config={"max_position_embeddings": 77})
+    assert hub.context_of(whole) == 77
+
+
+def test_a_base_s_own_code_is_not_run_for_its_context(tmp_path: Path) -> None:
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ModelError):
+        hub.load_context(str(tmp_path))
+    assert not (tmp_path / "ran").exists()

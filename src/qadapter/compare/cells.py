@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -158,7 +159,9 @@ def _answers(work: _Work) -> dict[str, Any]:
 
     spec, policy = work.spec, work.policy()
     room, there = spec["answer_tokens"], prompts_of(read_pairs(work.file("test")))
-    prompts = with_room(policy, there, room, within=policy.context, most=spec["answers"])
+    mend = "lower answer_tokens, or give other pairs as test"
+    most = spec["answers"]
+    prompts = with_room(policy, there, room, within=policy.context, most=most, mend=mend)
     made = answers_of(policy, prompts, strength=0.0, max_new_tokens=room)
     rows = zip(prompts, policy.texts(made), strict=True)
     write_jsonl(
@@ -186,11 +189,12 @@ def _replay(work: _Work) -> dict[str, Any]:
         "training": prompts_of(read_pairs(work.file("train"))),
     }
     sampled = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    length = spec["max_length"]
+    length, count = spec["max_length"], spec["prompts"]
     most, quarter = min(spec["most"], length), math.ceil(length / 4)
+    mend = "raise max_length, or give shorter prompts"
     set_seed(0)
     for kind, there in asked.items():
-        prompts = with_room(policy, there, quarter, within=length, most=spec["prompts"])
+        prompts = with_room(policy, there, quarter, within=length, most=count, mend=mend)
         made = answers_of(policy, prompts, strength=0.0, max_new_tokens=most, **sampled)
         for prompt, ids in zip(prompts, made, strict=True):
             room = length - len(tokenize_prompt(prompt, policy.tokenizer))
@@ -227,6 +231,7 @@ def _train(work: _Work) -> dict[str, Any]:
         anchors=Path(work.file("anchors")) if "anchors" in spec["files"] else None,
         output=work.directory / "adapter",
     )
+    shutil.rmtree(task.output, ignore_errors=True)  # what a training left that was ended
     start = time.perf_counter()
     train(task, spec["trainer"])
     seconds = time.perf_counter() - start
@@ -329,9 +334,12 @@ def _suite(work: _Work) -> dict[str, Any]:
     Tasks of log-likelihood as lm-eval asks them, without a template; those that generate as
     conversations, if the base has a template for them, as many as the answers made for the win
     rate, and on files twice as long.
+
+    Raises:
+        DataError: IFEval's sentences here are another model's than where the comparison began.
     """
     from qadapter.evaluate import evaluate_tasks, load_task
-    from qadapter.suite import suite_tasks
+    from qadapter.suite import suite_tasks, untrained_sentences
 
     spec, policy, scores = work.spec, work.policy(), []
     for task in suite_tasks(spec["suite"]):
@@ -345,6 +353,8 @@ def _suite(work: _Work) -> dict[str, Any]:
         scores += evaluate_tasks(
             policy, [task], strength=spec["strength"], limit=limit, apply_chat_template=chat
         )
+    if untrained_sentences() is not spec["untrained"]:
+        raise DataError("nltk's punkt_tab is on one of the machines and not on another.")
     return {"tasks": {score.task: dataclasses.asdict(score) for score in scores}}
 
 

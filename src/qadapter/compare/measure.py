@@ -217,12 +217,12 @@ def generations_kl(policy: Policy, prompts: Sequence[Text], answers: Sequence[st
 
 
 def with_room(
-    policy: Policy, prompts: Sequence[Text], room: int, *, within: int, most: int
+    policy: Policy, prompts: Sequence[Text], room: int, *, within: int, most: int, mend: str
 ) -> list[Text]:
     """Return the first prompts, `most` of them, after which `room` tokens fit `within` so many.
 
     Raises:
-        DataError: none leaves so much.
+        DataError: none leaves so much; the sentence ends with `mend`.
     """
     kept: list[Text] = []
     for prompt in prompts:
@@ -230,8 +230,8 @@ def with_room(
             kept.append(prompt)
     if not kept:
         raise DataError(
-            f"none of {len(prompts)} prompts leaves {room} of {within} tokens for an answer; give "
-            "shorter ones, or allow more tokens."
+            f"none of {len(prompts)} prompts leaves {room} of {within} tokens for an answer; "
+            f"{mend}."
         )
     return kept
 
@@ -241,7 +241,8 @@ def answers_of(
 ) -> list[list[int]]:
     """Return the tokens of answers in the prompts' order, alike lengths made together.
 
-    As `Policy.answer_ids`, whose options these are.
+    As `Policy.answer_ids`, whose options these are; where the longest prompt of a batch comes near
+    the base's context, the others' answers end with its own.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(str(prompts[i])))
     out: list[list[int]] = [[] for _ in prompts]

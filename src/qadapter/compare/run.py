@@ -22,11 +22,17 @@ from qadapter.compare.origin import origin
 from qadapter.compare.running import Progress, Run, after_measuring, points, tried
 from qadapter.compare.search import searched, trials_of
 from qadapter.compare.variations import read_variation, retrained_curve, robust
-from qadapter.data import Pair, read_prompts, read_texts, tokenize_pairs
+from qadapter.data import (
+    WINDOW,
+    Pair,
+    read_prompts,
+    read_texts,
+    text_windows,
+    tokenize_pairs,
+)
 from qadapter.errors import ConfigError
 from qadapter.evaluate import load_task, say_which_sentences
 from qadapter.files import alone_in, check_writable, read_jsonl, sha256, write_text
-from qadapter.policy import WINDOW, text_windows
 from qadapter.stats import INTERVALS
 from qadapter.suite import is_yaml, suite_tasks, untrained_sentences, yaml_files
 
@@ -41,6 +47,7 @@ _REPLAY_TOKENS = 256
 
 
 _SENTENCES = {"sentences of IFEval": "one after every full stop (nltk's punkt_tab is missing)"}
+"""Told of a suite with IFEval where they are another model's than lm-eval's."""
 
 
 def compare(
@@ -70,8 +77,8 @@ def _compare(
     config: CompareConfig, tell: Callable[[Progress], None], ways: Fanout, command: str
 ) -> Path:
     parts = split(config)
-    fit = _within_max_length(config, parts)
     suite = _told_early(config)
+    fit = _within_max_length(config, parts)
     trained = [n for n in config.methods if METHODS[n].trainer]
     ours = [n for n in trained if METHODS[n].library == "qadapter" and n != config.reference]
     varied_methods = [n for n in (config.reference, *ours[:1]) if n in trained]
@@ -82,7 +89,8 @@ def _compare(
     replays = any("replay" in METHODS[n].space for n in trained)
     total = _cells(config, trained, curves) + 2 * len(variations) * len(varied_methods)
     total += writes + replays
-    run = Run(config, Path(config.output).resolve(), tell, total, ways)
+    untrained = bool(config.suite) and untrained_sentences()
+    run = Run(config, Path(config.output).resolve(), tell, total, ways, untrained=untrained)
     _add_files(run, parts, suite)
     # Cells of their own, so that whoever adds a method keeps what is done.
     if writes:
@@ -107,9 +115,25 @@ def _compare(
 
 
 def _told_early(config: CompareConfig) -> dict[str, str]:
-    """Read what would else fail hours later; return the suite's files, each by a name."""
+    """Read what would else fail hours later; return the suite's files, each by a name.
+
+    Raises:
+        UserError: a file is not there or does not serve, or the base does not read as much.
+    """
     text = read_texts(config.text)
-    part_of(text, "report")
+    context = hub.load_context(config.model)
+    hub.check_max_length(config.max_length, context)
+    windows = text_windows(
+        part_of(text, "report"),
+        hub.load_tokenizer(config.model),
+        window=min(WINDOW, context or WINDOW),
+        max_tokens=config.text_tokens,
+    )
+    if len(windows) < 2:
+        raise ConfigError(
+            f"text: the half that is reported is one window of {len(windows[0])} tokens, which "
+            "shows no spread; give more text, or raise text_tokens."
+        )
     if config.prompts:
         read_prompts(config.prompts)
     tasks = suite_tasks(config.suite)
@@ -297,7 +321,7 @@ def _write(
             for name, pairs in vars(parts).items()
         }
         | {"general_text": {"path": config.text, "tokens": next(measured, 0)}}
-        | ({"suite": _SENTENCES} if config.suite and untrained_sentences() else {}),
+        | ({"suite": _SENTENCES} if run.untrained else {}),
         "intervals": INTERVALS,
         "pair_prompts": prompts,
         "length_baseline": baseline,
@@ -312,26 +336,8 @@ def _write(
 
 
 def _within_max_length(config: CompareConfig, parts: Splits) -> dict[str, int]:
-    """Return how many pairs of each part that is cut fit; every method leaves the others out.
-
-    Raises:
-        ConfigError: `max_length` is more than the base reads at once, or the general text has one
-            window and so no spread.
-    """
-    tokenizer, context = hub.load_tokenizer(config.model), hub.load_context(config.model)
-    if context and config.max_length > context:
-        raise ConfigError(
-            f"max_length: {config.max_length} exceeds the model's context of {context}; lower it."
-        )
-    text = part_of(read_texts(config.text), "report")
-    windows = text_windows(
-        text, tokenizer, window=min(WINDOW, context or WINDOW), max_tokens=config.text_tokens
-    )
-    if len(windows) < 2:
-        raise ConfigError(
-            f"text: the half that is reported is one window of {len(windows[0])} tokens, which "
-            "shows no spread; give more text, or raise text_tokens."
-        )
+    """Return how many pairs of each part that is cut fit; every method leaves the others out."""
+    tokenizer = hub.load_tokenizer(config.model)
     settings = hub.load_generation_config(config.model)
     end_ids = hub.end_of_turn_ids(tokenizer, settings)
 

@@ -53,6 +53,8 @@ class Run:
     """Every file that cells read, with a digest, so that other data make other cells."""
     suite: tuple[str, ...] = ()
     """Names of those that the capability suite reads."""
+    untrained: bool = False
+    """Whether that suite's IFEval counts sentences by nltk's untrained model."""
     base: dict[str, str] = field(default_factory=dict)
     """Digests of a local base's files, so that another one in its place makes other cells."""
     done: int = 0
@@ -196,6 +198,7 @@ def suite_at(run: Run, label: str, adapter: Mapping[str, Any], strength: float) 
         label,
         files={name: name for name in run.suite},
         strength=strength,
+        untrained=run.untrained,
         **{name: adapter.get(name) for name in _ADAPTER},
         **{n: getattr(run.config, n) for n in _SUITE},
     )

@@ -21,6 +21,7 @@ from qadapter import hub
 from qadapter.config import QAdapterConfig, QConfig
 from qadapter.data import Pair, TokenizedPair, read_pairs, read_texts, tokenize_prompt
 from qadapter.data.tokens import kept_pairs
+from qadapter.errors import TrainingError
 from qadapter.files import read_jsonl
 from qadapter.held import anchor_rows, anchor_turn
 from qadapter.judge.verdicts import plain
@@ -67,7 +68,7 @@ class Task:
 def train_qadapter(task: Task) -> None:
     """Train a Q-adapter by `run_training`."""
     p = task.params
-    run_training(
+    made = run_training(
         QAdapterConfig(
             data=str(task.pairs),
             output_dir=str(task.output),
@@ -91,6 +92,8 @@ def train_qadapter(task: Task) -> None:
             **task.training,
         )
     )
+    if made.stopped_at is not None:
+        raise TrainingError(f"SIGTERM ended it after step {made.stopped_at}.")
 
 
 # ── TRL's ───────────────────────────────────────────────────────────────────────────────────────

@@ -13,16 +13,19 @@ from qadapter.data.pairs import (
 )
 from qadapter.data.table import TokenTable, file_identity, pair_lengths, pairs_digest, token_table
 from qadapter.data.tokens import (
+    WINDOW,
     Dropped,
     Sources,
     TokenizedPair,
     render_prompt,
+    text_windows,
     tokenize_pair,
     tokenize_pairs,
     tokenize_prompt,
 )
 
 __all__ = [
+    "WINDOW",
     "Audit",
     "BadRow",
     "Dropped",
@@ -45,6 +48,7 @@ __all__ = [
     "read_texts",
     "render_prompt",
     "text_key",
+    "text_windows",
     "token_table",
     "tokenize_pair",
     "tokenize_pairs",

@@ -13,6 +13,9 @@ from qadapter.errors import DataError, ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+WINDOW = 256
+"""Tokens of a row of general text."""
+
 Dropped = Literal["too long", "prompt too long", "identical after truncation"]
 
 
@@ -122,6 +125,30 @@ def tokenize_prompt(prompt: Text, tokenizer: PreTrainedTokenizerBase) -> list[in
     if isinstance(prompt, str):
         return _one_bos(cast(list[int], tokenizer(prompt)["input_ids"]), tokenizer)
     return _chat_ids(prompt, tokenizer, add_generation_prompt=True)
+
+
+def text_windows(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    window: int = WINDOW,
+    max_tokens: int | None = None,
+) -> list[list[int]]:
+    """Return the tokens of texts, joined by newlines, in rows of `window`, the last shorter.
+
+    Rows end with the one in which `max_tokens` are reached.
+
+    Raises:
+        DataError: the texts hold fewer than two tokens.
+    """
+    joined = cast(list[int], tokenizer("\n".join(texts), verbose=False)["input_ids"])
+    end = len(joined) if max_tokens is None else min(len(joined), max_tokens)
+    rows = [joined[i : i + window] for i in range(0, end, window)]
+    # The first token of a row is not predicted.
+    rows = [row for row in rows if len(row) > 1]
+    if not rows:
+        raise DataError("text: fewer than two tokens; give a longer text.")
+    return rows
 
 
 def _response_ids(

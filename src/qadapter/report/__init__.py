@@ -31,7 +31,7 @@ def write_report(comparison: Mapping[str, Any], directory: Path) -> Path:
             its dial at 1, or at `own_dial` if it has that field; where the dial has no such value,
             at the last. A run's `at_reference` holds `tasks` at the reference's margin and the
             `dial` there; its `adapter`, where that lies, relative to the comparison.
-        directory: made if it is not there.
+        directory: made if it is not there. Pictures of an earlier report go.
 
     Raises:
         UserError: it cannot be written.
@@ -40,11 +40,12 @@ def write_report(comparison: Mapping[str, Any], directory: Path) -> Path:
     pictures = figures.draw(results)
     page = _render(results, pictures)
     with whole_files(directory) as partial:
-        for name, png in pictures.items():
-            (partial / f"{name}.png").write_bytes(png)
+        for name in figures.PICTURES:
+            if name in pictures:
+                (partial / f"{name}.png").write_bytes(pictures[name])
+            else:  # of an earlier report
+                Path(directory, f"{name}.png").unlink(missing_ok=True)
         (partial / "report.html").write_text(page, encoding="utf-8")
-    for name in {*figures.PICTURES} - {*pictures}:  # of an earlier report
-        Path(directory, f"{name}.png").unlink(missing_ok=True)
     return Path(directory) / "report.html"
 
 

@@ -26,6 +26,7 @@ _TITLE = 16
 
 
 PICTURES = ("frontier", "equal_learning", "tasks")
+"""Names of all pictures."""
 
 
 def draw(results: Results) -> dict[str, bytes]:
