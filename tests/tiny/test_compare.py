@@ -1680,7 +1680,7 @@ def test_a_training_that_sigterm_ended_is_done_anew(
     with monkeypatch.context() as patch:
         patch.setattr(QAdapterTrainer, "compute_loss", hit)
         assert main(["compare", path]) == 2
-    assert "SIGTERM ended it after step 1" in capsys.readouterr().out
+    assert "SIGTERM ended it after step 1" in capsys.readouterr().err
     assert main(["compare", path]) == 0
 
 
