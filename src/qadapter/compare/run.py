@@ -44,8 +44,6 @@ _BUILDERS = ("json", "csv", "parquet", "text", "arrow")
 """Of datasets' own: what they read `data_files` and `data_dir` say."""
 _REPLAY_TOKENS = 256
 """Most tokens of an answer that Replay learns."""
-
-
 _SENTENCES = {"sentences of IFEval": "one after every full stop (nltk's punkt_tab is missing)"}
 """Told of a suite with IFEval where they are another model's than lm-eval's."""
 
