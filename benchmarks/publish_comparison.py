@@ -50,7 +50,9 @@ def merged(old: dict[str, Any], new: dict[str, Any], names: list[str]) -> dict[s
 
     def told(comparison: dict[str, Any], field: str) -> Any:
         value = comparison["config"][field]
-        return [value] if field == "suite" and isinstance(value, str) else value
+        if field == "suite":  # once it could be one, or none
+            return [value] if isinstance(value, str) else value or []
+        return value
 
     both = sorted({*old["config"]} & {*new["config"]} - {*_FREE})
     apart = [field for field in both if told(old, field) != told(new, field)]
