@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -193,12 +192,8 @@ class _StopsOnSignal(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
     def __init__(self, trainer: SealingTrainer) -> None:
         self._trainer, self._heard = trainer, False
-        self._process = os.getpid()
 
     def hear(self, *_: Any) -> None:
-        if os.getpid() != self._process:  # a fork has inherited this, and is to end
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
         self._heard = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import numbers
+import os
 import random
 import sys
 import traceback
@@ -115,14 +116,15 @@ def evaluate_tasks(
         whole = {k: {n: x for part in parts for n, x in part[k].items()} for k in parts[0]}
         for task in whole["tasks"].values():
             _set_fewshot(task, num_fewshot)
-        found = evaluate(
-            lm,
-            whole,
-            limit=limit,
-            bootstrap_iters=1000,
-            apply_chat_template=apply_chat_template,
-            fewshot_as_multiturn=apply_chat_template,
-        )
+        with _unforked():
+            found = evaluate(
+                lm,
+                whole,
+                limit=limit,
+                bootstrap_iters=1000,
+                apply_chat_template=apply_chat_template,
+                fewshot_as_multiturn=apply_chat_template,
+            )
     say_which_sentences()
     return [score for part in parts for score in _scores(part, found)]
 
@@ -228,6 +230,24 @@ def _seeded(device: torch.device) -> Iterator[None]:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
+
+
+@contextmanager
+def _unforked() -> Iterator[None]:
+    """Have lm-eval bootstrap in this process.
+
+    Forks of a training inherit how it hears SIGTERM, by which lm-eval's pool ends them, and hang.
+    """
+    name = "DISABLE_MULTIPROC"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @cache
