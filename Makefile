@@ -120,7 +120,7 @@ bench: export HF_HUB_OFFLINE := 1
 bench: $(STAMP)
 	$(BIN)/python benchmarks/speed --output benchmarks/results/speed.json --draw docs/speed.svg
 
-# `make compare FULL=1` for the figures of docs/evidence.md.
+# `make compare FULL=1` for the main figures of docs/evidence.md; it names the others' commands.
 compare: export HF_HUB_OFFLINE := 1
 compare: export QADAPTER_DATA ?= ../shared/data
 compare: $(STAMP)

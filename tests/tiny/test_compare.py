@@ -39,6 +39,7 @@ from qadapter.compare import (
     fanout,
     measure,
     origin,
+    running,
     search,
 )
 from qadapter.compare import train as training
@@ -48,6 +49,7 @@ from qadapter.compare.fanout import Fanout
 from qadapter.compare.methods import has_number, why_not
 from qadapter.compare.run import _local_files, _told_early
 from qadapter.compare.running import Run, suite_at
+from qadapter.compare.variations import read_variation
 from qadapter.data import prompt_key, read_pairs, read_texts, tokenize_pairs, tokenize_prompt
 from qadapter.errors import ConfigError, DataError, UserError
 from qadapter.evaluate import evaluate_tasks
@@ -393,14 +395,71 @@ def test_every_method_starts_its_search_inside_its_space() -> None:
 
 
 def search_of(
-    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str = "dpo"
 ) -> dict[str, Any]:
-    """Return DPO's search, in which nothing is trained."""
+    """Return a method's search, in which nothing is trained."""
     point = {"accuracy": 0.7, "accuracy_ci": (0.6, 0.8), "kl": 0.1, "margin": 1.0}
     found = {"points": [point], "seconds": 1.0}
     monkeypatch.setattr(search, "tried", lambda *_, **__: found)
     config = CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings))
-    return search.searched(cast(Run, SimpleNamespace(config=config)), "dpo", METHODS["dpo"])
+    return search.searched(cast(Run, SimpleNamespace(config=config)), name, METHODS[name])
+
+
+def test_replay_is_tried_on_both_kinds_of_prompts(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = search_of(settings | {"trials": 5}, tmp_path, monkeypatch, "replay")
+    *first, last = [trial["params"] for trial in found["trials"]]
+    kinds = [(epochs, kind) for epochs in (1, 2) for kind in ("general", "training")]
+    assert [(p["epochs"], p["replay"]) for p in first] == kinds
+    assert {p["learning_rate"] for p in first} == {2e-4}
+    assert last["learning_rate"] != 2e-4
+
+
+def test_no_setting_is_tried_twice_while_others_come(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "_rounded", lambda v: v if type(v) is int else float(f"{v:.0e}"))
+    settings |= {"trials": 10, "settings": {"dpo": {"beta": 0.3}}}
+    for askings, some_again in ((1, True), (10, False)):
+        monkeypatch.setattr(search, "_ASKINGS", askings)
+        trials = search_of(settings, tmp_path, monkeypatch)["trials"]
+        assert len(trials) == 10
+        assert (len({str(t["params"]) for t in trials}) < 10) is some_again
+    # Where there are no others it ends all the same.
+    settings |= {"trials": 3, "settings": {"dpo": {"beta": 0.3, "learning_rate": 1e-4}}}
+    epochs = [t["params"]["epochs"] for t in search_of(settings, tmp_path, monkeypatch)["trials"]]
+    assert epochs[:2] == [1, 2]
+    assert epochs[2] in (1, 2)
+
+
+@pytest.mark.parametrize("failing", [(), (1,)])
+def test_time_left_is_told_by_the_pace_of_cells_without_a_result(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: tuple[int]
+) -> None:
+    clock, said = [100.0], []
+    monkeypatch.setattr(running.time, "perf_counter", lambda: clock[0])
+
+    class FakeCell:
+        def __init__(self, root: Path, kind: str, label: str, spec: dict[str, Any]) -> None:
+            self.directory, self.label, self.spec = root / label, label, spec
+            self.result = {} if label == "0" else None  # of an earlier run
+
+        def run(self, _: Any) -> dict[str, Any]:
+            clock[0] += 0.0 if self.result == {} else 30.0
+            if int(self.label) in failing:
+                raise cells.CellFailed("no")
+            return {}
+
+    monkeypatch.setattr(running, "Cell", FakeCell)
+    config = CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings))
+    run = Run(config, tmp_path, said.append, 5, cast(Fanout, SimpleNamespace(launch=None)))
+    run.began = clock[0]
+    for i in range(4):
+        run.cell("measure", str(i), files={})
+    told = [(at.done, at.total, at.seconds_left) for at in said]
+    assert told == [(0, 5, None), (1, 5, None), (2, 5, 90.0), (3, 5, 60.0)]
+    assert [failure["cell"] for failure in run.failures] == [f"measure {i}" for i in failing]
 
 
 def test_given_settings_are_not_searched(
@@ -474,6 +533,30 @@ def test_holding_out_leaves_training_as_it_is(settings: dict[str, Any], tmp_path
     settings["held_out_pairs"] = 200
     with pytest.raises(DataError, match=r"left for the judge.*`held_out_pairs`, or name other"):
         split(CompareConfig.read(yaml_file(tmp_path / "run.yaml", settings)))
+
+
+def test_a_variation_trains_on_more_pairs_than_the_rest(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings |= {"train": write_rows(tmp_path / "four.jsonl", of_four(100)), "held_out_pairs": 20}
+    path = yaml_file(tmp_path / "run.yaml", settings)
+    parts = split(CompareConfig.read(path))
+    assert split(CompareConfig.read(path, vary=["pairs=200"])) == parts
+
+    def trained(text: str) -> list[Any]:
+        return read_variation(text, parts, ["dpo"])[3] or []
+
+    assert trained("pairs=4") == parts.train[:4]
+    more, judges = trained("pairs=40"), {prompt_key(p) for p in parts.judge}
+    assert more[:8] == parts.train
+    # One pair of each of the judge's prompts, and none of those that are measured.
+    assert len({prompt_key(p) for p in more[8:]}) == 32
+    assert {prompt_key(p) for p in more[8:]} <= judges
+    every = 8 + len(parts.judge)
+    assert len({p.source for p in trained(f"pairs={every}")}) == every
+    with pytest.raises(DataError, match=f"pairs={every + 1} must lie between 1 and {every}"):
+        trained(f"pairs={every + 1}")
+    assert len(trained("flipped=0.5")) == 8
 
 
 def test_more_pairs_than_the_training_file_can_hold_out(
@@ -970,6 +1053,10 @@ def test_a_comparison_is_made_and_resumed_and_reported(
     assert len(point["correct"]) == len(point["margins"]) == 20
     assert point["accuracy"] == sum(point["correct"]) / 20
     assert point["ranking_accuracy"] == pytest.approx(sum(point["ranked"]) / 20)
+    by_token = point["margins_per_token"]
+    assert point["margin_per_token"] == pytest.approx(sum(by_token) / 20, abs=1e-6)
+    assert point["correct_per_token"] == [1 if m > 0 else 0 for m in by_token]
+    assert point["accuracy_per_token"] == sum(point["correct_per_token"]) / 20
     assert found["pair_prompts"] == [*range(8), *range(8), *range(4)]
     test = {"path": settings["test"], "pairs": 20, "prompts": 8, "within_max_length": 20}
     assert found["data"]["test"] == test

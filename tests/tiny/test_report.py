@@ -63,6 +63,8 @@ def point(dial: float, accuracy: float, kl: float, seed: int, task_drop: float) 
         "correct": correct,
         "ranked": [1 - x for x in correct],
         "margins": [12.5 * x for x in correct],
+        "margins_per_token": [0.25 * (1 - x) - 0.125 for x in correct],
+        "correct_per_token": [1 - x for x in correct],
         "ranking_accuracy": 1 - share,
         "window_kl": windows,
         "window_tokens": [TOKENS] * WINDOWS,
@@ -398,8 +400,11 @@ def test_learning_figures_are_those_of_the_json(full: dict[str, Any], page: Page
     for row, name in zip(rows, full["methods"], strict=True):
         points = own(full, name)
         assert row["Seeds"] == str(len(points))
-        assert row["Margin, nats"] == number(fmean(p["margin"] for p in points))
-        assert row["Margin a token, nats"] == number(fmean(p["margin_per_token"] for p in points))
+        assert row["Margin, nats"].startswith(f"{number(fmean(p['margin'] for p in points))} (")
+        by_token = [x for p in points for x in p["margins_per_token"]]
+        assert row["Margin a token, nats"].startswith(f"{number(fmean(by_token))} (")
+        share = fmean(x for p in points for x in p["correct_per_token"])
+        assert row["Accuracy a token"].startswith(f"{percent(share)} (")
         ranking = fmean(p["ranking_accuracy"] for p in points)
         assert row["Ranking accuracy"].startswith(f"{percent(ranking)} (")
     wins = (
@@ -411,6 +416,20 @@ def test_learning_figures_are_those_of_the_json(full: dict[str, Any], page: Page
         "The longer response, whatever it says",
         "54.1%",
     )
+
+
+def test_of_older_runs_the_margin_a_token_has_no_interval(full: dict[str, Any]) -> None:
+    made = copy.deepcopy(full)
+    run = made["methods"]["dpo"]["runs"][1]
+    run["points"] = [
+        {k: v for k, v in p.items() if k not in ("margins_per_token", "correct_per_token")}
+        for p in run["points"]
+    ]
+    table = tables.learning(Results(made))
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    (dpo,) = [row for row in rows if row["Method"] == "DPO"]
+    mean = fmean(p["margin_per_token"] for p in own(made, "dpo"))
+    assert (dpo["Accuracy a token"], dpo["Margin a token, nats"]) == ("–", number(mean))
 
 
 def test_the_baseline_by_length_is_the_better_of_both() -> None:
@@ -619,6 +638,11 @@ def test_tasks_at_the_margin_of_the_reference(full: dict[str, Any], tmp_path: Pa
         "DPO": "1",
         "Q-Adapter": "0.4",
     }
+    (beside,) = page.table("Method", "Beside")
+    assert (beside["Method"], beside["Beside"]) == ("Q-Adapter", "DPO")
+    theirs, ours = own(full, "dpo")[0]["tasks"]["piqa"]["value"], solved["piqa"]["value"]
+    assert beside["piqa: acc, n = 300"].startswith(f"{number(theirs - ours)} (")
+    assert beside["wikitext: word_perplexity, n = 40"].startswith(f"{percent(math.expm1(0.3))} (")
     before, value = own(full, "base")[0]["tasks"]["piqa"]["value"], solved["piqa"]["value"]
     cell = rows["Q-Adapter"]["piqa: acc, n = 300"]
     assert cell.startswith(f"{number(value)}; drop {number(before - value)} (")

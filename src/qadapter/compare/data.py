@@ -30,6 +30,11 @@ class Splits:
     """All pairs of the training file that are left, for a judge to learn from."""
     test: list[Pair]
 
+    @property
+    def pool(self) -> list[Pair]:
+        """What can be trained on where nothing is judged: `train`, then the judge's by turns."""
+        return [*self.train, *in_turn(_by_prompt(self.judge).values())]
+
 
 def split(config: CompareConfig) -> Splits:
     """Read and split the pairs by prompt, each part spread over as many prompts as can be.

@@ -139,7 +139,8 @@ def preference(
     """Return for each strength how the policy tells chosen from rejected on held-out pairs.
 
     `margins` are, per pair, log-ratio of chosen less that of rejected, nats; `correct` is 1 where
-    it is positive, ½ at a tie. `ranking_accuracy`, by pair `ranked`, asks the policy itself: whose
+    it is positive, ½ at a tie. `margins_per_token` and `correct_per_token` are the same of
+    log-ratios a token. `ranking_accuracy`, by pair `ranked`, asks the policy itself: whose
     log-likelihood per token is greater (as lm-eval's `acc_norm` does by bytes).
     """
     rows = [[*p.prompt_ids, *p.chosen_ids] for p in pairs]
@@ -150,17 +151,22 @@ def preference(
         won, lost = (policy_sums - found.base).chunk(2)
         won_tokens, lost_tokens = found.tokens.chunk(2)
         margin, correct = won - lost, _half_ties(won - lost)
+        by_token = won / won_tokens - lost / lost_tokens
+        correct_by_token = _half_ties(by_token)
         likely, unlikely = (policy_sums / found.tokens).chunk(2)
         ranked = _half_ties(likely - unlikely)
         points.append(
             {
                 "accuracy": float(correct.mean()),
                 "margin": float(margin.mean()),
-                "margin_per_token": float((won / won_tokens - lost / lost_tokens).mean()),
+                "accuracy_per_token": float(correct_by_token.mean()),
+                "margin_per_token": float(by_token.mean()),
                 "ranking_accuracy": float(ranked.mean()),
                 "correct": correct.tolist(),
                 "ranked": ranked.tolist(),
                 "margins": [round(m, 5) for m in margin.tolist()],
+                "correct_per_token": correct_by_token.tolist(),
+                "margins_per_token": [round(m, 7) for m in by_token.tolist()],
             }
         )
     return points

@@ -153,7 +153,8 @@ METHODS: dict[str, Method] = {
     "replay": Method(
         "Replay",
         "trl.SFTTrainer",
-        "SFT on the chosen responses mixed with the base's own answers to general prompts.",
+        "SFT on the chosen responses mixed with the base's own answers, to general prompts or to "
+        "those of the pairs.",
         "train_sft",
         {"trunk": 0.0},
         {**_PLAIN_SPACE, "replay": Choice(("general", "training"))},

@@ -80,7 +80,7 @@ def _compare(
     trained = [n for n in config.methods if METHODS[n].trainer]
     ours = [n for n in trained if METHODS[n].library == "qadapter" and n != config.reference]
     varied_methods = [n for n in (config.reference, *ours[:1]) if n in trained]
-    variations = [read_variation(text, parts.train, varied_methods) for text in config.vary]
+    variations = [read_variation(text, parts, varied_methods) for text in config.vary]
     curves = [curve for curve in map(retrained, config.retrain) if curve[0] in config.methods]
     # Methods with anchors that are told no text are held to what the base writes.
     writes = not config.anchors and any(METHODS[n].has("anchor_weight") for n in trained)

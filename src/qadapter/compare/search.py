@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from qadapter.compare.config import CompareConfig
-from qadapter.compare.methods import Choice, Method, Params, Range, Value
+from qadapter.compare.methods import Choice, Method, Params, Range, Space, Value
 from qadapter.compare.running import Run, tried
 
 SEED = 0
 """Of the search, and of what it trains."""
 _STARTUP = 4
 """Trials before TPE has enough to go by: the defaults, then random ones."""
+_ASKINGS = 10
+"""How often a setting that was tried is asked for again: TPE proposes what it likes twice."""
 _NOTHING_LEARNED = 1e6
 """Nats a token for a nat of margin: more than anything that learned."""
 
@@ -20,7 +23,8 @@ _NOTHING_LEARNED = 1e6
 def searched(run: Run, name: str, method: Method) -> dict[str, Any]:
     """Search the method's settings on the validation pairs, by Optuna's TPE.
 
-    It begins with the method's defaults, each number of epochs in turn. Two aims, accuracy and a
+    It begins with the method's defaults, each number of epochs and each kind of Replay in turn; a
+    setting that was tried is not tried again while others come up. Two aims, accuracy and a
     low `kl_of_one_nat`. Chosen is, of the settings whose accuracy is within one standard error of
     the best, the one with the least of it: a search for accuracy alone would pick among equals by
     noise, and so make any method's forgetting a matter of luck. Settings that the comparison gives
@@ -39,29 +43,50 @@ def searched(run: Run, name: str, method: Method) -> dict[str, Any]:
         sampler=optuna.samplers.TPESampler(seed=SEED, n_startup_trials=_STARTUP),
     )
     start = {k: v for k, v in method.defaults.items() if k in space}
-    for epochs in getattr(space.get("epochs"), "values", (None,)):
-        study.enqueue_trial({**start, **({"epochs": epochs} if epochs else {})})
-    trials = []
+    kinds = {k: v.values for k, v in space.items() if isinstance(v, Choice)}
+    for chosen in product(*kinds.values()):
+        study.enqueue_trial({**start, **dict(zip(kinds, chosen, strict=True))})
+    trials: list[dict[str, Any]] = []
     for i in range(run.config.trials):
-        trial = study.ask({k: _distribution(v) for k, v in space.items()})
-        params = {**given, **{k: _rounded(v) for k, v in trial.params.items()}}
+        trial, params = _asked(study, space, given, trials)
         if found := tried(run, name, params, SEED, f"{name} trial {i}"):
             point = found["points"][0]
             figures = {k: point[k] for k in ("accuracy", "accuracy_ci", "kl", "margin")}
             figures["kl_of_one_nat"] = kl_of_one_nat(point["kl"], point["margin"])
-            study.tell(trial, (point["accuracy"], figures["kl_of_one_nat"]))
-            trials.append(
-                {"params": params, "state": "complete", "seconds": found["seconds"], **figures}
-            )
+            told = {"state": "complete", "seconds": found["seconds"], **figures}
         else:
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            trials.append({"params": params, "state": "failed", "seconds": 0.0})
+            told = {"state": "failed", "seconds": 0.0}
+        trials.append({"params": params, **told})
+        _tell(study, trial, told)
     return {
         "sampler": _sampler(run.config.trials),
         "space": {k: str(v) for k, v in space.items()},
         "trials": trials,
         "best": one_standard_error(trials),
     }
+
+
+def _asked(
+    study: Any, space: Space, given: Params, trials: Sequence[Mapping[str, Any]]
+) -> tuple[Any, Params]:
+    """Return a trial and its settings: not those of an earlier one, unless nothing else comes."""
+    for left in reversed(range(_ASKINGS)):
+        trial = study.ask({k: _distribution(v) for k, v in space.items()})
+        params = {**given, **{k: _rounded(v) for k, v in trial.params.items()}}
+        earlier = next((t for t in trials if t["params"] == params), None)
+        if earlier is None or not left:
+            break
+        _tell(study, trial, earlier)
+    return trial, params
+
+
+def _tell(study: Any, trial: Any, told: Mapping[str, Any]) -> None:
+    from optuna.trial import TrialState
+
+    if told["state"] == "complete":
+        study.tell(trial, (told["accuracy"], told["kl_of_one_nat"]))
+    else:
+        study.tell(trial, state=TrialState.FAIL)
 
 
 def trials_of(config: CompareConfig, name: str, method: Method) -> int:

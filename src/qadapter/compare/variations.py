@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qadapter.compare.config import named_number
-from qadapter.compare.data import DATA_VARIATIONS, varied, write_pairs
+from qadapter.compare.data import DATA_VARIATIONS, Splits, varied, write_pairs
 from qadapter.compare.methods import METHODS, why_not
 from qadapter.compare.running import Run, tried
 from qadapter.errors import ConfigError
@@ -15,7 +15,7 @@ Variation = tuple[str, str, float, list[Any] | None]
 """Its text, name and value, and its pairs where it changes them."""
 
 
-def read_variation(text: str, train: Sequence[Any], methods: Sequence[str]) -> Variation:
+def read_variation(text: str, parts: Splits, methods: Sequence[str]) -> Variation:
     """Return what `NAME=NUMBER` asks for.
 
     Raises:
@@ -23,7 +23,9 @@ def read_variation(text: str, train: Sequence[Any], methods: Sequence[str]) -> V
     """
     name, value = named_number(text)
     if name in DATA_VARIATIONS:
-        return text, name, value, varied(train, name, value)
+        # Their answers are not judged, so more pairs may be the judge's.
+        pairs = parts.pool if name == "pairs" else parts.train
+        return text, name, value, varied(pairs, name, value)
     able = [METHODS[method] for method in methods if METHODS[method].takes_number(name)]
     if not able:
         raise ConfigError(

@@ -57,6 +57,8 @@ class Method:
     """Share of held-out pairs judged rightly, at each value of the dial."""
     ranking: Interval
     """Share of held-out pairs whose chosen response is the likelier a token, at its own setting."""
+    by_token: tuple[Interval, Interval] | None
+    """Accuracy and mean margin of log-ratios a token, at its own setting; None of older runs."""
     at_reference: Sequence[Point]
     """Dial and tasks of each seed at the reference's margin; empty where they were not measured."""
 
@@ -192,8 +194,19 @@ class Results:
             points=curve.intervals(),
             accuracies=self._shares(runs, dials, "correct", right),
             ranking=self._shares(runs, (dials[at],), "ranked", ranked[:, [at]])[0],
+            by_token=self._by_token(runs, dials[at]),
             at_reference=level if len(level) == len(runs) else (),
         )
+
+    def _by_token(
+        self, runs: Sequence[Mapping[float, Point]], dial: float
+    ) -> tuple[Interval, Interval] | None:
+        fields = "margins_per_token", "correct_per_token"
+        if any(field not in run[dial] for run in runs for field in fields):
+            return None
+        sums = [np.array([[run[dial][f]] for run in runs], np.float64) for f in fields]
+        (margins, right), pairs = by_group(sums, self._prompts)
+        return self._shares(runs, (dial,), fields[1], right)[0], mean_intervals(margins, pairs)[0]
 
     def _shares(
         self, runs: Sequence[Mapping[float, Point]], dials: Sequence[float], field: str, sums: Array
@@ -328,8 +341,12 @@ class Results:
         key = method.name, task, level
         if key not in self._drops:
             points = self.level(method) if level else method.own_points
-            self._drops[key] = self._drop(points, task)
+            self._drops[key] = self._drop([self.base] if self.base else [], points, task)
         return self._drops[key]
+
+    def lost_beside(self, method: Method, other: Method, task: str) -> Interval | None:
+        """Return what the method lost more than another at the reference's margin, as `drop`."""
+        return self._drop(self.level(other), self.level(method), task)
 
     def is_perplexity(self, task: str) -> bool:
         """Return whether a task's figure is a perplexity, the lower the better."""
@@ -345,18 +362,17 @@ class Results:
         )
         return not (self.is_perplexity(task) or found.get("higher_is_better", True))
 
-    def _drop(self, points: Sequence[Point], task: str) -> Interval | None:
-        base = self.base
-        if base is None or not points or any(task not in p["tasks"] for p in (base, *points)):
+    def _drop(self, others: Sequence[Point], points: Sequence[Point], task: str) -> Interval | None:
+        if not others or not points or any(task not in p["tasks"] for p in (*others, *points)):
             return None
-        kept = [point["tasks"][task]["items"] for point in points]
-        before, weights = (base["tasks"][task].get(name) for name in ("items", "weights"))
-        if not before or any(len(items) != len(before) for items in kept):
+        before, kept = ([p["tasks"][task]["items"] for p in side] for side in (others, points))
+        weights = others[0]["tasks"][task].get("weights")
+        if not before[0] or len({len(items) for items in (*before, *kept)}) > 1:
             return None
         if not weights:
             return _lost(before, kept, less_is_better=self.less_is_better(task))
         # Nats a word, a byte, or a document: the logarithm of perplexity.
-        lost = paired_bootstrap([before], kept, weights)
+        lost = paired_bootstrap(before, kept, weights)
         told = math.expm1 if self.is_perplexity(task) else _bits
         return Interval(*map(told, (lost.value, lost.low, lost.high)))
 
@@ -370,11 +386,11 @@ def _beside_unvaried(row: Mapping[str, Any]) -> bool:
 
 
 def _lost(
-    before: Sequence[float], kept: Sequence[Sequence[float]], *, less_is_better: bool
+    before: Sequence[Sequence[float]], kept: Sequence[Sequence[float]], *, less_is_better: bool
 ) -> Interval:
-    """Return the loss from before to what seeds kept, of scores of which more or less is better."""
-    better, worse = (kept, [before]) if less_is_better else ([before], kept)
-    right_or_wrong = np.isin([before, *kept], (0.0, 1.0)).all()
+    """Return the loss from before to what was kept, of scores of which more or less is better."""
+    better, worse = (kept, before) if less_is_better else (before, kept)
+    right_or_wrong = np.isin([*before, *kept], (0.0, 1.0)).all()
     return (share_difference if right_or_wrong else paired_bootstrap)(better, worse)
 
 

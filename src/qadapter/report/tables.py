@@ -77,8 +77,11 @@ def learning(results: Results) -> Table:
             method.label,
             str(len(method.runs)),
             ranged(method.accuracy, percent),
-            _figure(method.mean("margin")),
-            _figure(method.mean("margin_per_token")),
+            ranged(method.by_token[0], percent) if method.by_token else NONE,
+            ranged(method.margin),
+            ranged(method.by_token[1])
+            if method.by_token
+            else _figure(method.mean("margin_per_token")),
             ranged(method.ranking, percent),
             *(_win_rate(method, judge) for judge in judges),
         ]
@@ -86,10 +89,10 @@ def learning(results: Results) -> Table:
     ]
     if (longer := results.comparison["length_baseline"]) is not None:
         which = "longer" if longer >= 0.5 else "shorter"
-        told = [NONE, percent(max(longer, 1 - longer)), *[NONE] * (3 + len(judges))]
+        told = [NONE, percent(max(longer, 1 - longer)), *[NONE] * (4 + len(judges))]
         rows.append([f"The {which} response, whatever it says", *told])
-    margins = ("Margin, nats", "Margin a token, nats", "Ranking accuracy")
-    columns = ("Method", "Seeds", "Accuracy", *margins)
+    figures = ("Accuracy a token", "Margin, nats", "Margin a token, nats", "Ranking accuracy")
+    columns = ("Method", "Seeds", "Accuracy", *figures)
     return Table((*columns, *(f"Mean vote of {judge}" for judge in judges)), rows)
 
 
@@ -174,6 +177,26 @@ def level_tasks(results: Results) -> Table | None:
         if (points := results.level(method))
     ]
     return Table(("Method", "Dial there", *_task_heads(results)), rows)
+
+
+def beside_baselines(results: Results) -> Table | None:
+    """Return what each Q-Adapter lost more of each task than each other method, at equal learning.
+
+    At the reference's margin; None unless a Q-Adapter and another were measured there.
+    """
+    names, heads, rows = results.tasks(), _task_heads(results), []
+    baselines = [*([results.reference] if results.reference else []), *results.others]
+    for method in results.headlines:
+        for other in baselines:
+            found = [results.lost_beside(method, other, task) for task in names]
+            if any(found):
+                told = zip(found, map(results.is_perplexity, names), strict=True)
+                cells = [
+                    NONE if lost is None else ranged(lost, percent) if share else ranged(lost)
+                    for lost, share in told
+                ]
+                rows.append([method.label, other.label, *cells])
+    return Table(("Method", "Beside", *heads), rows) if rows else None
 
 
 def _task_heads(results: Results) -> list[str]:
