@@ -3,7 +3,7 @@
     QADAPTER_DATA=../shared/data python benchmarks/exam_text.py --output runs/exam_text.jsonl
 
 As many as the base writes by itself where no text is given; without choices and answers. MMLU is
-no part of the local suite.
+no part of the local suite, but ARC-easy's questions are of its kind.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from qadapter.errors import UserError
-from qadapter.report import figures, tables, write_report
+from qadapter.report import figures, losses, tables, write_report
 from qadapter.report.results import Results
-from qadapter.report.wording import lead, number, paragraphs, percent
+from qadapter.report.wording import fine_percent, lead, number, paragraphs, percent, ranged
 from qadapter.stats import (
     INTERVALS,
     EqualLearning,
@@ -28,7 +28,10 @@ from qadapter.stats import (
     frontier,
     mean_intervals,
     numbered,
+    paired_bootstrap,
     resampled_curve,
+    share_difference,
+    share_interval,
     wilson_interval,
 )
 
@@ -521,7 +524,7 @@ def test_what_is_lost_of_a_perplexity_is_the_share_it_rises_by(full: dict[str, A
     table = tables.tasks(results)
     rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
     (cell,) = [r["wikitext: word_perplexity, n = 40"] for r in rows if r["Method"] == "SFT"]
-    assert f"; higher by {percent(rise)} (" in cell
+    assert f"; higher by {fine_percent(rise)} (" in cell
     assert results.is_perplexity("wikitext")
     assert not results.is_perplexity("piqa")
 
@@ -642,7 +645,8 @@ def test_tasks_at_the_margin_of_the_reference(full: dict[str, Any], tmp_path: Pa
     assert (beside["Method"], beside["Beside"]) == ("Q-Adapter", "DPO")
     theirs, ours = own(full, "dpo")[0]["tasks"]["piqa"]["value"], solved["piqa"]["value"]
     assert beside["piqa: acc, n = 300"].startswith(f"{number(theirs - ours)} (")
-    assert beside["wikitext: word_perplexity, n = 40"].startswith(f"{percent(math.expm1(0.3))} (")
+    share = fine_percent(math.expm1(0.3))
+    assert beside["wikitext: word_perplexity, n = 40"].startswith(f"{share} (")
     before, value = own(full, "base")[0]["tasks"]["piqa"]["value"], solved["piqa"]["value"]
     cell = rows["Q-Adapter"]["piqa: acc, n = 300"]
     assert cell.startswith(f"{number(value)}; drop {number(before - value)} (")
@@ -655,6 +659,82 @@ def test_tasks_at_the_margin_of_the_reference(full: dict[str, Any], tmp_path: Pa
     assert f"{where} (95% CI): a drop on piqa" in told
     assert f"wikitext ({percent(math.expm1(0.3))}, " in told
     assert "at its own setting (95% CI): no drop shown on piqa" in told
+
+
+def test_each_q_adapter_stands_beside_each_other_method(full: dict[str, Any]) -> None:
+    made = copy.deepcopy(full)
+    items: dict[str, list[dict[str, Any]]] = {"dpo": [], "sft": [], "qadapter": []}
+    for name, kept in items.items():
+        for run in made["methods"][name]["runs"]:
+            rng = np.random.default_rng([7, len(name), run["seed"]])
+            tasks = copy.deepcopy(point(0.4, 0.7, 0.01, run["seed"], task_drop=0.1)["tasks"])
+            tasks["piqa"]["items"] = rng.integers(0, 2, 300).tolist()
+            tasks["wikitext"]["items"] = (-5 - rng.uniform(size=40)).tolist()
+            kept.append(tasks)
+            if name == "dpo":
+                run["points"][1]["tasks"] = tasks  # at its own setting it has its own margin
+            else:
+                run["at_reference"] = {"dial": 0.4, "tasks": tasks}
+    table = tables.beside_baselines(Results(made))
+    assert table is not None
+    rows = {tuple(row[:2]): row for row in table.rows}
+    assert {*rows} == {("Q-Adapter", "DPO"), ("Q-Adapter", "SFT")}
+    for name, label in (("dpo", "DPO"), ("sft", "SFT")):
+        theirs, ours = (
+            {task: [t[task]["items"] for t in items[n]] for task in ("piqa", "wikitext")}
+            for n in (name, "qadapter")
+        )
+        weights = items[name][0]["wikitext"]["weights"]
+        less = share_difference(theirs["piqa"], ours["piqa"])
+        nats = paired_bootstrap(theirs["wikitext"], ours["wikitext"], weights)
+        higher = Interval(*map(math.expm1, (nats.value, nats.low, nats.high)))
+        cells = dict(zip(table.columns, rows["Q-Adapter", label], strict=True))
+        assert cells["piqa: acc, n = 300"] == ranged(less)
+        assert cells["wikitext: word_perplexity, n = 40"] == ranged(higher, fine_percent)
+
+
+def test_tasks_of_unlike_weights_are_not_put_beside_each_other() -> None:
+    task = point(1.0, 0.7, 0.01, 0, task_drop=0.1)["tasks"]["wikitext"]
+    assert losses.lost([task], [task]) == Interval(0, 0, 0)
+    for unlike in (
+        {**task, "weights": task["weights"][::-1]},
+        {**task, "items": task["items"][:-1]},
+        {k: v for k, v in task.items() if k != "weights"},
+    ):
+        assert losses.lost([task], [unlike]) is None
+
+
+def test_a_share_close_to_zero_keeps_its_digits() -> None:
+    shares = (0.0003, -0.00012, 0.0, 0.2)
+    assert [*map(fine_percent, shares)] == ["0.0300%", "−0.0120%", "0%", "20.0%"]
+
+
+def test_figures_a_token_are_means_over_seeds_and_by_votes(full: dict[str, Any]) -> None:
+    def told(made: dict[str, Any]) -> dict[str, str]:
+        table = tables.learning(Results(made))
+        rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+        return next(row for row in rows if row["Method"] == "DPO")
+
+    many, one = told(full), copy.deepcopy(comparison(dpo=DPO))
+    for field, column, as_told in (
+        ("margins_per_token", "Margin a token, nats", number),
+        ("correct_per_token", "Accuracy a token", percent),
+    ):
+        values = [[p[field]] for p in own(full, "dpo")]
+        (interval,) = mean_intervals(values, np.ones(ITEMS))
+        assert many[column] == ranged(interval, as_told)
+    # Of one seed the votes have Wilson's interval.
+    del one["methods"]["dpo"]["runs"][1:]
+    votes = own(one, "dpo")[0]["correct_per_token"]
+    alone = Interval(fmean(votes), *share_interval(votes, range(ITEMS)))
+    assert told(one)["Accuracy a token"] == ranged(alone, percent)
+
+
+def test_how_settings_were_chosen_is_told_where_any_were_tried(page: Page, tmp_path: Path) -> None:
+    said = "within one standard error of the method’s best accuracy"
+    assert said in " ".join(page.text.split())
+    made = comparison(base=base(), dpo={**DPO, "search": {**DPO["search"], "trials": []}})
+    assert said not in " ".join(written(made, tmp_path).text.split())
 
 
 def test_every_point_of_the_curves_is_shown(full: dict[str, Any], page: Page) -> None:

@@ -136,7 +136,7 @@ def part_of(texts: Sequence[str], part: str) -> list[str]:
 
 
 def varied(pairs: Sequence[Pair], name: str, value: float) -> list[Pair]:
-    """Return training pairs with a share flipped or made irrelevant, or fewer of them.
+    """Return training pairs with a share flipped or made irrelevant, or the first so many.
 
     Irrelevant pairs keep their prompt and get two responses that were given to other prompts.
 

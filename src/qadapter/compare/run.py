@@ -76,11 +76,13 @@ def _compare(
 ) -> Path:
     parts = split(config)
     suite = _told_early(config)
-    fit = _within_max_length(config, parts)
+    kept = _kept_of(config)
+    fit = {name: kept(pairs) for name, pairs in vars(parts).items() if name != "judge"}
     trained = [n for n in config.methods if METHODS[n].trainer]
     ours = [n for n in trained if METHODS[n].library == "qadapter" and n != config.reference]
     varied_methods = [n for n in (config.reference, *ours[:1]) if n in trained]
     variations = [read_variation(text, parts, varied_methods) for text in config.vary]
+    fit_varied = {text: kept(pairs) for text, *_, pairs in variations if pairs is not None}
     curves = [curve for curve in map(retrained, config.retrain) if curve[0] in config.methods]
     # Methods with anchors that are told no text are held to what the base writes.
     writes = not config.anchors and any(METHODS[n].has("anchor_weight") for n in trained)
@@ -102,7 +104,11 @@ def _compare(
         lambda pair: robust(run, pair[1], methods[pair[1]], pair[0]),
         [(varied, name) for varied in variations for name in varied_methods],
     )
-    robustness = [row for row in rows if row]
+    robustness = [
+        {"within_max_length": fit_varied.get(row["variation"], fit["train"]), **row}
+        for row in rows
+        if row
+    ]
     told = ways.map(
         lambda curve: retrained_curve(run, curve[0], methods[curve[0]], *curve[1:]), curves
     )
@@ -333,8 +339,8 @@ def _write(
     return path
 
 
-def _within_max_length(config: CompareConfig, parts: Splits) -> dict[str, int]:
-    """Return how many pairs of each part that is cut fit; every method leaves the others out."""
+def _kept_of(config: CompareConfig) -> Callable[[Sequence[Pair]], int]:
+    """Return what says how many of pairs fit into `max_length`; methods leave the others out."""
     tokenizer = hub.load_tokenizer(config.model)
     settings = hub.load_generation_config(config.model)
     end_ids = hub.end_of_turn_ids(tokenizer, settings)
@@ -343,7 +349,7 @@ def _within_max_length(config: CompareConfig, parts: Splits) -> dict[str, int]:
         most = config.max_length
         return len(tokenize_pairs(pairs, tokenizer, end_ids=end_ids, max_length=most)[0])
 
-    return {name: kept(pairs) for name, pairs in vars(parts).items() if name != "judge"}
+    return kept
 
 
 def _digests(model: str) -> dict[str, str]:

@@ -23,8 +23,9 @@ _NOTHING_LEARNED = 1e6
 def searched(run: Run, name: str, method: Method) -> dict[str, Any]:
     """Search the method's settings on the validation pairs, by Optuna's TPE.
 
-    It begins with the method's defaults, each number of epochs and each kind of Replay in turn; a
-    setting that was tried is not tried again while others come up. Two aims, accuracy and a
+    It begins with the method's defaults at one and at two epochs, in which Replay has one of its
+    kinds each, and then has what other pairings there are at random rates; a setting that was tried
+    is not tried again while others come up. Two aims, accuracy and a
     low `kl_of_one_nat`. Chosen is, of the settings whose accuracy is within one standard error of
     the best, the one with the least of it: a search for accuracy alone would pick among equals by
     noise, and so make any method's forgetting a matter of luck. Settings that the comparison gives
@@ -44,8 +45,11 @@ def searched(run: Run, name: str, method: Method) -> dict[str, Any]:
     )
     start = {k: v for k, v in method.defaults.items() if k in space}
     kinds = {k: v.values for k, v in space.items() if isinstance(v, Choice)}
-    for chosen in product(*kinds.values()):
-        study.enqueue_trial({**start, **dict(zip(kinds, chosen, strict=True))})
+    first = [*zip(*kinds.values(), strict=False)] or [()]
+    others = [chosen for chosen in product(*kinds.values()) if chosen not in first]
+    for chosen in (*first, *others):
+        numbers = start if chosen in first else {}
+        study.enqueue_trial({**numbers, **dict(zip(kinds, chosen, strict=True))})
     trials: list[dict[str, Any]] = []
     for i in range(run.config.trials):
         trial, params = _asked(study, space, given, trials)

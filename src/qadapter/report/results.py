@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from qadapter.report import losses
 from qadapter.stats import (
     KL_FLOOR,
     Array,
@@ -22,7 +22,6 @@ from qadapter.stats import (
     numbered,
     paired_bootstrap,
     resampled_curve,
-    share_difference,
     share_interval,
 )
 
@@ -345,53 +344,30 @@ class Results:
         return self._drops[key]
 
     def lost_beside(self, method: Method, other: Method, task: str) -> Interval | None:
-        """Return what the method lost more than another at the reference's margin, as `drop`."""
+        """Return what the method has less than another at the reference's margin, as `drop`."""
         return self._drop(self.level(other), self.level(method), task)
+
+    def task(self, task: str) -> Mapping[str, Any]:
+        """Return what a method that was measured on a task scored there."""
+        points = (point for method in self.methods.values() for point in method.own_points)
+        return next((p["tasks"][task] for p in points if task in p["tasks"]), {})
 
     def is_perplexity(self, task: str) -> bool:
         """Return whether a task's figure is a perplexity, the lower the better."""
-        points = (point for method in self.methods.values() for point in method.own_points)
-        found = (point["tasks"].get(task, {}) for point in points)
-        return any(t.get("weights") and t.get("metric") != "bits_per_byte" for t in found)
+        return losses.is_perplexity(self.task(task))
 
     def less_is_better(self, task: str) -> bool:
         """Return whether a task's figure is neither a perplexity nor the higher the better."""
-        points = (point for method in self.methods.values() for point in method.own_points)
-        found: Mapping[str, Any] = next(
-            (p["tasks"][task] for p in points if task in p["tasks"]), {}
-        )
-        return not (self.is_perplexity(task) or found.get("higher_is_better", True))
+        return losses.less_is_better(self.task(task))
 
     def _drop(self, others: Sequence[Point], points: Sequence[Point], task: str) -> Interval | None:
         if not others or not points or any(task not in p["tasks"] for p in (*others, *points)):
             return None
-        before, kept = ([p["tasks"][task]["items"] for p in side] for side in (others, points))
-        weights = others[0]["tasks"][task].get("weights")
-        if not before[0] or len({len(items) for items in (*before, *kept)}) > 1:
-            return None
-        if not weights:
-            return _lost(before, kept, less_is_better=self.less_is_better(task))
-        # Nats a word, a byte, or a document: the logarithm of perplexity.
-        lost = paired_bootstrap(before, kept, weights)
-        told = math.expm1 if self.is_perplexity(task) else _bits
-        return Interval(*map(told, (lost.value, lost.low, lost.high)))
-
-
-def _bits(nats: float) -> float:
-    return nats / math.log(2)
+        return losses.lost(*([p["tasks"][task] for p in side] for side in (others, points)))
 
 
 def _beside_unvaried(row: Mapping[str, Any]) -> bool:
     return not row.get("reference_varied", True)
-
-
-def _lost(
-    before: Sequence[Sequence[float]], kept: Sequence[Sequence[float]], *, less_is_better: bool
-) -> Interval:
-    """Return the loss from before to what was kept, of scores of which more or less is better."""
-    better, worse = (kept, before) if less_is_better else (before, kept)
-    right_or_wrong = np.isin([*before, *kept], (0.0, 1.0)).all()
-    return (share_difference if right_or_wrong else paired_bootstrap)(better, worse)
 
 
 def _runs_of(name: str) -> str:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from qadapter.report.results import Method, Results
-from qadapter.report.wording import VERDICTS, number, outcome, percent, ranged
+from qadapter.report.results import UNVARIED, Method, Results
+from qadapter.report.wording import VERDICTS, fine_percent, number, outcome, percent, ranged
 from qadapter.stats import Interval, half_ties
 
 NONE = "–"
@@ -180,7 +180,7 @@ def level_tasks(results: Results) -> Table | None:
 
 
 def beside_baselines(results: Results) -> Table | None:
-    """Return what each Q-Adapter lost more of each task than each other method, at equal learning.
+    """Return what each Q-Adapter has less of each task than each other method, at equal learning.
 
     At the reference's margin; None unless a Q-Adapter and another were measured there.
     """
@@ -192,7 +192,7 @@ def beside_baselines(results: Results) -> Table | None:
             if any(found):
                 told = zip(found, map(results.is_perplexity, names), strict=True)
                 cells = [
-                    NONE if lost is None else ranged(lost, percent) if share else ranged(lost)
+                    NONE if lost is None else ranged(lost, fine_percent if share else number)
                     for lost, share in told
                 ]
                 rows.append([method.label, other.label, *cells])
@@ -200,12 +200,8 @@ def beside_baselines(results: Results) -> Table | None:
 
 
 def _task_heads(results: Results) -> list[str]:
-    points = [point for method in results.methods.values() for point in method.own_points]
-    heads = []
-    for task in results.tasks():
-        found = next(point["tasks"][task] for point in points if task in point["tasks"])
-        heads.append(f"{task}: {found['metric']}, n = {found['n']}")
-    return heads
+    found = {task: results.task(task) for task in results.tasks()}
+    return [f"{name}: {task['metric']}, n = {task['n']}" for name, task in found.items()]
 
 
 def _tasks(results: Results, method: Method, *, level: bool) -> list[str]:
@@ -216,7 +212,7 @@ def _tasks(results: Results, method: Method, *, level: bool) -> list[str]:
         cell = number(fmean(found)) if found else NONE
         if method.name != "base" and (drop := results.drop(method, task, level=level)):
             if results.is_perplexity(task):
-                cell += f"; higher by {ranged(drop, percent)}"
+                cell += f"; higher by {ranged(drop, fine_percent)}"
             else:
                 cell += f"; {'rise' if results.less_is_better(task) else 'drop'} {ranged(drop)}"
         cells.append(cell)
@@ -304,7 +300,12 @@ def failures(results: Results) -> Table:
 
 def robustness(results: Results) -> Table:
     """Return learning, forgetting and forgetting at equal learning under each variation."""
-    rows = []
+    rows, drawn = [], results.comparison["robustness"]
+    fit = {
+        row["variation"]: row["within_max_length"] for row in drawn if "within_max_length" in row
+    }
+    if "within_max_length" in (train := results.comparison["data"]["train"]):
+        fit[UNVARIED] = train["within_max_length"]
     for variation, methods in results.varied.items():
         level = results.varied_equal_learning(variation)
         for name, method in methods.items():
@@ -313,8 +314,9 @@ def robustness(results: Results) -> Table:
             ratio = ranged(level[name].ratio) if level and method.moves else NONE
             if ratio != NONE and results.beside_unvaried(variation):
                 ratio += f", to {results.reference_label} as it was"
-            rows.append([variation, method.label, seeds, *figures, ratio])
-    columns = ("Variation", "Method", "Seeds", "Accuracy", "Margin", "KL")
+            pairs = f"{fit[variation]:,}" if variation in fit else NONE
+            rows.append([variation, method.label, seeds, pairs, *figures, ratio])
+    columns = ("Variation", "Method", "Seeds", "Training pairs", "Accuracy", "Margin", "KL")
     return Table((*columns, f"Ratio to {results.reference_label}’s KL, varied alike"), rows)
 
 

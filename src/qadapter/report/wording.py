@@ -58,6 +58,11 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}%".replace("-", "−")
 
 
+def fine_percent(value: float) -> str:
+    """Return a share as a percentage of three digits, where an interval may end close to 0."""
+    return f"{number(100 * value)}%"
+
+
 def ranged(interval: Interval, told: Callable[[float], str] = number) -> str:
     """Return a figure with its interval, as `told` writes numbers; no line ends inside it."""
     if math.isinf(interval.value) and math.isinf(interval.low):
