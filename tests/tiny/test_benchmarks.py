@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 
@@ -158,3 +160,21 @@ def test_methods_made_anew_are_put_beside_others_scored_on_the_same(
             publish.main()
         assert message in capsys.readouterr().err
         assert json.loads(output.read_text()) == found
+
+
+def test_text_of_people_is_taken_by_turns_of_subjects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exam = loaded("exam_text", "exam_text.py", monkeypatch)
+    archive, long = tmp_path / "mmlu.zip", "x" * exam.LEAST
+    with ZipFile(archive, "w") as made:
+        for subject, count in (("law", 4), ("high_school_biology", 2)):
+            rows = [f'"{subject} {i}, {long}",yes,no,A\n' for i in range(count)]
+            made.writestr(f"data/val/{subject}_val.csv", "".join([*rows, rows[0], "Why?,a,b,A\n"]))
+        made.writestr("data/dev/law_dev.csv", f'"law 9, {long}",yes,no,A\n')
+    texts = exam.questions(archive)
+    assert len({*texts}) == len(texts) == 6
+    assert Counter(text.split()[0] for text in texts[:4]) == {"law": 2, "high_school_biology": 2}
+    assert all(len(text) > exam.LEAST for text in texts)
+    assert "law 9" not in {text.split(",")[0] for text in texts}
+    assert exam.questions(archive) == texts
