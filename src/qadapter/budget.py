@@ -20,6 +20,7 @@ from accelerate.utils import broadcast
 from torch import Tensor
 from transformers import TrainerCallback
 
+from qadapter.data import spread
 from qadapter.errors import ArtefactError, ConfigError, TrainingError
 from qadapter.evaluate import TaskScore, evaluate_tasks
 from qadapter.model import QAdapterModel
@@ -81,7 +82,7 @@ class KLMeter:
 
     def __init__(self, limit: float, texts: Sequence[str], source: str) -> None:
         self._limit, self._texts, self._source = limit, texts, source
-        self._rows: list[Sequence[int]] = []
+        self._rows: list[list[int]] = []
 
     def read(self, policy: Policy) -> Reading:
         """Return the reading; its 95% interval is over rows, since tokens of one text are alike."""
@@ -167,10 +168,9 @@ def interval(curve: KLCurve, by_row: Sequence[float]) -> tuple[float, float] | N
     return found.low, found.high
 
 
-def thinned(rows: Sequence[Sequence[int]], tokens: int) -> list[Sequence[int]]:
+def thinned(rows: Sequence[list[int]], tokens: int) -> list[list[int]]:
     """Return rows of about so many tokens together, evenly spread over all rows."""
-    n = max(1, min(len(rows), tokens // len(rows[0])))
-    return [rows[i * len(rows) // n] for i in range(n)]
+    return spread(rows, tokens // len(rows[0]))
 
 
 def hold_out(texts: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -387,7 +387,7 @@ class Policy:
     ) -> list[list[int]]:
         """Return the texts' tokens, joined by newlines, in rows of `window`, the last shorter.
 
-        Rows end with the one in which `max_tokens` are reached.
+        Of more than `max_tokens` as many rows as hold these are taken, evenly spread.
 
         Raises:
             DataError: the texts hold fewer than two tokens.

@@ -106,9 +106,13 @@ def _ifeval() -> dict[str, Any]:
 
 
 def with_text(docs: Any) -> Any:
-    """Return the lines of a text dataset that are not blank, without white space around them."""
+    """Return the lines of a text dataset that are not blank, without white space around them.
+
+    They are shuffled, always alike: the first so many lines would be of a document or two, and
+    lines of one document are alike.
+    """
     stripped = docs.map(lambda doc: {"text": doc["text"].strip()})
-    return stripped.filter(lambda doc: bool(doc["text"]))
+    return stripped.filter(lambda doc: bool(doc["text"])).shuffle(seed=0)
 
 
 def _is_text(value: Any) -> bool:
@@ -186,7 +190,8 @@ def local_suite(directory: str | Path, tasks: Sequence[str] = LOCAL_SUITE) -> li
       what the policy says greedily.
     - `local_perplexity`, `wikitext2*.txt`, else `*.txt`: word perplexity, exp of the negative
       log-likelihood of all text by the number of words between white space; each line that is not
-      blank is a document, predicted from the begin or end token and from nothing before it.
+      blank is a document, predicted from the begin or end token and from nothing before it. They
+      come shuffled, so that a limit takes lines from all of the text.
       lm-eval's `wikitext` takes whole pages and undoes WikiText's spacing: its numbers are lower.
     - `local_ifeval`, `ifeval*.jsonl` (key, prompt, instruction_id_list, kwargs): share of prompts
       all of whose instructions are followed, strictly judged; answers of up to 1280 tokens, which

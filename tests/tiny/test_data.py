@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from fakes import CHATML, tiny_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
 
 from qadapter.data import (
     Pair,
@@ -25,6 +28,7 @@ from qadapter.data import (
     read_pairs,
     read_prompts,
     read_texts,
+    text_windows,
     token_table,
     tokenize_pair,
     tokenize_pairs,
@@ -638,3 +642,29 @@ def test_the_file_of_a_table_goes_with_it_and_that_of_a_killed_process_with_the_
     del table, other
     gc.collect()
     assert not [p for p in root.iterdir() if p.is_dir()]
+
+
+class _Numbers:
+    """A tokenizer of numbers: each word is its token."""
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [int(word) for word in text.split()]}
+
+
+@given(tokens=st.integers(2, 400), window=st.integers(2, 9), most=st.integers(1, 500))
+def test_windows_of_a_text_are_spread_over_it(tokens: int, window: int, most: int) -> None:
+    """The first windows would all be of its first document."""
+    texts, words = [], [*map(str, range(tokens))]
+    for i in range(0, tokens, 7):
+        texts.append(" ".join(words[i : i + 7]))
+    tokenizer = cast(PreTrainedTokenizerBase, _Numbers())
+    whole = text_windows(texts, tokenizer, window=window)
+    assert [t for row in whole for t in row] == [*range(tokens - (tokens % window == 1))]
+    some = text_windows(texts, tokenizer, window=window, max_tokens=most)
+    assert len(some) == min(len(whole), math.ceil(most / window))
+    places = [whole.index(row) for row in some]
+    gaps = [b - a for a, b in pairwise(places)]
+    assert places[0] == 0
+    assert all(gap > 0 for gap in gaps)
+    assert max(gaps, default=0) - min(gaps, default=0) <= 1
+    assert len(whole) - places[-1] <= max(gaps, default=len(whole)) + 1

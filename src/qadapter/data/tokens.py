@@ -136,19 +136,25 @@ def text_windows(
 ) -> list[list[int]]:
     """Return the tokens of texts, joined by newlines, in rows of `window`, the last shorter.
 
-    Rows end with the one in which `max_tokens` are reached.
+    Of more than `max_tokens` as many rows as hold these are taken, evenly spread over the texts:
+    the first would be of a document or two, and windows of one document are alike.
 
     Raises:
         DataError: the texts hold fewer than two tokens.
     """
     joined = cast(list[int], tokenizer("\n".join(texts), verbose=False)["input_ids"])
-    end = len(joined) if max_tokens is None else min(len(joined), max_tokens)
-    rows = [joined[i : i + window] for i in range(0, end, window)]
+    rows = [joined[i : i + window] for i in range(0, len(joined), window)]
     # The first token of a row is not predicted.
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise DataError("text: fewer than two tokens; give a longer text.")
-    return rows
+    return rows if max_tokens is None else spread(rows, -(-max_tokens // window))
+
+
+def spread(rows: Sequence[list[int]], count: int) -> list[list[int]]:
+    """Return so many rows, or all if there are fewer, evenly spread over them."""
+    n = min(len(rows), max(1, count))
+    return [rows[i * len(rows) // n] for i in range(n)]
 
 
 def _response_ids(
