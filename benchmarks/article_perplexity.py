@@ -5,9 +5,10 @@
         --output benchmarks/results/article_perplexity.json
 
 Lines of one article are alike: what happens to a text about lobsters happens to all of its lines,
-and WikiText-2's first hundred lines are three articles. Here each of its sixty has a part, the
-windows after its heading, and a bootstrap draws articles. Of each method it takes the seeds'
-adapters and the strength at which they are asked, as trained (1) or at another's margin.
+and WikiText-2's first hundred lines are three articles. Here each of its sixty has a part, windows
+from all of it, and a bootstrap draws articles. Half of them are where a comparison's settings were
+chosen, by a KL on a few thousand tokens. Of each method it takes the seeds' adapters and the
+strength at which they are asked, as trained (1) or at another's margin.
 """
 
 from __future__ import annotations
@@ -58,6 +59,9 @@ def main() -> None:
     add("--output", required=True, metavar="JSON")
     add("--tokens", type=int, default=512, help="of each article")
     args = parser.parse_args()
+    names = [name for name, *_ in args.adapters]
+    if len({*names}) < len(names) or any(len(given) < 3 for given in args.adapters):
+        parser.error("--adapters: each takes a name of its own, a strength and directories")
     if not DATA.is_dir():
         parser.exit(message=f"skipped: no data in {DATA}; set QADAPTER_DATA\n")
     text, model = DATA / "capability/wikitext2.valid.txt", CompareConfig.model

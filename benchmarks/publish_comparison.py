@@ -57,6 +57,7 @@ def merged(old: dict[str, Any], new: dict[str, Any], names: list[str]) -> dict[s
     both = sorted({*old["config"]} & {*new["config"]} - {*_FREE})
     apart = [field for field in both if told(old, field) != told(new, field)]
     apart += ["pair_prompts"] if old["pair_prompts"] != new["pair_prompts"] else []
+    apart += ["the windows of the text"] if _far(_of_base(old), _of_base(new)) else []
     if apart:
         raise ValueError(f"the two differ in {', '.join(apart)}")
     made = {"methods": names, "seeds": new["config"]["seeds"]}
@@ -72,6 +73,17 @@ def merged(old: dict[str, Any], new: dict[str, Any], names: list[str]) -> dict[s
         "methods": old["methods"] | put,
         "cells": [*cells, *({**cell, **made} for cell in new["cells"])],
     }
+
+
+def _of_base(comparison: dict[str, Any]) -> float | None:
+    """Return the base's perplexity on the text, by which others' windows are told; None if none."""
+    runs = (run for fields in comparison["methods"].values() for run in fields["runs"])
+    return next((p["base_perplexity"] for run in runs for p in run.get("points", ())), None)
+
+
+def _far(old: float | None, new: float | None) -> bool:
+    """Return whether two figures differ by more than two machines do."""
+    return old is not None and new is not None and abs(old - new) > 1e-3 * old
 
 
 def _joined(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:

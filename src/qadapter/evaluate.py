@@ -86,7 +86,7 @@ def evaluate_tasks(
     Args:
         tasks: lm-eval's names of tasks, groups or tags, paths of its YAML files, or task
             configurations, such as those of `local_suite`.
-        limit: only the first so many documents of each task.
+        limit: only the first so many documents of each task; the local suite shuffles a text's.
         batch_size: requests run at a time.
         apply_chat_template: make each prompt a conversation, its few-shot examples earlier turns.
         num_fewshot: examples before each prompt; default what the task says. As in lm-eval, a task

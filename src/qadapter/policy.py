@@ -361,8 +361,8 @@ class Policy:
     ) -> Drift:
         """Return KL to the base and perplexities on general text.
 
-        The texts are joined by newlines and cut into windows; the first token of each window is
-        not predicted.
+        The texts are joined by newlines and cut into windows, of which as many as hold `max_tokens`
+        are read, evenly spread; the first token of each window is not predicted.
 
         Raises:
             DataError: the texts hold fewer than two tokens.

@@ -313,7 +313,7 @@ def _task_on(name: str, path: Path) -> dict[str, Any]:
         "dataset_kwargs": {"data_files": {"test": str(path.resolve())}},
         "test_split": "test",
         "num_fewshot": 0,
-        "metadata": {"version": 1.0},
+        "metadata": {"version": 1.1},
         **made,
     }
 

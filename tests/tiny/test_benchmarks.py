@@ -178,3 +178,44 @@ def test_text_of_people_is_taken_by_turns_of_subjects(
     assert all(len(text) > exam.LEAST for text in texts)
     assert "law 9" not in {text.split(",")[0] for text in texts}
     assert exam.questions(archive) == texts
+
+
+def test_a_text_is_cut_at_headings_of_the_first_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_article = loaded("article_perplexity", "article_perplexity.py", monkeypatch)
+    lines = ["before", " = One = ", "a", " = = Part = = ", "b", " = Two = Three = ", " = no", "c"]
+    assert by_article.articles(lines) == [lines[1:5], lines[5:]]
+
+
+@pytest.mark.parametrize("adapters", [["A", "1"], ["A", "1", "x", "--adapters", "A", "1", "y"]])
+def test_adapters_without_a_place_or_a_name_of_their_own_are_refused(
+    adapters: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    by_article = loaded("article_perplexity", "article_perplexity.py", monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["it", "--output", "x.json", "--adapters", *adapters])
+    with pytest.raises(SystemExit) as ended:
+        by_article.main()
+    assert ended.value.code == 2
+    assert "a name of its own" in capsys.readouterr().err
+
+
+def test_methods_measured_on_other_windows_are_not_put_beside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    publish = loaded("publish_comparison", "publish_comparison.py", monkeypatch)
+
+    def comparison(base: float, seed: int) -> dict[str, Any]:
+        run = {"seed": seed, "params": {}, "points": [{"base_perplexity": base}]}
+        methods = {"dpo": {"search": None, "runs": [run]}}
+        config = {"seeds": [seed], "pairs": 8}
+        return {
+            "config": config,
+            "pair_prompts": [0],
+            "methods": methods,
+            "failures": [],
+            "cells": [],
+        }
+
+    old = comparison(26.868, 0)
+    assert len(publish.merged(old, comparison(26.869, 1), ["dpo"])["methods"]["dpo"]["runs"]) == 2
+    with pytest.raises(ValueError, match="the two differ in the windows of the text"):
+        publish.merged(old, comparison(31.2, 1), ["dpo"])

@@ -705,8 +705,9 @@ def test_tasks_of_unlike_weights_are_not_put_beside_each_other() -> None:
 
 
 def test_a_share_close_to_zero_keeps_its_digits() -> None:
-    shares = (0.0003, -0.00012, 0.0, 0.2)
-    assert [*map(fine_percent, shares)] == ["0.0300%", "−0.0120%", "0%", "20.0%"]
+    shares = (0.0003, -0.00012, 0.0, 1e-7, 0.2, 9.99, 12.345)
+    told = ["0.0300%", "−0.0120%", "0%", "0%", "20.0%", "999%", "1234.5%"]
+    assert [*map(fine_percent, shares)] == told
 
 
 def test_figures_a_token_are_means_over_seeds_and_by_votes(full: dict[str, Any]) -> None:

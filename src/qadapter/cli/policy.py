@@ -98,7 +98,9 @@ def add_score(commands: Commands) -> None:
     score.add_argument("--json", action="store_true", help="one JSON object on stdout")
     score.add_argument("--rewards", metavar="F", help="write each pair's rewards here (.jsonl)")
     score.add_argument("--text", metavar="F", help="general text, for KL and perplexity")
-    score.add_argument("--text-tokens", type=count, default=50_000, help="at most so many of it")
+    score.add_argument(
+        "--text-tokens", type=count, default=50_000, help="about so many, from all of it"
+    )
     score.add_argument("--max-length", type=count, default=1024)
     score.set_defaults(run=_score)
 
@@ -138,7 +140,9 @@ def add_tune(commands: Commands) -> None:
     )
     tune.add_argument("--text", required=True, metavar="F", help="general text to read it on")
     tune.add_argument("--max-strength", type=level, default=1.0, help="look no further")
-    tune.add_argument("--text-tokens", type=count, default=10_000, help="at most so many of it")
+    tune.add_argument(
+        "--text-tokens", type=count, default=10_000, help="about so many, from all of it"
+    )
     tune.add_argument("--json", action="store_true", help="one JSON object on stdout")
     tune.set_defaults(run=_tune)
 

@@ -29,7 +29,7 @@ from qadapter.stats import numbered
 UNSEEN = -1000
 """Exit code of a cell whose directory is not there on the machine that was to run it."""
 
-_FORMAT = 7
+_FORMAT = 8
 """Of what results hold; another number makes other cells, so that none of an older one is read."""
 _ASKED = 50
 """Held-out pairs that an endpoint is validated on: each is two calls."""

@@ -81,7 +81,7 @@ class CompareConfig:
     """Pairs of the training file to test on, too, where the test file is small: of prompts that
     training and validation leave, and that then are not the judge's."""
     text_tokens: int = 8000
-    """Tokens of the general text."""
+    """Tokens of the general text, in windows from all of it."""
     replay_prompts: int = 200
     """General prompts that the base answers."""
     answers: int = 48
@@ -89,7 +89,8 @@ class CompareConfig:
     answer_tokens: int = 96
     """Most tokens of an answer to a test prompt, and of one made by online learning."""
     suite_limit: int = 100
-    """Items of each task of the suite; of tasks that generate, as many as `answers`."""
+    """Items of each task of the suite, of a text lines from all of it; of tasks that generate, as
+    many as `answers`."""
     max_length: int = 1024
     """Tokens of prompt and response."""
     per_device_train_batch_size: int = 4

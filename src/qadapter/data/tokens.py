@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast, overload
+from typing import TYPE_CHECKING, Literal, TypeVar, cast, overload
 
 from qadapter.data.pairs import Message, Pair, Text
 from qadapter.errors import DataError, ModelError
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 WINDOW = 256
 """Tokens of a row of general text."""
 
+_Row = TypeVar("_Row")
 Dropped = Literal["too long", "prompt too long", "identical after truncation"]
 
 
@@ -143,15 +144,15 @@ def text_windows(
         DataError: the texts hold fewer than two tokens.
     """
     joined = cast(list[int], tokenizer("\n".join(texts), verbose=False)["input_ids"])
-    rows = [joined[i : i + window] for i in range(0, len(joined), window)]
-    # The first token of a row is not predicted.
-    rows = [row for row in rows if len(row) > 1]
-    if not rows:
+    # The first token of a row is not predicted, so none begins with the last.
+    starts = range(0, len(joined) - 1, window)
+    if not starts:
         raise DataError("text: fewer than two tokens; give a longer text.")
-    return rows if max_tokens is None else spread(rows, -(-max_tokens // window))
+    taken = starts if max_tokens is None else spread(starts, -(-max_tokens // window))
+    return [joined[i : i + window] for i in taken]
 
 
-def spread(rows: Sequence[list[int]], count: int) -> list[list[int]]:
+def spread(rows: Sequence[_Row], count: int) -> list[_Row]:
     """Return so many rows, or all if there are fewer, evenly spread over them."""
     n = min(len(rows), max(1, count))
     return [rows[i * len(rows) // n] for i in range(n)]

@@ -28,12 +28,12 @@ def lost(before: Sequence[Task], after: Sequence[Task]) -> Interval | None:
     """Return how much less `after` has of a task than `before`; of it, both have a seed each.
 
     Where less is better it is how much more; of a perplexity the share by which it is the higher;
-    of bits a byte how many more. None where the items are not the same.
+    of bits a byte how many more. None where the items differ in number or in weight.
     """
     had, has = ([task["items"] for task in side] for side in (before, after))
     first = before[0]
-    weights = first.get("weights")
-    same = all(task.get("weights") == weights for task in (*before, *after))
+    weights = first.get("weights") or []
+    same = all((task.get("weights") or []) == weights for task in (*before, *after))
     if not had[0] or not same or len({len(items) for items in (*had, *has)}) > 1:
         return None
     if weights:

@@ -60,7 +60,10 @@ def percent(value: float) -> str:
 
 def fine_percent(value: float) -> str:
     """Return a share as a percentage of three digits, where an interval may end close to 0."""
-    return f"{number(100 * value)}%"
+    in_hundred = 100 * value
+    if abs(in_hundred) < 1e-3:
+        return "0%"
+    return f"{number(in_hundred)}%" if abs(in_hundred) < 999.5 else percent(value)
 
 
 def ranged(interval: Interval, told: Callable[[float], str] = number) -> str:
