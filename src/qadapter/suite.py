@@ -108,7 +108,7 @@ def _ifeval() -> dict[str, Any]:
 def with_text(docs: Any) -> Any:
     """Return the lines of a text dataset that are not blank, without white space around them.
 
-    They are shuffled, always alike: the first so many lines would be of a document or two, and
+    They are shuffled, always alike: the first so many lines would be of few documents, and
     lines of one document are alike.
     """
     stripped = docs.map(lambda doc: {"text": doc["text"].strip()})

@@ -138,7 +138,7 @@ def text_windows(
     """Return the tokens of texts, joined by newlines, in rows of `window`, the last shorter.
 
     Of more than `max_tokens` as many rows as hold these are taken, evenly spread over the texts:
-    the first would be of a document or two, and windows of one document are alike.
+    the first would be of few documents, and windows of one document are alike.
 
     Raises:
         DataError: the texts hold fewer than two tokens.
