@@ -5,10 +5,11 @@
         --output benchmarks/results/article_perplexity.json
 
 Lines of one article are alike: what happens to a text about lobsters happens to all of its lines,
-and WikiText-2's first hundred lines are of five articles. Here each of its sixty has a part, windows
-from all of it, and a bootstrap draws articles. Half of them are where a comparison's settings were
-chosen, by a KL on a few thousand tokens. Of each method it takes the seeds' adapters and the
-strength at which they are asked, as trained (1) or at another's margin.
+and WikiText-2's first hundred lines are of five articles. Here each of its sixty has a part,
+windows from all of it, and a bootstrap draws articles. Half of them are where a comparison's
+settings were chosen, by a KL on a few thousand tokens. Of each method it takes the seeds' adapters
+(`cells/train-*/adapter` of a comparison) and the strength at which they are asked, as trained (1)
+or at another's margin.
 """
 
 from __future__ import annotations
