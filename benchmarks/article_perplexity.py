@@ -59,6 +59,7 @@ def main() -> None:
     add("--adapters", nargs="+", action="append", required=True, metavar="NAME STRENGTH DIR…")
     add("--output", required=True, metavar="JSON")
     add("--tokens", type=int, default=512, help="of each article")
+    add("--articles", type=int, help="only the first so many: 32 are in the half that is reported")
     args = parser.parse_args()
     names = [name for name, *_ in args.adapters]
     if len({*names}) < len(names) or any(len(given) < 3 for given in args.adapters):
@@ -68,7 +69,7 @@ def main() -> None:
     text, model = DATA / "capability/wikitext2.valid.txt", CompareConfig.model
     base = load_policy(model, None)
     rows, owner = [], []
-    for i, lines in enumerate(articles(read_texts(str(text)))):
+    for i, lines in enumerate(articles(read_texts(str(text)))[: args.articles]):
         of_it = base.text_rows(lines, max_tokens=args.tokens)
         rows += of_it
         owner += [i] * len(of_it)
