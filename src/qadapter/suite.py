@@ -71,6 +71,7 @@ def _perplexity() -> dict[str, Any]:
         "dataset_path": "text",
         "output_type": "loglikelihood_rolling",
         "process_docs": with_text,
+        "metadata": {"version": 1.1},  # lines are shuffled since
         "doc_to_text": "",
         "doc_to_target": "text",
         "metric_list": [
@@ -313,7 +314,7 @@ def _task_on(name: str, path: Path) -> dict[str, Any]:
         "dataset_kwargs": {"data_files": {"test": str(path.resolve())}},
         "test_split": "test",
         "num_fewshot": 0,
-        "metadata": {"version": 1.1},
+        "metadata": {"version": 1.0},
         **made,
     }
 
