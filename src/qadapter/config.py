@@ -155,6 +155,15 @@ MANY_PAIRS = 500
 """Training pairs from which on only the last quarter of the layers is adapted unless asked."""
 
 
+def usual_trunk(pairs: int) -> float:
+    """Return the share of layers that stay common, unless asked, of so many training pairs.
+
+    From few pairs the last quarter forgets more than all layers do to learn as much, and more
+    than DPO; from many far less than DPO, and what it saves counts (docs/evidence.md).
+    """
+    return 0.75 if pairs >= MANY_PAIRS else 0.0
+
+
 @dataclass(kw_only=True, repr=False)  # a repr of its own would show hub_token
 class QAdapterConfig(TrainingArguments):
     """What a training run is: transformers' TrainingArguments and the fields below.
@@ -381,14 +390,8 @@ class QAdapterConfig(TrainingArguments):
             )
 
     def trunk_for(self, pairs: int) -> float:
-        """Return the share of layers that stay common where so many pairs are trained on.
-
-        From few pairs the last quarter forgets more than all layers do to learn as much, and more
-        than DPO; from many far less than DPO, and what it saves counts (docs/evidence.md).
-        """
-        if self.trunk is not None:
-            return self.trunk
-        return 0.75 if pairs >= MANY_PAIRS else 0.0
+        """Return the share of layers that stay common where so many pairs are trained on."""
+        return usual_trunk(pairs) if self.trunk is None else self.trunk
 
     def epochs(self, batches: int) -> float:
         """Return how often a run passes over so many micro-batches."""

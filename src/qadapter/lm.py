@@ -1,7 +1,9 @@
 """A policy as a model of lm-eval, registered with it as `qadapter` when this module is imported.
 
 It is lm-eval's `hf` model with the composition in place of the base: log-likelihoods, rolling
-log-likelihoods and generation all run `model(…, strength=s)`.
+log-likelihoods and generation all run `model(…, strength=s)`. Decoding settings that a base brings
+along, such as a repetition penalty, are no part of the policy and are left out, so answers of such
+a base differ from those of `hf`; what a task or `--gen_kwargs` asks for is done.
 
     import qadapter.lm
     lm_eval.simple_evaluate("qadapter", "pretrained=DIR,strength=0.5", tasks=["piqa"])

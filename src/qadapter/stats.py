@@ -18,9 +18,9 @@ RESAMPLES = 2000
 """Of every bootstrap."""
 INTERVALS = (
     f"95% intervals are percentiles of {RESAMPLES:,} bootstrap resamples that redraw prompts with "
-    "all their pairs, windows of text, items of tasks and training seeds; one run’s share of whole "
-    "votes has Wilson’s where no prompt repeats; what a task of right and wrong answers lost is "
-    "resampled with an item gained and an item lost beside its own."
+    "all their pairs, windows of text, the base’s answers, items of tasks and training seeds; one "
+    "run’s share of whole votes has Wilson’s where no prompt repeats; what a task of right and "
+    "wrong answers lost is resampled with an item gained and an item lost beside its own."
 )
 """How the intervals here are made, in a sentence for reports."""
 _BLOCK = 2**22

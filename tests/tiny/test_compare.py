@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
@@ -48,8 +48,9 @@ from qadapter.compare.equal import add_equal_learning
 from qadapter.compare.fanout import Fanout
 from qadapter.compare.methods import has_number, why_not
 from qadapter.compare.run import _local_files, _told_early
-from qadapter.compare.running import Run, suite_at
+from qadapter.compare.running import Run, fixed, suite_at
 from qadapter.compare.variations import read_variation
+from qadapter.config import QAdapterConfig, usual_trunk
 from qadapter.data import prompt_key, read_pairs, read_texts, tokenize_pairs, tokenize_prompt
 from qadapter.errors import ConfigError, DataError, UserError
 from qadapter.evaluate import evaluate_tasks
@@ -251,6 +252,16 @@ def test_text_that_drift_is_measured_on_is_no_anchor(
     (tmp_path / "copy.txt").write_text(f"{' '.join(row.values())}\n{other}")
     assert main(["compare", path]) == 2
     assert "lambada.jsonl, as 'The keeper opened the door" in capsys.readouterr().err
+    # So is what stands under a label or in a list.
+    ask = "How is a heavy door kept from slamming where the wind comes in?"
+    row = {"query": f"Question: {ask}", "choices": [long, "By a stone."], "gold": 0}
+    (tmp_path / "piqa.jsonl").write_text(json.dumps(row) + "\n")
+    path = yaml_file(tmp_path / "run.yaml", settings | {"suite": str(tmp_path / "piqa.jsonl")})
+    for shared in (ask, f"Student: {ask}", long):
+        (tmp_path / "copy.txt").write_text(f"{shared}\n{other}")
+        assert main(["compare", path]) == 2
+        said = shared.removeprefix("Student: ")[:60]
+        assert f"piqa.jsonl, as {said!r}" in capsys.readouterr().err
 
 
 def test_what_the_base_or_the_text_does_not_allow_is_told_before_any_cell(
@@ -559,7 +570,7 @@ def test_a_variation_trains_on_more_pairs_than_the_rest(
     parts = split(CompareConfig.read(path))
 
     def trained(text: str) -> list[Any]:
-        return read_variation(text, parts, ["dpo"])[3] or []
+        return read_variation(text, parts, ["dpo"], parts.train[:4])[3] or []
 
     assert trained("pairs=4") == parts.train[:4]
     more, judges = trained("pairs=40"), {prompt_key(p) for p in parts.judge}
@@ -571,7 +582,10 @@ def test_a_variation_trains_on_more_pairs_than_the_rest(
     assert len({p.source for p in trained(f"pairs={every}")}) == every
     with pytest.raises(DataError, match=f"pairs={every + 1} must lie between 1 and {every}"):
         trained(f"pairs={every + 1}")
-    assert len(trained("flipped=0.5")) == 8
+    # A share is one of what is trained on, which are the pairs that fit.
+    flipped = trained("flipped=0.5")
+    assert [p.prompt for p in flipped] == [p.prompt for p in parts.train[:4]]
+    assert sum(a != b for a, b in zip(flipped, parts.train, strict=False)) == 2
 
 
 def test_more_pairs_than_the_training_file_can_hold_out(
@@ -785,10 +799,14 @@ def test_drift_is_that_of_the_policy(adapter: str, base: str) -> None:
 def test_where_the_base_says_nothing_nothing_drifts_on_it(adapter: str, base: str) -> None:
     policy = measure.load_policy(base, Path(adapter))
     asked = [chat("user", "Why?"), chat("user", "Who?")]
-    assert measure.generations_kl(policy, asked, ["", ""]) is None
-    told = measure.generations_kl(policy, asked, ["", "me"])
-    assert told is not None
-    assert told > 0
+    nothing = {"kl_generations": None, "answer_kl": [], "answer_tokens": []}
+    assert measure.on_answers(policy, asked, ["", ""], [0.5, 1.0]) == [nothing] * 2
+    none, half, whole = measure.on_answers(policy, asked, ["", "me and you"], [0.0, 0.5, 1.0])
+    assert none["kl_generations"] == 0.0
+    assert 0 < half["kl_generations"] < whole["kl_generations"]
+    (told,), (tokens,) = whole["answer_kl"], whole["answer_tokens"]
+    assert tokens == len(policy.tokenizer("me and you")["input_ids"])
+    assert whole["kl_generations"] == pytest.approx(told / tokens)
 
 
 # ── trainers ────────────────────────────────────────────────────────────────────────────────────
@@ -841,6 +859,58 @@ def test_what_a_trainer_leaves_is_a_policy_that_differs_from_the_base(
     assert (logits.log_softmax(-1) - base.log_softmax(-1)).abs().max() > 1e-3
     layers = {name.split("layers.")[1][0] for name in policy.model.adapter_parameters()}
     assert layers == {str(i) for i in range(round(4 * done.params["trunk"]), 4)}
+
+
+def test_the_default_method_is_what_train_makes_by_default(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[QAdapterConfig] = []
+
+    def trained(config: QAdapterConfig) -> Any:
+        asked.append(config)
+        return SimpleNamespace(stopped_at=None)
+
+    monkeypatch.setattr(training, "run_training", trained)
+    done, run = task(settings, tmp_path), equal_run(settings, tmp_path)
+    for pairs in (8, 5000):
+        run.trunk = usual_trunk(pairs)
+        params = {**fixed(run, "qadapter"), **METHODS["qadapter"].defaults}
+        training.train(replace(done, params=params), "train_qadapter")
+        assert asked[-1].trunk == QAdapterConfig(output_dir=asked[-1].output_dir).trunk_for(pairs)
+    assert "trunk" not in fixed(run, "dpo_sft").keys() - METHODS["dpo_sft"].fixed.keys()
+    config = asked[0]
+    usual = QAdapterConfig(output_dir=config.output_dir)
+    apart = {f.name for f in fields(usual) if getattr(config, f.name) != getattr(usual, f.name)}
+    # Its data, what all methods have alike, and where anchors come from; of the method nothing.
+    assert apart <= {
+        "anchor_data",
+        "data",
+        "logging_dir",
+        "max_length",
+        "model",
+        "per_device_train_batch_size",
+        "save_strategy",
+        "seed",
+        "trunk",
+    }
+
+
+def test_online_learning_is_rewarded_for_what_is_preferred(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainers: list[Any] = []
+    monkeypatch.setattr(training, "_finish", lambda _, trainer, __: trainers.append(trainer))
+    training.train(task(settings, tmp_path, beta=0.05), "train_rloo")
+    (reward,) = trainers[0].reward_funcs
+    new = rows(20, start=100)
+    asked = [row["prompt"] for row in new for _ in range(2)]
+    made = [row[side] for row in new for side in ("chosen", "rejected")]
+    found = reward(prompts=asked, completions=made)
+    won = sum(a > b for a, b in zip(found[::2], found[1::2], strict=True))
+    assert won >= 18
+    # Each answer has the reward of its own, wherever it stands.
+    turned = reward(prompts=asked[::-1], completions=made[::-1])
+    assert turned[::-1] == pytest.approx(found)
 
 
 @pytest.mark.parametrize(
@@ -1080,6 +1150,13 @@ def test_a_comparison_is_made_and_resumed_and_reported(
     assert point["accuracy_ci"] == list(share_interval(point["correct"], found["pair_prompts"]))
     assert point["accuracy_ci"] != list(wilson_interval(sum(point["correct"]), 20))
     assert point["kl"] > 0
+    for run in found["methods"]["qadapter_half"]["runs"]:
+        half, whole = run["points"]
+        assert half["answer_tokens"] == whole["answer_tokens"]
+        assert len(half["answer_tokens"]) == len(half["answer_kl"]) == len(whole["answers"])
+        assert 0 < half["kl_generations"] < whole["kl_generations"]
+    never = {"beta": 0.0, "gamma": 1.0, "parameterization": "residual", "trunk": 0.5}
+    assert found["methods"]["qadapter_half"]["fixed"] == never
     for row in found["robustness"]:
         assert row["variation"] in ("flipped=0.5", "lora_r=2")
         assert [p["dial"] for p in row["points"]] == [0.5, 1.0]

@@ -82,6 +82,15 @@ def test_the_fitted_judge_finds_the_preference(judge: BradleyTerryJudge) -> None
     assert json.loads(json.dumps(rate.summary()))["judge"] == judge.name
 
 
+def test_rewards_are_higher_for_what_is_preferred(judge: BradleyTerryJudge) -> None:
+    prompts = [f"prompt {i}" for i in range(50)]
+    mine = judge.rewards(prompts, answers(2, 50, PIRATE))
+    others = judge.rewards(prompts, answers(3, 50, CLERK))
+    assert sum(a > b for a, b in zip(mine, others, strict=True)) > 45
+    with pytest.raises(UserError, match="was not fitted"):
+        BradleyTerryJudge().rewards(prompts[:1], ["arr"])
+
+
 def test_the_fitted_judge_does_not_mind_the_order(judge: BradleyTerryJudge) -> None:
     prompts = ["", "two", "three"]
     mine, others = ["arr matey", "", "the same"], ["hereby", "garden\n\nengine", "the same"]

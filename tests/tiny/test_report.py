@@ -657,7 +657,7 @@ def test_tasks_at_the_margin_of_the_reference(full: dict[str, Any], tmp_path: Pa
     told = " ".join(paragraphs(results))
     where = "with its dial at 0.4, where its mean margin is DPO’s"
     assert f"{where} (95% CI): a drop on piqa" in told
-    assert f"wikitext ({percent(math.expm1(0.3))}, " in told
+    assert f"wikitext ({fine_percent(math.expm1(0.3))}, " in told
     assert "at its own setting (95% CI): no drop shown on piqa" in told
 
 
@@ -863,6 +863,78 @@ def test_drift_on_the_bases_own_answers_is_told_without_an_interval(times: float
     ) in told
 
 
+def test_drift_on_the_bases_own_answers_is_compared_at_the_references_margin() -> None:
+    """Of one curve of margins, one method goes twice as far on those answers."""
+    made = comparison(base=base(), dpo=copy.deepcopy(DPO), q=copy.deepcopy(DPO))
+    made["methods"]["q"] |= {"label": "Q", "library": "qadapter"}
+    for name, times in (("dpo", 1.0), ("q", 2.0), ("base", 0.0)):
+        for run in made["methods"][name]["runs"]:
+            for p in run["points"]:
+                p["answer_tokens"] = [10, 20, 30, 40]
+                p["answer_kl"] = [times * p["kl"] * n for n in p["answer_tokens"]]
+                p["kl_generations"] = times * p["kl"]
+    results = Results(made)
+    dpo, q = results.methods["dpo"], results.methods["q"]
+    level = results.equal_on_answers(dpo)
+    assert {*level} == {"dpo", "q"}
+    assert level["dpo"].ratio.value == pytest.approx(1.0)
+    assert level["q"].ratio.value == pytest.approx(2.0)
+    assert q.on_answers is not None
+    far = q.on_answers.kl[q.own]
+    assert far.value == pytest.approx(2 * dpo.kl.value)
+    table = tables.forgetting(results)
+    rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    ratio = "The same at DPO’s margin, ratio to its"
+    assert rows["Q"]["KL on the base’s answers"] == ranged(far)
+    assert rows["Q"][ratio] == ranged(level["q"].ratio)
+    assert rows["Base"][ratio] == "–"
+    assert f"at DPO’s margin the ratio is {ranged(level['q'].ratio)}." in " ".join(
+        paragraphs(results)
+    )
+    # Other answers, of one run or of all, are not put beside these.
+    for runs in (made["methods"]["q"]["runs"][:1], made["methods"]["q"]["runs"]):
+        for run in runs:
+            for p in run["points"]:
+                p["answer_tokens"] = [10, 20, 30, 41]
+        found = Results(made)
+        assert {*found.equal_on_answers(found.methods["dpo"])} == {"dpo"}
+        assert "nats a token, each at its own setting), means" in " ".join(paragraphs(found))
+    # Nor is anything where the reference has none.
+    del made["methods"]["dpo"]["runs"][0]["points"][0]["answer_tokens"]
+    found = Results(made)
+    assert found.equal_on_answers(found.methods["dpo"]) == {}
+
+
+def test_a_margin_that_is_not_reached_on_the_bases_answers_is_told() -> None:
+    made = comparison(dpo=copy.deepcopy(DPO), q=copy.deepcopy(DPO))
+    made["methods"]["q"] |= {"label": "Q", "library": "qadapter"}
+    for name, weaker in (("dpo", 1.0), ("q", 0.1)):
+        for run in made["methods"][name]["runs"]:
+            for p in run["points"]:
+                p["margins"] = [weaker * m for m in p["margins"]]
+                p["answer_tokens"], p["answer_kl"] = [10, 20], [p["kl"], p["kl"]]
+    told = " ".join(paragraphs(Results(made)))
+    assert "each at its own setting); it does not reach DPO’s margin." in told
+
+
+def test_what_is_never_searched_is_told_where_it_is_known() -> None:
+    made = comparison(dpo=copy.deepcopy(DPO), q=copy.deepcopy(BETTER))
+    made["methods"]["q"]["fixed"] = {"beta": 0.0, "trunk": 0.5}
+    table = tables.tuning(Results(made))
+    rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    assert rows["Q-Adapter"]["Never searched"] == "beta 0, trunk 0.5"
+    assert rows["DPO"]["Never searched"] == "–"
+
+
+def test_that_ours_as_by_default_has_two_epochs_is_told() -> None:
+    search = {"sampler": None, "space": {}, "trials": [], "best": {"epochs": 2}}
+    methods = {n: {**copy.deepcopy(DPO), "search": search} for n in ("dpo", "qadapter")}
+    made = comparison(**methods)
+    assert "at one rate and one epoch (“Q-Adapter” at two)." in " ".join(paragraphs(Results(made)))
+    made["config"]["settings"] = {"qadapter": {"epochs": 1}}
+    assert "at two" not in " ".join(paragraphs(Results(made)))
+
+
 def test_rounding_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Resampled means of equal votes differed by 8.7e-19, and it "learned more"."""
     results = Results(comparison(base=base(), dpo=DPO, qadapter=BETTER))
@@ -961,8 +1033,9 @@ def tuned(best: dict[str, float], given: dict[str, Any], trials: int) -> tuple[s
     made = comparison(dpo={**DPO, "search": search}, q=BETTER)
     made["config"]["settings"] = given
     results = Results(made)
-    rows = tables.tuning(results).rows
-    return " ".join(paragraphs(results)), next(row for row in rows if row[0] == "DPO")[4]
+    table = tables.tuning(results)
+    row = next(row for row in table.rows if row[0] == "DPO")
+    return " ".join(paragraphs(results)), row[table.columns.index("Search")]
 
 
 def test_settings_that_were_given_are_told() -> None:

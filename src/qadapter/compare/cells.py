@@ -259,6 +259,9 @@ def _measure(work: _Work) -> dict[str, Any]:
     for point, far, strength in zip(points, drifts, strengths, strict=True):
         point |= {**far, "dial": strength}
     if spec["whole"]:
+        found = measure.on_answers(policy, *work.answers(), spec["answers_at"])
+        for on_answers, strength in zip(found, spec["answers_at"], strict=True):
+            points[strengths.index(strength)] |= on_answers
         points[strengths.index(1.0)] |= _answered(work, policy)
     return {
         "points": points,
@@ -280,7 +283,6 @@ def _answered(work: _Work, policy: Any) -> dict[str, Any]:
     return {
         "answers": made,
         "greedy_changed": changed / len(made),
-        "kl_generations": measure.generations_kl(policy, prompts, base),
     }
 
 

@@ -44,7 +44,7 @@ class CompareConfig:
     local`), files of one task (.jsonl, .txt), names of lm-eval's tasks."""
     model: str = DEFAULT_BASE
     """The base."""
-    methods: tuple[str, ...] = ("base", "sft", "dpo", "replay", "rloo", "qadapter_all_layers")
+    methods: tuple[str, ...] = ("base", "sft", "dpo", "replay", "rloo", "qadapter")
     """Names of `qadapter.compare.METHODS`."""
     reference: str = "dpo"
     """The method whose learning is the mark for the others."""

@@ -204,10 +204,13 @@ def drift(
     ]
 
 
-def generations_kl(policy: Policy, prompts: Sequence[Text], answers: Sequence[str]) -> float | None:
-    """Return KL(π1 ‖ π) a token at strength 1 on answers that the base gave, nats.
+def on_answers(
+    policy: Policy, prompts: Sequence[Text], answers: Sequence[str], strengths: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Return for each strength KL(π1 ‖ π) a token on answers that the base gave, nats.
 
-    None where it said nothing.
+    The sums of each answer are kept, to be resampled; `kl_generations` is None where the base said
+    nothing.
     """
     rows, starts = [], []
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -217,9 +220,17 @@ def generations_kl(policy: Policy, prompts: Sequence[Text], answers: Sequence[st
             rows.append([*before, *after])
             starts.append(len(before))
     if not rows:
-        return None
-    found = row_figures(policy, rows, starts, [1.0])
-    return float(cast(Tensor, found.kl).sum()) / int(found.tokens.sum())
+        return [{"kl_generations": None, "answer_kl": [], "answer_tokens": []} for _ in strengths]
+    found = row_figures(policy, rows, starts, strengths)
+    total = int(found.tokens.sum())
+    return [
+        {
+            "kl_generations": float(kl.sum()) / total,
+            "answer_kl": kl.tolist(),
+            "answer_tokens": found.tokens.tolist(),
+        }
+        for kl in cast(Tensor, found.kl)
+    ]
 
 
 def with_room(

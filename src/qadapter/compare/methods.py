@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from qadapter.config import MANY_PAIRS
+
 Value = float | int | str
 Params = dict[str, Value]
 
@@ -68,7 +70,8 @@ class Method:
     """One row of the report.
 
     Each method's search has the same number of trials and begins at `defaults`, its library's or
-    ours, with one rate and one epoch for every LoRA; what the search leaves alone is in `fixed`.
+    ours, with one rate for every LoRA and one epoch (`qadapter`, ours as by default, has two); what
+    the search leaves alone is in `fixed`.
     """
 
     label: str
@@ -196,6 +199,17 @@ METHODS: dict[str, Method] = {
         {"trunk": 0.0},
         {**_PLAIN_SPACE, "beta": Range(0.01, 0.3)},
         {**_PLAIN, "beta": 0.05},
+    ),
+    "qadapter": Method(
+        "Q-Adapter",
+        "qadapter",
+        f"Ours as `qadapter train` makes it by default: β = 0.1, all layers where fewer than "
+        f"{MANY_PAIRS} pairs fit, else the last quarter, and two epochs where nothing is searched.",
+        "train_qadapter",
+        {**_OURS_FIXED, "beta": 0.1},
+        _OURS_SPACE,
+        {**_OURS, "epochs": 2},
+        ("lora_r", "alpha_0", "trunk"),
     ),
     "qadapter_all_layers": _ours(
         "Q-Adapter, all layers",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from glob import glob
@@ -19,17 +20,18 @@ from qadapter.compare.equal import add_equal_learning
 from qadapter.compare.fanout import Fanout, fanout
 from qadapter.compare.methods import METHODS, Method, starts_at_base
 from qadapter.compare.origin import origin
-from qadapter.compare.running import Progress, Run, after_measuring, points, tried
+from qadapter.compare.running import Progress, Run, after_measuring, fixed, points, tried
 from qadapter.compare.search import searched, trials_of
 from qadapter.compare.variations import read_variation, retrained_curve, robust
+from qadapter.config import usual_trunk
 from qadapter.data import (
     WINDOW,
     Pair,
     read_prompts,
     read_texts,
     text_windows,
-    tokenize_pairs,
 )
+from qadapter.data.tokens import kept_pairs
 from qadapter.errors import ConfigError
 from qadapter.evaluate import load_task, say_which_sentences
 from qadapter.files import alone_in, check_writable, read_jsonl, sha256, write_text
@@ -40,6 +42,8 @@ _SENTENCE = 50
 """Characters of a line that two texts do not share by chance; an ideograph is three."""
 _SHARED = 0.05
 """Part of a text, in such characters of its lines, that is not another's by chance."""
+_LABEL = re.compile(r"^[A-Za-z]+:\s+")
+"""Of a line, who says it or what it is."""
 _BUILDERS = ("json", "csv", "parquet", "text", "arrow")
 """Of datasets' own: what they read `data_files` and `data_dir` say."""
 _REPLAY_TOKENS = 256
@@ -76,13 +80,16 @@ def _compare(
 ) -> Path:
     parts = split(config)
     suite = _told_early(config)
-    kept = _kept_of(config)
-    fit = {name: kept(pairs) for name, pairs in vars(parts).items() if name != "judge"}
+    fitting = _fitting(config)
+    kept = {name: fitting(pairs) for name, pairs in vars(parts).items() if name != "judge"}
+    fit = {name: len(pairs) for name, pairs in kept.items()}
     trained = [n for n in config.methods if METHODS[n].trainer]
     ours = [n for n in trained if METHODS[n].library == "qadapter" and n != config.reference]
     varied_methods = [n for n in (config.reference, *ours[:1]) if n in trained]
-    variations = [read_variation(text, parts, varied_methods) for text in config.vary]
-    fit_varied = {text: kept(pairs) for text, *_, pairs in variations if pairs is not None}
+    variations = [
+        read_variation(text, parts, varied_methods, kept["train"]) for text in config.vary
+    ]
+    fit_varied = {text: len(fitting(pairs)) for text, *_, pairs in variations if pairs is not None}
     curves = [curve for curve in map(retrained, config.retrain) if curve[0] in config.methods]
     # Methods with anchors that are told no text are held to what the base writes.
     writes = not config.anchors and any(METHODS[n].has("anchor_weight") for n in trained)
@@ -91,6 +98,7 @@ def _compare(
     total += writes + replays
     untrained = bool(config.suite) and untrained_sentences()
     run = Run(config, Path(config.output).resolve(), tell, total, ways, untrained=untrained)
+    run.trunk = usual_trunk(fit["train"])
     _add_files(run, parts, suite)
     # Cells of their own, so that whoever adds a method keeps what is done.
     if writes:
@@ -141,13 +149,14 @@ def _told_early(config: CompareConfig) -> dict[str, str]:
     if config.prompts:
         read_prompts(config.prompts)
     tasks = suite_tasks(config.suite)
-    files = _suite_files(tasks)
+    files, loaded = _suite_files(tasks)
     if tasks:
         say_which_sentences()
     if config.anchors:
         held = _lines(read_texts(config.anchors))
         measured = {config.text: _lines(text)}
         measured |= {path: _lines(_task_texts(path)) for path in files.values()}
+        measured |= {name: _lines(_asked(task)) for name, task in loaded.items()}
         for path, lines in measured.items():
             shared = held & lines
             longest = max(shared, key=_length, default="")
@@ -162,8 +171,12 @@ def _told_early(config: CompareConfig) -> dict[str, str]:
 
 
 def _lines(texts: Iterable[str]) -> set[str]:
-    """Return the different lines of texts that are not blank."""
-    return {line.strip() for text in texts for line in text.splitlines()} - {""}
+    """Return the different lines of texts that are not blank, without a label such as `Question:`.
+
+    By it one file may differ from another that has the same questions.
+    """
+    lines = {line.strip() for text in texts for line in text.splitlines()}
+    return {_LABEL.sub("", line) for line in lines} - {""}
 
 
 def _length(line: str) -> int:
@@ -177,25 +190,45 @@ def _task_texts(path: str) -> Iterator[str]:
         yield from read_texts(path)
     elif path.endswith(".jsonl"):
         for _, row in read_jsonl(path):
-            values = row.values() if isinstance(row, dict) else ()
-            fields = [value for value in values if isinstance(value, str)]
-            yield from (*fields, " ".join(fields))  # LAMBADA's passages are in two
+            yield from _row_texts(row)
 
 
-def _suite_files(tasks: Sequence[str | dict[str, Any]]) -> dict[str, str]:
-    """Return what a suite's tasks read here; what lm-eval gets from the Hub is got now.
+def _row_texts(row: Any) -> Iterator[str]:
+    """Yield the texts of a task's row, however deep they lie, and its fields together."""
+    values = [*row.values()] if isinstance(row, dict) else row if isinstance(row, list) else []
+    fields = [value for value in values if isinstance(value, str)]
+    yield from (*fields, " ".join(fields))  # LAMBADA's passages are in two
+    for value in values:
+        if not isinstance(value, str):
+            yield from _row_texts(value)
+
+
+def _asked(task: Any) -> Iterator[str]:
+    """Yield what a task of lm-eval's asks."""
+    if task.has_test_docs() or task.has_validation_docs():
+        for row in task.eval_docs:
+            yield from _row_texts(row)
+
+
+def _suite_files(
+    tasks: Sequence[str | dict[str, Any]],
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return what a suite's tasks read here, and lm-eval's own ones by name.
+
+    What lm-eval gets from the Hub is got now.
 
     Raises:
         ConfigError: lm-eval cannot load a task, or two are of one name.
     """
     files: dict[str, str] = {}
+    everything: dict[str, Any] = {}
     names: list[str] = []
     for task in tasks:
         if isinstance(task, dict):
             names.append(task["task"])
             files[f"suite:{task['task']}"] = task["dataset_kwargs"]["data_files"]["test"]
             continue
-        loaded = load_task(task)
+        everything |= (loaded := load_task(task))
         # A group is scored as one, by its own name.
         names += [*loaded] if task in loaded or is_yaml(task) else [*loaded, task]
         for name, one in loaded.items():
@@ -204,7 +237,7 @@ def _suite_files(tasks: Sequence[str | dict[str, Any]]) -> dict[str, str]:
             files |= {f"suite:{path}": str(path) for path in yaml_files(task)}
     if again := next((name for i, name in enumerate(names) if name in names[:i]), None):
         raise ConfigError(f"suite: two tasks are named {again}; leave one out, or rename it.")
-    return files
+    return files, everything
 
 
 def _local_files(task: Any) -> Iterator[str]:
@@ -263,6 +296,7 @@ def _method(run: Run, name: str, method: Method) -> dict[str, Any]:
         "label": method.label,
         "library": method.library,
         "about": method.about,
+        "fixed": fixed(run, name),
         "dial": "the adapter's weight when decoding, without retraining",
         "search": None,
         "runs": runs,
@@ -277,7 +311,7 @@ def _method(run: Run, name: str, method: Method) -> dict[str, Any]:
     if search["best"] is None:
         run.spare(len(seeds) * (2 + after_measuring(run.config)))
         return told
-    if not starts_at_base({**method.fixed, **search["best"]}):
+    if not starts_at_base({**told["fixed"], **search["best"]}):
         told["dial"] = "none: its strength 0 is not the base, for α0 is not α̃"
     options: dict[str, Any] = {"strengths": run.config.strengths, "split": "test", "whole": True}
 
@@ -339,17 +373,18 @@ def _write(
     return path
 
 
-def _kept_of(config: CompareConfig) -> Callable[[Sequence[Pair]], int]:
-    """Return what says how many of pairs fit into `max_length`; methods leave the others out."""
+def _fitting(config: CompareConfig) -> Callable[[Sequence[Pair]], list[Pair]]:
+    """Return what says which of pairs fit into `max_length`; methods leave the others out."""
     tokenizer = hub.load_tokenizer(config.model)
     settings = hub.load_generation_config(config.model)
     end_ids = hub.end_of_turn_ids(tokenizer, settings)
 
-    def kept(pairs: Sequence[Pair]) -> int:
+    def fitting(pairs: Sequence[Pair]) -> list[Pair]:
         most = config.max_length
-        return len(tokenize_pairs(pairs, tokenizer, end_ids=end_ids, max_length=most)[0])
+        kept = kept_pairs(pairs, tokenizer, {}, end_ids=end_ids, max_length=most)
+        return [pair for pair, _ in kept]
 
-    return kept
+    return fitting
 
 
 def _digests(model: str) -> dict[str, str]:

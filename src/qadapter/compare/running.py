@@ -14,7 +14,7 @@ from typing import Any
 from qadapter.compare.cells import Cell, CellFailed
 from qadapter.compare.config import CompareConfig
 from qadapter.compare.fanout import Fanout
-from qadapter.compare.methods import METHODS, starts_at_base
+from qadapter.compare.methods import METHODS, Params, starts_at_base
 from qadapter.compare.origin import Origin
 from qadapter.files import sha256
 from qadapter.stats import share_interval
@@ -53,6 +53,8 @@ class Run:
     """Every file that cells read, with a digest, so that other data make other cells."""
     suite: tuple[str, ...] = ()
     """Names of those that the capability suite reads."""
+    trunk: float = 0.0
+    """Share of layers that stay common by default, from as many pairs as fit."""
     untrained: bool = False
     """Whether that suite's IFEval counts sentences by nltk's untrained model."""
     base: dict[str, str] = field(default_factory=dict)
@@ -150,7 +152,7 @@ def tried(
     dial from it, and 1 alone is measured.
     """
     method = METHODS[name]
-    params = {**method.fixed, **params}
+    params = {**fixed(run, name), **params}
     strengths = strengths if starts_at_base(params) else (1.0,)
     files = {"train": train}
     if params.get("anchor_weight"):
@@ -179,6 +181,15 @@ def tried(
     found = points(run, label, adapter, strengths=strengths, split=split, **options)
     cost = {k: trained[k] for k in ("seconds", "peak_gib")}
     return found and {**adapter, **cost, **found}
+
+
+def fixed(run: Run, name: str) -> Params:
+    """Return what a method never searches; which layers, too, where those are as by default.
+
+    By the comparison's own pairs, so that a variation of them varies nothing else.
+    """
+    method = METHODS[name]
+    return {**method.fixed, **({"trunk": run.trunk} if "trunk" in method.knobs else {})}
 
 
 def after_measuring(config: CompareConfig) -> int:
@@ -229,6 +240,7 @@ def points(
     }
     if whole:
         files["answers"] = "answers"
+        more["answers_at"] = list(strengths)
     found = run.cell(
         "measure",
         label,

@@ -9,14 +9,21 @@ from qadapter.compare.config import named_number
 from qadapter.compare.data import DATA_VARIATIONS, Splits, varied, write_pairs
 from qadapter.compare.methods import METHODS, why_not
 from qadapter.compare.running import Run, tried
+from qadapter.data import Pair
 from qadapter.errors import ConfigError
 
 Variation = tuple[str, str, float, list[Any] | None]
 """Its text, name and value, and its pairs where it changes them."""
 
 
-def read_variation(text: str, parts: Splits, methods: Sequence[str]) -> Variation:
+def read_variation(
+    text: str, parts: Splits, methods: Sequence[str], fits: Sequence[Pair]
+) -> Variation:
     """Return what `NAME=NUMBER` asks for.
+
+    Args:
+        fits: the training pairs that fit into `max_length`, of which a share is a share of what is
+            trained on.
 
     Raises:
         ConfigError: it changes neither the pairs nor a parameter of those methods.
@@ -24,7 +31,7 @@ def read_variation(text: str, parts: Splits, methods: Sequence[str]) -> Variatio
     name, value = named_number(text)
     if name in DATA_VARIATIONS:
         # Their answers are not judged, so more pairs may be the judge's.
-        pairs = parts.pool if name == "pairs" else parts.train
+        pairs = parts.pool if name == "pairs" else fits
         return text, name, value, varied(pairs, name, value)
     able = [METHODS[method] for method in methods if METHODS[method].takes_number(name)]
     if not able:

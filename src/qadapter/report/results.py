@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from qadapter.report import losses
+from qadapter.report.answers import OnAnswers, on_answers
 from qadapter.stats import (
     KL_FLOOR,
     Array,
@@ -58,6 +59,8 @@ class Method:
     """Share of held-out pairs whose chosen response is the likelier a token, at its own setting."""
     by_token: tuple[Interval, Interval] | None
     """Accuracy and mean margin of log-ratios a token, at its own setting; None of older runs."""
+    on_answers: OnAnswers | None
+    """The same on the base's own answers; None of older runs, and where the base said nothing."""
     at_reference: Sequence[Point]
     """Dial and tasks of each seed at the reference's margin; empty where they were not measured."""
 
@@ -194,6 +197,7 @@ class Results:
             accuracies=self._shares(runs, dials, "correct", right),
             ranking=self._shares(runs, (dials[at],), "ranked", ranked[:, [at]])[0],
             by_token=self._by_token(runs, dials[at]),
+            on_answers=on_answers(_runs_of(name), runs, dials, margins, pairs),
             at_reference=level if len(level) == len(runs) else (),
         )
 
@@ -279,6 +283,19 @@ class Results:
         if reference.name not in self._equal:
             self._equal[reference.name] = _equal_learning(self.methods, reference)
         return self._equal[reference.name]
+
+    def equal_on_answers(self, reference: Method) -> dict[str, EqualLearning]:
+        """Return the same of the KL on the base's own answers; of those that have the very same."""
+        if not (theirs := reference.on_answers):
+            return {}
+        curves = {
+            name: method.on_answers.curve
+            for name, method in self.methods.items()
+            if method.on_answers
+            and method.on_answers.tokens == theirs.tokens
+            and (method.moves or method is reference)
+        }
+        return frontier(curves, reference=reference.name, reference_dial=reference.own)
 
     def varied_equal_learning(self, variation: str) -> dict[str, EqualLearning]:
         """Return the same of the methods under a variation; empty without the reference.

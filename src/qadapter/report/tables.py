@@ -134,15 +134,19 @@ def refused(results: Results) -> Table:
 
 
 def forgetting(results: Results) -> Table:
-    """Return drift from the base at each method's own setting."""
-    rows = []
+    """Return drift from the base at own settings; on its answers at the reference's margin, too."""
+    reference, rows = results.reference, []
+    level = results.equal_on_answers(reference) if reference else {}
     for method in results.methods.values():
-        changed = method.mean("greedy_changed")
+        changed, at_answers = method.mean("greedy_changed"), method.on_answers
         rows.append(
             [
                 method.label,
                 ranged(method.kl),
-                _figure(method.mean("kl_generations")),
+                ranged(at_answers.kl[method.own])
+                if at_answers
+                else _figure(method.mean("kl_generations")),
+                ranged(level[method.name].ratio) if method.name in level else NONE,
                 NONE if changed is None else percent(changed),
                 _figure(method.mean("perplexity")),
                 _figure(method.mean("base_perplexity")),
@@ -152,6 +156,7 @@ def forgetting(results: Results) -> Table:
         "Method",
         "KL on general text",
         "KL on the base’s answers",
+        f"The same at {results.reference_label}’s margin, ratio to its",
         "Greedy answers changed",
         "Perplexity",
         "The base’s perplexity",
@@ -225,6 +230,7 @@ def tuning(results: Results) -> Table:
     for name, fields in results.comparison["methods"].items():
         search = fields["search"]
         row = [fields["label"], fields["library"], fields["about"], fields["dial"]]
+        row.append(_settings(fields["fixed"]) if "fixed" in fields else NONE)
         if search is None:
             row += ["not searched", NONE, NONE, NONE]
         elif not search["trials"]:
@@ -241,8 +247,8 @@ def tuning(results: Results) -> Table:
                 f"{sum(trial['seconds'] for trial in trials):,.0f} s",
             ]
         rows.append(row)
-    columns = ("Method", "Library", "What it is", "Its dial", "Search", "Trials", "Best", "Took")
-    return Table(columns, rows)
+    columns = ("Method", "Library", "What it is", "Its dial", "Never searched")
+    return Table((*columns, "Search", "Trials", "Best", "Took"), rows)
 
 
 def _given(results: Results, name: str) -> str:

@@ -149,7 +149,7 @@ def _detail(results: Results, method: Method, reference: Method) -> list[str]:
             f"{reference.label}’s margin."
         )
     told += _beside_others(results, method)
-    told += _on_answers(method, reference)
+    told += _on_answers(results, method, reference)
     return told + _kept(results, method, reference)
 
 
@@ -198,14 +198,18 @@ def _learned(results: Results, method: Method, reference: Method) -> list[str]:
     ]
 
 
-def _on_answers(method: Method, reference: Method) -> list[str]:
+def _on_answers(results: Results, method: Method, reference: Method) -> list[str]:
     ours, theirs = (m.mean("kl_generations") for m in (method, reference))
     if ours is None or not theirs:
         return []
+    level = results.equal_on_answers(reference).get(method.name)
+    there = f"at {reference.label}’s margin the ratio is {ranged(level.ratio)}" if level else ""
+    if level and math.isinf(level.ratio.value):
+        there = f"it does not reach {reference.label}’s margin"
     return [
         f"On the base’s own answers it drifts {number(ours / theirs)} times as far as "
         f"{reference.label} ({number(ours)} against {number(theirs)} nats a token, each at its own "
-        "setting), means over seeds without an interval."
+        f"setting){f'; {there}' if there else ', means over seeds without an interval'}."
     ]
 
 
@@ -225,7 +229,7 @@ def _drops(results: Results, method: Method, where: str, *, level: bool) -> list
     if not known:
         return []
 
-    unit = {task: percent if results.is_perplexity(task) else number for task in known}
+    unit = {task: fine_percent if results.is_perplexity(task) else number for task in known}
 
     def of(tasks: Iterable[str]) -> str:
         return ", ".join(
@@ -269,9 +273,11 @@ def _caveats(results: Results) -> list[str]:
         )
     if budgets == {0}:
         but = ", but for what was given" if given else ""
+        ours = results.comparison["methods"].get("qadapter")
+        two = " (“Q-Adapter” at two)" if ours and "epochs" not in results.given("qadapter") else ""
         told.append(
             "No method was tuned here: each has its library's defaults, or ours, at one rate and "
-            f"one epoch{but}."
+            f"one epoch{two}{but}."
         )
     if len(budgets) > 1:
         told.append(
