@@ -1712,6 +1712,26 @@ def test_a_suite_that_cannot_be_read_is_told_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
+def test_anchors_are_not_what_a_task_of_lm_evals_asks(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = "Which of the two bridges over the river was built by the monks?"
+    (tmp_path / "asked.csv").write_text(f"ask,answer\n{ask},the older\n")
+    say = {"task": "say", "dataset_path": "csv", "output_type": "generate_until"}
+    say |= {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "asked.csv")}}}
+    say |= {"test_split": "test", "doc_to_text": "ask", "doc_to_target": "answer"}
+    say |= {"metric_list": [{"metric": "exact_match"}]}
+    own = "".join(f"What no other text holds, number {i}.\n" for i in range(20))
+    (tmp_path / "copy.txt").write_text(f"Q: {ask}\n{own}")
+    settings |= {"anchors": str(tmp_path / "copy.txt")}
+    settings |= {"suite": yaml_file(tmp_path / "say.yaml", say)}
+    path = yaml_file(tmp_path / "run.yaml", settings)
+    assert main(["compare", path]) == 2
+    assert f"copy.txt shares text with say, as {ask[:60]!r}, where" in capsys.readouterr().err
+    (tmp_path / "copy.txt").write_text(own)
+    _told_early(CompareConfig.read(path))
+
+
 @pytest.mark.usefixtures("one_index")
 def test_a_suite_of_files_and_tasks_of_ones_own(
     settings: dict[str, Any],
