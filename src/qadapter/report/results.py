@@ -60,7 +60,7 @@ class Method:
     by_token: tuple[Interval, Interval] | None
     """Accuracy and mean margin of log-ratios a token, at its own setting; None of older runs."""
     on_answers: OnAnswers | None
-    """The same on the base's own answers; None of older runs, and where the base said nothing."""
+    """KL on the base's own answers; None of older runs, and where the base said nothing."""
     at_reference: Sequence[Point]
     """Dial and tasks of each seed at the reference's margin; empty where they were not measured."""
 
