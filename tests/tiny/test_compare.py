@@ -1712,6 +1712,7 @@ def test_a_suite_that_cannot_be_read_is_told_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("one_index")
 def test_anchors_are_not_what_a_task_of_lm_evals_asks(
     settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
