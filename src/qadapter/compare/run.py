@@ -97,8 +97,8 @@ def _compare(
     total = _cells(config, trained, curves) + 2 * len(variations) * len(varied_methods)
     total += writes + replays
     untrained = bool(config.suite) and untrained_sentences()
-    run = Run(config, Path(config.output).resolve(), tell, total, ways, untrained=untrained)
-    run.trunk = usual_trunk(fit["train"])
+    root, trunk = Path(config.output).resolve(), usual_trunk(fit["train"])
+    run = Run(config, root, tell, total, ways, trunk=trunk, untrained=untrained)
     _add_files(run, parts, suite)
     # Cells of their own, so that whoever adds a method keeps what is done.
     if writes:
