@@ -3,7 +3,9 @@
     QADAPTER_DATA=../shared/data python benchmarks/exam_text.py --output runs/exam_text.jsonl
 
 As many as the base writes by itself where no text is given; without choices and answers. MMLU is
-no part of the local suite, but ARC-easy's questions are of its kind.
+no part of the local suite, but ARC-easy's questions are of its kind. With `--begin "<|im_start|>"`
+each begins as lm-eval begins a text, by the tokenizer's token of beginning, which this base's
+tokenizer does not add by itself.
 """
 
 from __future__ import annotations
@@ -45,12 +47,14 @@ def main() -> None:
     """Write the texts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", required=True, metavar="JSONL")
+    parser.add_argument("--begin", default="", metavar="TOKEN", help="that begins each text")
     args = parser.parse_args()
     path = DATA / "capability" / "mmlu.zip"
     if not path.is_file():
         parser.exit(message=f"skipped: no {path}; set QADAPTER_DATA\n")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    write_jsonl(Path(args.output), ({"text": text} for text in islice(questions(path), COUNT)))
+    taken = islice(questions(path), COUNT)
+    write_jsonl(Path(args.output), ({"text": args.begin + text} for text in taken))
 
 
 if __name__ == "__main__":

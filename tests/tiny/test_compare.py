@@ -252,15 +252,15 @@ def test_text_that_drift_is_measured_on_is_no_anchor(
     (tmp_path / "copy.txt").write_text(f"{' '.join(row.values())}\n{other}")
     assert main(["compare", path]) == 2
     assert "lambada.jsonl, as 'The keeper opened the door" in capsys.readouterr().err
-    # So is what stands under a label or in a list.
+    # So is what stands under a label, after a token of beginning or in a list.
     ask = "How is a heavy door kept from slamming where the wind comes in?"
     row = {"query": f"Question: {ask}", "choices": [long, "By a stone."], "gold": 0}
     (tmp_path / "piqa.jsonl").write_text(json.dumps(row) + "\n")
     path = yaml_file(tmp_path / "run.yaml", settings | {"suite": str(tmp_path / "piqa.jsonl")})
-    for shared in (ask, f"Student: {ask}", long):
+    for shared in (ask, f"Student: {ask}", f"<|im_start|>{ask}", long):
         (tmp_path / "copy.txt").write_text(f"{shared}\n{other}")
         assert main(["compare", path]) == 2
-        said = shared.removeprefix("Student: ")[:60]
+        said = shared.removeprefix("Student: ").removeprefix("<|im_start|>")[:60]
         assert f"piqa.jsonl, as {said!r}" in capsys.readouterr().err
 
 
