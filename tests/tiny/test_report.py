@@ -529,6 +529,14 @@ def test_what_is_lost_of_a_perplexity_is_the_share_it_rises_by(full: dict[str, A
     assert not results.is_perplexity("piqa")
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(0.0, "0"), (1.7e-18, "0"), (-3e-17, "0"), (4.2e-7, "4.20e−07"), (-0.0351, "−0.0351")],
+)
+def test_what_rounding_leaves_is_told_as_nothing(value: float, said: str) -> None:
+    assert number(value) == said
+
+
 def test_bits_are_lost_by_their_difference(full: dict[str, Any]) -> None:
     made = copy.deepcopy(full)
     for name in made["methods"]:

@@ -47,10 +47,10 @@ def outcome(found: EqualLearning) -> Outcome:
 
 
 def number(value: float) -> str:
-    """Return three digits; inf is a margin that is not reached."""
+    """Return three digits; inf is a margin that is not reached, and what rounding leaves is 0."""
     if math.isinf(value):
         return "not reached"
-    return f"{value:#.3g}".rstrip(".").replace("-", "−") if value else "0"
+    return f"{value:#.3g}".rstrip(".").replace("-", "−") if abs(value) > 1e-12 else "0"
 
 
 def percent(value: float) -> str:
