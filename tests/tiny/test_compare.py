@@ -257,11 +257,13 @@ def test_text_that_drift_is_measured_on_is_no_anchor(
     row = {"query": f"Question: {ask}", "choices": [long, "By a stone."], "gold": 0}
     (tmp_path / "piqa.jsonl").write_text(json.dumps(row) + "\n")
     path = yaml_file(tmp_path / "run.yaml", settings | {"suite": str(tmp_path / "piqa.jsonl")})
-    for shared in (ask, f"Student: {ask}", f"<|im_start|>{ask}", long):
-        (tmp_path / "copy.txt").write_text(f"{shared}\n{other}")
+    for before in ("", "Student: ", "<s> ", "<|im_start|>Student: ", "<s><|user|>\t"):
+        (tmp_path / "copy.txt").write_text(f"{before}{ask}\n{other}")
         assert main(["compare", path]) == 2
-        said = shared.removeprefix("Student: ").removeprefix("<|im_start|>")[:60]
-        assert f"piqa.jsonl, as {said!r}" in capsys.readouterr().err
+        assert f"piqa.jsonl, as {ask[:60]!r}" in capsys.readouterr().err
+    (tmp_path / "copy.txt").write_text(f"{long}\n{other}")
+    assert main(["compare", path]) == 2
+    assert f"piqa.jsonl, as {long[:60]!r}" in capsys.readouterr().err
 
 
 def test_what_the_base_or_the_text_does_not_allow_is_told_before_any_cell(

@@ -531,7 +531,14 @@ def test_what_is_lost_of_a_perplexity_is_the_share_it_rises_by(full: dict[str, A
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [(0.0, "0"), (1.7e-18, "0"), (-3e-17, "0"), (4.2e-7, "4.20e−07"), (-0.0351, "−0.0351")],
+    [
+        (0.0, "0"),
+        (1.7e-18, "0"),
+        (-3e-17, "0"),
+        (4.2e-10, "4.20e−10"),
+        (-0.0351, "−0.0351"),
+        (math.nan, "nan"),
+    ],
 )
 def test_what_rounding_leaves_is_told_as_nothing(value: float, said: str) -> None:
     assert number(value) == said

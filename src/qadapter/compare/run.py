@@ -42,8 +42,8 @@ _SENTENCE = 50
 """Characters of a line that two texts do not share by chance; an ideograph is three."""
 _SHARED = 0.05
 """Part of a text, in such characters of its lines, that is not another's by chance."""
-_LABEL = re.compile(r"^(?:<[^<>]+>)?(?:[A-Za-z]+:\s+)?")
-"""Of a line, the token that begins a text, and who says it or what it is."""
+_LABEL = re.compile(r"^(?:<[^<>\s]{1,40}>\s*)*(?:[A-Za-z]+:\s+)?")
+"""Of a line, tokens that begin a text, and who says it or what it is."""
 _BUILDERS = ("json", "csv", "parquet", "text", "arrow")
 """Of datasets' own: what they read `data_files` and `data_dir` say."""
 _REPLAY_TOKENS = 256

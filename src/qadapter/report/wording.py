@@ -31,6 +31,8 @@ _AGAINST_OTHERS: dict[Outcome, str] = {
 }
 _ROUNDING = 1e-9
 """Sums of the same figures in another order differ by less."""
+_NOTHING = 1e-12
+"""Of figures that cancel less is left; no figure of float32 is as small."""
 
 
 def outcome(found: EqualLearning) -> Outcome:
@@ -50,7 +52,9 @@ def number(value: float) -> str:
     """Return three digits; inf is a margin that is not reached, and what rounding leaves is 0."""
     if math.isinf(value):
         return "not reached"
-    return f"{value:#.3g}".rstrip(".").replace("-", "−") if abs(value) > 1e-12 else "0"
+    if abs(value) <= _NOTHING:
+        return "0"
+    return f"{value:#.3g}".rstrip(".").replace("-", "−")
 
 
 def percent(value: float) -> str:
