@@ -32,7 +32,7 @@ _AGAINST_OTHERS: dict[Outcome, str] = {
 _ROUNDING = 1e-9
 """Sums of the same figures in another order differ by less."""
 _NOTHING = 1e-12
-"""Of figures that cancel less is left; no figure of float32 is as small."""
+"""Of figures that cancel less is left, and no figure that a report tells is as small."""
 
 
 def outcome(found: EqualLearning) -> Outcome:
