@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
+import numpy as np
 import pytest
+import torch
+
+from qadapter.compare.measure import row_figures
+from qadapter.data import read_pairs, tokenize_pairs
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -196,6 +201,68 @@ def test_adapters_without_a_place_or_a_name_of_their_own_are_refused(
         by_article.main()
     assert ended.value.code == 2
     assert "a name of its own" in capsys.readouterr().err
+
+
+def test_what_turns_round_with_the_preference_is_told_from_what_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    swapped = loaded("swapped_preference", "swapped_preference.py", monkeypatch)
+    sizes = np.array([10, 20, 30, 40])
+    text = swapped.Rows([], [], sizes, "word")
+    turns, stays = 0.03 * sizes, np.array([0.1, 0.3, 0.2, 0.4])
+    told = swapped.parts(text, [stays + turns] * 2, [stays - turns] * 2)
+    assert [*told] == ["as they are", "swapped", "turns round", "stays"]
+    for end in ("value", "low", "high"):
+        assert told["turns round"][end] == pytest.approx(np.expm1(0.03))
+    assert told["stays"]["value"] == pytest.approx(np.expm1(0.01))
+    assert told["stays"]["low"] < told["stays"]["value"] < told["stays"]["high"]
+    assert told["as they are"]["value"] == pytest.approx(np.expm1(0.04))
+    assert told["swapped"]["value"] == pytest.approx(np.expm1(-0.02))
+
+
+def test_a_swapped_training_is_measured_by_what_it_preferred(
+    monkeypatch: pytest.MonkeyPatch, base: str, data: str
+) -> None:
+    """On a tiny policy: each way's margin has the sign of its training, and KL is above 0."""
+    swapped = loaded("swapped_preference", "swapped_preference.py", monkeypatch)
+    policy = swapped.load_policy(base, None)
+    with torch.no_grad():
+        for name, weight in policy.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.5, generator=torch.manual_seed(0))
+    pairs = list(read_pairs(data))
+    assert [(p.chosen, p.rejected) for p in swapped.turned(pairs)] == [
+        (p.rejected, p.chosen) for p in pairs
+    ]
+    held_out, _ = tokenize_pairs(pairs, policy.tokenizer, end_ids=policy.end_ids, max_length=200)
+    other, _ = tokenize_pairs(
+        swapped.turned(pairs), policy.tokenizer, end_ids=policy.end_ids, max_length=200
+    )
+    one = swapped.margins(policy, held_out, "as they are")
+    assert one[0] == 0
+    assert one[2] != 0
+    assert swapped.margins(policy, other, "swapped") == pytest.approx(one)
+    way, scale = ("as they are", one[2]) if one[2] > 0 else ("swapped", -one[2])
+    monkeypatch.setattr(swapped, "MARGIN", scale)
+    texts = {"lines": swapped.alone(policy, ["one two three", "four five"])}
+    assert texts["lines"].sizes.tolist() == [3, 2]
+    assert all(row[0] == policy.tokenizer.bos_token_id for row in texts["lines"].rows)
+    told, rises = swapped.measured([policy], held_out, texts, way)
+    assert told["strength"] == pytest.approx(1.0)
+    found = row_figures(policy, texts["lines"].rows, [1, 1], [1.0])
+    assert rises["lines"][0] == pytest.approx((found.base - found.policy[0]).numpy())
+    assert told["kl"]["lines"]["value"] == pytest.approx(float(found.kl.sum()) / 5)
+    assert told["kl"]["lines"]["value"] > 0
+
+
+def test_both_ways_are_turned_to_the_margin_that_their_seeds_have_on_average(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    swapped = loaded("swapped_preference", "swapped_preference.py", monkeypatch)
+    curves = [[scale * at * swapped.MARGIN for at in swapped.STRENGTHS] for scale in (1.0, 1.5)]
+    assert swapped.dial(curves) == pytest.approx(0.8)
+    with pytest.raises(SystemExit, match="no margin of"):
+        swapped.dial([[0.0] * len(swapped.STRENGTHS)])
 
 
 def test_methods_measured_on_other_windows_are_not_put_beside(

@@ -1,0 +1,240 @@
+"""What of a change of perplexity turns round with the preference: the same pairs, swapped.
+
+    QADAPTER_DATA=../shared/data python benchmarks/swapped_preference.py --method dpo \\
+        --seeds 0 1 --output benchmarks/results/swapped_dpo.json
+
+A preference turned round asks for the opposite. So of two policies that learned as many nats of
+margin, one of the pairs as they are and one of the same pairs with chosen and rejected swapped,
+half the difference of what text costs them is what turns round with the preference: all effects of
+the first order of what tells chosen from rejected, be they meant or not. Half the sum is what stays
+whatever is preferred: what is lost either way, less what is gained either way. Methods are as
+`benchmarks/compare/entertainment.yaml --full` chose them, seed by seed; both ways they are turned
+to one margin on every third of its held-out pairs. Texts are the lines of the suite's perplexity,
+each alone after the token of beginning as lm-eval reads them, the next lines of its order, running
+text of WikiText-2's articles, and novels (LAMBADA's passages, each alone after that token).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from article_perplexity import articles
+from datasets import load_dataset
+
+from qadapter import hub
+from qadapter.anchors import COUNT, free_texts
+from qadapter.compare import train as training
+from qadapter.compare.config import CompareConfig
+from qadapter.compare.data import split, write_pairs
+from qadapter.compare.measure import load_policy, preference, row_figures
+from qadapter.compare.methods import METHODS
+from qadapter.data import Pair, TokenizedPair, read_pairs, read_texts, tokenize_pairs
+from qadapter.files import read_jsonl, write_jsonl, write_text
+from qadapter.policy import Policy
+from qadapter.stats import Interval, dial_at, mean_intervals
+from qadapter.suite import with_text
+
+DATA = Path(os.environ.get("QADAPTER_DATA", "../shared/data"))
+SETTINGS = Path(__file__).parent / "compare" / "entertainment.yaml"
+CHOSEN: dict[str, dict[str, Any]] = {
+    "dpo": {"beta": 0.1, "learning_rate": 2e-4, "epochs": 1},
+    "qadapter_all_layers": {
+        "alpha": 0.1,
+        "learning_rate": 2e-4,
+        "epochs": 2,
+        "anchor_weight": 100.0,
+    },
+}
+MARGIN = 4.2
+"""About DPO's on the held-out pairs, nats."""
+STRENGTHS = [0.0, 0.6, 1.0, 1.4]
+WAYS = ("as they are", "swapped")
+LINES, NEXT_LINES, NOVELS = 100, 75, 60
+ARTICLE_TOKENS = 192
+
+
+Losses = Sequence[npt.NDArray[Any]]
+Rises = dict[str, Losses]
+
+
+class Rows(NamedTuple):
+    """A text as it is scored."""
+
+    rows: list[list[int]]
+    units: list[int]
+    """Of each row what is drawn: an article, a line."""
+    sizes: npt.NDArray[np.int64]
+    """`[units]`, words or tokens of each."""
+    per: str
+
+
+def alone(base: Policy, texts: Sequence[str]) -> Rows:
+    """Return texts, each read alone after the token of beginning; perplexity is a word's."""
+    begin, encode = base.tokenizer.bos_token_id, base.tokenizer
+    rows = [[begin, *encode(text, add_special_tokens=False)["input_ids"]] for text in texts]
+    words = np.array([len(text.split()) for text in texts])
+    return Rows(rows, list(range(len(rows))), words, "word")
+
+
+def read(base: Policy) -> dict[str, Rows]:
+    """Return the texts by name."""
+    wikitext = str(DATA / "capability/wikitext2.valid.txt")
+    lines = with_text(load_dataset("text", data_files={"test": wikitext})["test"])
+    lines = [lines[i]["text"] for i in range(LINES + NEXT_LINES)]
+    running: list[list[int]] = []
+    units: list[int] = []
+    for i, article in enumerate(articles(read_texts(wikitext))):
+        of_it = base.text_rows(article, max_tokens=ARTICLE_TOKENS)
+        running += of_it
+        units += [i] * len(of_it)
+    passages = read_jsonl(str(DATA / "capability/lambada.dev.jsonl"))
+    novels = [str(row["context"]) for _, row in passages]
+    tokens = np.bincount(units, [len(row) - 1 for row in running]).astype(np.int64)
+    return {
+        "the suite's lines": alone(base, lines[:LINES]),
+        "the next lines": alone(base, lines[LINES:]),
+        "running text": Rows(running, units, tokens, "token"),
+        "novels": alone(base, novels[:: len(novels) // NOVELS][:NOVELS]),
+    }
+
+
+def turned(pairs: Iterable[Pair]) -> list[Pair]:
+    """Return pairs with chosen and rejected swapped."""
+    return [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in pairs]
+
+
+def trained(
+    config: CompareConfig, method: str, pairs: Sequence[Pair], seed: int, anchors: Path
+) -> Policy:
+    """Return the policy of one training."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, "pairs.jsonl")
+        write_pairs(file, pairs)
+        task = training.Task(
+            params={**METHODS[method].fixed, **CHOSEN[method]},
+            seed=seed,
+            model=config.model,
+            max_length=config.max_length,
+            answer_tokens=config.answer_tokens,
+            training=config.training,
+            pairs=file,
+            replay=None,
+            anchors=anchors,
+            output=Path(directory, "adapter"),
+        )
+        training.train(task, METHODS[method].trainer)
+        return load_policy(config.model, task.output)
+
+
+def margins(policy: Policy, pairs: Sequence[TokenizedPair], way: str) -> list[float]:
+    """Return the mean margin at each of STRENGTHS, of what the training preferred."""
+    sign = -1 if way == "swapped" else 1
+    return [sign * point["margin"] for point in preference(policy, pairs, STRENGTHS)]
+
+
+def dial(found: Iterable[Sequence[float]]) -> float:
+    """Return where the mean margin over seeds is MARGIN."""
+    curve = [fmean(at) for at in zip(*found, strict=True)]
+    place = dial_at(STRENGTHS, curve, STRENGTHS, MARGIN)
+    if place is None:
+        raise SystemExit(f"no margin of {MARGIN} nats along the dial: {curve}")
+    return float(f"{place:.3g}")
+
+
+def share(interval: Interval) -> dict[str, float]:
+    """Return a rise of loss as a share of perplexity."""
+    return {k: math.expm1(getattr(interval, k)) for k in ("value", "low", "high")}
+
+
+def measured(
+    policies: Sequence[Policy],
+    held_out: Sequence[TokenizedPair],
+    texts: Mapping[str, Rows],
+    way: str,
+) -> tuple[dict[str, Any], Rises]:
+    """Return what is told of one way: dial, margins, KL by text; and how loss rose, by text.
+
+    KL is a word's where perplexity is.
+    """
+    learned = [margins(policy, held_out, way) for policy in policies]
+    at = dial(learned)
+    kl, rises = {}, {}
+    for name, text in texts.items():
+        found = [row_figures(p, text.rows, [1] * len(text.rows), [at]) for p in policies]
+        rises[name] = [np.bincount(text.units, (f.base - f.policy[0]).numpy()) for f in found]
+        far = [np.bincount(text.units, f.kl[0].numpy()) for f in found if f.kl is not None]
+        kl[name] = asdict(mean_intervals(np.stack(far)[:, None], text.sizes)[0])
+    return {"strength": at, "margins": learned, "kl": kl}, rises
+
+
+def parts(text: Rows, as_is: Losses, swapped: Losses) -> dict[str, Any]:
+    """Return how perplexity rose both ways, what of it turns round, and what stays.
+
+    Of each seed both have how much the loss of each unit rose, nats.
+    """
+    one, other = np.stack(as_is), np.stack(swapped)
+    taken = {
+        "as they are": one,
+        "swapped": other,
+        "turns round": (one - other) / 2,
+        "stays": (one + other) / 2,
+    }
+    return {n: share(mean_intervals(x[:, None], text.sizes)[0]) for n, x in taken.items()}
+
+
+def main() -> None:
+    """Train both ways with each seed, measure, write and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add = parser.add_argument
+    add("--method", choices=sorted(CHOSEN), required=True)
+    add("--output", required=True, metavar="JSON")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    args = parser.parse_args()
+    if len({*args.seeds}) < len(args.seeds):
+        parser.error("--seeds: one is there twice")
+    if not DATA.is_dir():
+        parser.exit(message=f"skipped: no data in {DATA}; set QADAPTER_DATA\n")
+    os.environ["QADAPTER_DATA"] = str(DATA)
+    config = CompareConfig.read(SETTINGS, full=True)
+    base = load_policy(config.model, None)
+    texts, pairs = read(base), split(config).train
+    held_out, _ = tokenize_pairs(
+        read_pairs(config.test), base.tokenizer, end_ids=base.end_ids, max_length=config.max_length
+    )
+    report: dict[str, Any] = {"method": args.method, "params": CHOSEN[args.method]}
+    report |= {"seeds": args.seeds, "margin": MARGIN, "processor": hub.processor(), "ways": {}}
+    rises = {}
+    with tempfile.TemporaryDirectory() as directory:
+        anchors = Path(directory, "anchors.jsonl")
+        own = free_texts(base.model.base, base.tokenizer, COUNT)
+        write_jsonl(anchors, ({"text": text} for text in own))
+        for way, preferred in zip(WAYS, (pairs, turned(pairs)), strict=True):
+            made = [trained(config, args.method, preferred, s, anchors) for s in args.seeds]
+            report["ways"][way], rises[way] = measured(made, held_out[::3], texts, way)
+            print(way, json.dumps(report["ways"][way]), flush=True)
+    report["texts"] = [
+        {
+            "text": name,
+            "per": text.per,
+            "units": len(text.sizes),
+            **parts(text, *(rises[way][name] for way in WAYS)),
+        }
+        for name, text in texts.items()
+    ]
+    print(json.dumps(report["texts"]))
+    write_text(args.output, json.dumps(report, indent=1, allow_nan=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
