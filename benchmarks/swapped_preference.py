@@ -10,8 +10,9 @@ the first order of what tells chosen from rejected, be they meant or not. Half t
 whatever is preferred: what is lost either way, less what is gained either way. Methods are as
 `benchmarks/compare/entertainment.yaml --full` chose them, seed by seed; both ways they are turned
 to one margin on every third of its held-out pairs. Texts are the lines of the suite's perplexity,
-each alone after the token of beginning as lm-eval reads them, the next lines of its order, running
-text of WikiText-2's articles, and novels (LAMBADA's passages, each alone after that token).
+each alone after the token of beginning as lm-eval reads them, the next lines of its order, the
+first window of each of WikiText-2's articles, and novels (LAMBADA's passages, each alone after that
+token).
 """
 
 from __future__ import annotations
@@ -61,7 +62,6 @@ MARGIN = 4.2
 STRENGTHS = [0.0, 0.6, 1.0, 1.4]
 WAYS = ("as they are", "swapped")
 LINES, NEXT_LINES, NOVELS = 100, 75, 60
-ARTICLE_TOKENS = 192
 
 
 Losses = Sequence[npt.NDArray[Any]]
@@ -72,10 +72,9 @@ class Rows(NamedTuple):
     """A text as it is scored."""
 
     rows: list[list[int]]
-    units: list[int]
-    """Of each row what is drawn: an article, a line."""
+    """Of one line, article or passage each, which are what a bootstrap draws."""
     sizes: npt.NDArray[np.int64]
-    """`[units]`, words or tokens of each."""
+    """`[rows]`, words or tokens of each."""
     per: str
 
 
@@ -84,7 +83,7 @@ def alone(base: Policy, texts: Sequence[str]) -> Rows:
     begin, encode = base.tokenizer.bos_token_id, base.tokenizer
     rows = [[begin, *encode(text, add_special_tokens=False)["input_ids"]] for text in texts]
     words = np.array([len(text.split()) for text in texts])
-    return Rows(rows, list(range(len(rows))), words, "word")
+    return Rows(rows, words, "word")
 
 
 def read(base: Policy) -> dict[str, Rows]:
@@ -92,19 +91,14 @@ def read(base: Policy) -> dict[str, Rows]:
     wikitext = str(DATA / "capability/wikitext2.valid.txt")
     lines = with_text(load_dataset("text", data_files={"test": wikitext})["test"])
     lines = [lines[i]["text"] for i in range(LINES + NEXT_LINES)]
-    running: list[list[int]] = []
-    units: list[int] = []
-    for i, article in enumerate(articles(read_texts(wikitext))):
-        of_it = base.text_rows(article, max_tokens=ARTICLE_TOKENS)
-        running += of_it
-        units += [i] * len(of_it)
+    # Of each its first window.
+    running = [base.text_rows(text, max_tokens=1)[0] for text in articles(read_texts(wikitext))]
     passages = read_jsonl(str(DATA / "capability/lambada.dev.jsonl"))
     novels = [str(row["context"]) for _, row in passages]
-    tokens = np.bincount(units, [len(row) - 1 for row in running]).astype(np.int64)
     return {
         "the suite's lines": alone(base, lines[:LINES]),
         "the next lines": alone(base, lines[LINES:]),
-        "running text": Rows(running, units, tokens, "token"),
+        "running text": Rows(running, np.array([len(row) - 1 for row in running]), "token"),
         "novels": alone(base, novels[:: len(novels) // NOVELS][:NOVELS]),
     }
 
@@ -172,8 +166,8 @@ def measured(
     kl, rises = {}, {}
     for name, text in texts.items():
         found = [row_figures(p, text.rows, [1] * len(text.rows), [at]) for p in policies]
-        rises[name] = [np.bincount(text.units, (f.base - f.policy[0]).numpy()) for f in found]
-        far = [np.bincount(text.units, f.kl[0].numpy()) for f in found if f.kl is not None]
+        rises[name] = [(f.base - f.policy[0]).numpy() for f in found]
+        far = [f.kl[0].numpy() for f in found if f.kl is not None]
         kl[name] = asdict(mean_intervals(np.stack(far)[:, None], text.sizes)[0])
     return {"strength": at, "margins": learned, "kl": kl}, rises
 
@@ -181,7 +175,7 @@ def measured(
 def parts(text: Rows, as_is: Losses, swapped: Losses) -> dict[str, Any]:
     """Return how perplexity rose both ways, what of it turns round, and what stays.
 
-    Of each seed both have how much the loss of each unit rose, nats.
+    Of each seed both have how much the loss of each row rose, nats.
     """
     one, other = np.stack(as_is), np.stack(swapped)
     taken = {
@@ -227,7 +221,7 @@ def main() -> None:
         {
             "text": name,
             "per": text.per,
-            "units": len(text.sizes),
+            "rows": len(text.rows),
             **parts(text, *(rises[way][name] for way in WAYS)),
         }
         for name, text in texts.items()

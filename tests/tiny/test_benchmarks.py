@@ -208,7 +208,7 @@ def test_what_turns_round_with_the_preference_is_told_from_what_does_not(
 ) -> None:
     swapped = loaded("swapped_preference", "swapped_preference.py", monkeypatch)
     sizes = np.array([10, 20, 30, 40])
-    text = swapped.Rows([], [], sizes, "word")
+    text = swapped.Rows([], sizes, "word")
     turns, stays = 0.03 * sizes, np.array([0.1, 0.3, 0.2, 0.4])
     told = swapped.parts(text, [stays + turns] * 2, [stays - turns] * 2)
     assert [*told] == ["as they are", "swapped", "turns round", "stays"]
@@ -243,15 +243,17 @@ def test_a_swapped_training_is_measured_by_what_it_preferred(
     assert one[2] != 0
     assert swapped.margins(policy, other, "swapped") == pytest.approx(one)
     way, scale = ("as they are", one[2]) if one[2] > 0 else ("swapped", -one[2])
-    monkeypatch.setattr(swapped, "MARGIN", scale)
+    # Of two policies, one the base: half of the margin, half of the KL.
+    monkeypatch.setattr(swapped, "MARGIN", scale / 2)
     texts = {"lines": swapped.alone(policy, ["one two three", "four five"])}
     assert texts["lines"].sizes.tolist() == [3, 2]
     assert all(row[0] == policy.tokenizer.bos_token_id for row in texts["lines"].rows)
-    told, rises = swapped.measured([policy], held_out, texts, way)
+    told, rises = swapped.measured([policy, swapped.load_policy(base, None)], held_out, texts, way)
     assert told["strength"] == pytest.approx(1.0)
     found = row_figures(policy, texts["lines"].rows, [1, 1], [1.0])
     assert rises["lines"][0] == pytest.approx((found.base - found.policy[0]).numpy())
-    assert told["kl"]["lines"]["value"] == pytest.approx(float(found.kl.sum()) / 5)
+    assert rises["lines"][1].tolist() == [0, 0]
+    assert told["kl"]["lines"]["value"] == pytest.approx(float(found.kl.sum()) / 5 / 2)
     assert told["kl"]["lines"]["value"] > 0
 
 
