@@ -16,7 +16,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -101,13 +101,21 @@ def losses(policy: Policy, rows: Sequence[Sequence[int]]) -> tuple[list[float], 
     return rise, found.tokens.tolist(), float(found.kl.sum() / found.tokens.sum())
 
 
-def trained(config: CompareConfig, pairs: Sequence[Pair], seed: int) -> Policy:
-    """Return the policy of an SFT on the chosen answers."""
+def trained(
+    config: CompareConfig,
+    pairs: Sequence[Pair],
+    seed: int,
+    *,
+    trainer: str = "train_sft",
+    params: Mapping[str, Any] = PARAMS,
+    anchors: Path | None = None,
+) -> Policy:
+    """Return the policy of one training; as it stands of an SFT on the chosen answers."""
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory, "pairs.jsonl")
         write_pairs(file, pairs)
         task = Task(
-            params=PARAMS,
+            params=params,
             seed=seed,
             model=config.model,
             max_length=config.max_length,
@@ -115,10 +123,10 @@ def trained(config: CompareConfig, pairs: Sequence[Pair], seed: int) -> Policy:
             training=config.training,
             pairs=file,
             replay=None,
-            anchors=None,
+            anchors=anchors,
             output=Path(directory, "adapter"),
         )
-        train(task, "train_sft")
+        train(task, trainer)
         return load_policy(config.model, task.output)
 
 

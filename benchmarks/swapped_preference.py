@@ -32,12 +32,12 @@ import numpy as np
 import numpy.typing as npt
 from article_perplexity import articles
 from datasets import load_dataset
+from sft_perplexity import trained
 
 from qadapter import hub
 from qadapter.anchors import COUNT, free_texts
-from qadapter.compare import train as training
 from qadapter.compare.config import CompareConfig
-from qadapter.compare.data import split, write_pairs
+from qadapter.compare.data import split
 from qadapter.compare.measure import load_policy, preference, row_figures
 from qadapter.compare.methods import METHODS
 from qadapter.data import Pair, TokenizedPair, read_pairs, read_texts, tokenize_pairs
@@ -106,29 +106,6 @@ def read(base: Policy) -> dict[str, Rows]:
 def turned(pairs: Iterable[Pair]) -> list[Pair]:
     """Return pairs with chosen and rejected swapped."""
     return [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in pairs]
-
-
-def trained(
-    config: CompareConfig, method: str, pairs: Sequence[Pair], seed: int, anchors: Path
-) -> Policy:
-    """Return the policy of one training."""
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory, "pairs.jsonl")
-        write_pairs(file, pairs)
-        task = training.Task(
-            params={**METHODS[method].fixed, **CHOSEN[method]},
-            seed=seed,
-            model=config.model,
-            max_length=config.max_length,
-            answer_tokens=config.answer_tokens,
-            training=config.training,
-            pairs=file,
-            replay=None,
-            anchors=anchors,
-            output=Path(directory, "adapter"),
-        )
-        training.train(task, METHODS[method].trainer)
-        return load_policy(config.model, task.output)
 
 
 def margins(policy: Policy, pairs: Sequence[TokenizedPair], way: str) -> list[float]:
@@ -206,15 +183,20 @@ def main() -> None:
     held_out, _ = tokenize_pairs(
         read_pairs(config.test), base.tokenizer, end_ids=base.end_ids, max_length=config.max_length
     )
-    report: dict[str, Any] = {"method": args.method, "params": CHOSEN[args.method]}
+    settings = CHOSEN[args.method]
+    report: dict[str, Any] = {"method": args.method, "params": settings}
     report |= {"seeds": args.seeds, "margin": MARGIN, "processor": hub.processor(), "ways": {}}
+    trainer, params = METHODS[args.method].trainer, {**METHODS[args.method].fixed, **settings}
     rises = {}
     with tempfile.TemporaryDirectory() as directory:
         anchors = Path(directory, "anchors.jsonl")
         own = free_texts(base.model.base, base.tokenizer, COUNT)
         write_jsonl(anchors, ({"text": text} for text in own))
         for way, preferred in zip(WAYS, (pairs, turned(pairs)), strict=True):
-            made = [trained(config, args.method, preferred, s, anchors) for s in args.seeds]
+            made = [
+                trained(config, preferred, s, trainer=trainer, params=params, anchors=anchors)
+                for s in args.seeds
+            ]
             report["ways"][way], rises[way] = measured(made, held_out[::3], texts, way)
             print(way, json.dumps(report["ways"][way]), flush=True)
     report["texts"] = [
