@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from article_perplexity import told
 
 from qadapter import hub
 from qadapter.anchors import COUNT, free_texts
@@ -139,9 +139,8 @@ def measured(policies: Iterable[Policy], rows: Rows) -> list[dict[str, Any]]:
     out = []
     for name, runs in found.items():
         [rise] = mean_intervals([[run[0]] for run in runs], runs[0][1])
-        share = {k: math.expm1(getattr(rise, k)) for k in ("value", "low", "high")}
         kl = sum(run[2] for run in runs) / len(runs)
-        out.append({"text": name, "perplexity_rise": share, "kl": kl})
+        out.append({"text": name, "perplexity_rise": told(rise), "kl": kl})
     return out
 
 
@@ -167,8 +166,8 @@ def main() -> None:
         for row in found:
             share = row["perplexity_rise"]
             between = f"{share['low']:+.2%} to {share['high']:+.2%}"
-            told = f"{share['value']:+.2%} ({between}) KL {row['kl']:.5f}"
-            print(f"{author:16}{row['text']:24}{told}", flush=True)
+            line = f"{share['value']:+.2%} ({between}) KL {row['kl']:.5f}"
+            print(f"{author:16}{row['text']:24}{line}", flush=True)
     write_text(args.output, json.dumps(out, indent=1, allow_nan=False) + "\n")
 
 

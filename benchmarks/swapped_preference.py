@@ -8,7 +8,7 @@ margin, one of the pairs as they are and one of the same pairs with chosen and r
 half the difference of what text costs them is what turns round with the preference: all effects of
 the first order of what tells chosen from rejected, be they meant or not. Half the sum is what stays
 whatever is preferred: what is lost either way, less what is gained either way. Methods are as
-`benchmarks/compare/entertainment.yaml --full` chose them, seed by seed; both ways they are turned
+`benchmarks/compare/entertainment_suite.yaml` has them, seed by seed; both ways they are turned
 to one margin on every third of its held-out pairs. Texts are the lines of the suite's perplexity,
 each alone after the token of beginning as lm-eval reads them, the next lines of its order, the
 first window of each of WikiText-2's articles, and novels (LAMBADA's passages, each alone after that
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from article_perplexity import articles
+from article_perplexity import articles, told
 from datasets import load_dataset
 from sft_perplexity import trained
 
@@ -43,20 +42,11 @@ from qadapter.compare.methods import METHODS
 from qadapter.data import Pair, TokenizedPair, read_pairs, read_texts, tokenize_pairs
 from qadapter.files import read_jsonl, write_jsonl, write_text
 from qadapter.policy import Policy
-from qadapter.stats import Interval, dial_at, mean_intervals
+from qadapter.stats import dial_at, mean_intervals
 from qadapter.suite import with_text
 
 DATA = Path(os.environ.get("QADAPTER_DATA", "../shared/data"))
-SETTINGS = Path(__file__).parent / "compare" / "entertainment.yaml"
-CHOSEN: dict[str, dict[str, Any]] = {
-    "dpo": {"beta": 0.1, "learning_rate": 2e-4, "epochs": 1},
-    "qadapter_all_layers": {
-        "alpha": 0.1,
-        "learning_rate": 2e-4,
-        "epochs": 2,
-        "anchor_weight": 100.0,
-    },
-}
+SETTINGS = Path(__file__).parent / "compare" / "entertainment_suite.yaml"
 MARGIN = 4.2
 """About DPO's on the held-out pairs, nats."""
 STRENGTHS = [0.0, 0.6, 1.0, 1.4]
@@ -123,11 +113,6 @@ def dial(found: Iterable[Sequence[float]]) -> float:
     return float(f"{place:.3g}")
 
 
-def share(interval: Interval) -> dict[str, float]:
-    """Return a rise of loss as a share of perplexity."""
-    return {k: math.expm1(getattr(interval, k)) for k in ("value", "low", "high")}
-
-
 def measured(
     policies: Sequence[Policy],
     held_out: Sequence[TokenizedPair],
@@ -161,14 +146,14 @@ def parts(text: Rows, as_is: Losses, swapped: Losses) -> dict[str, Any]:
         "turns round": (one - other) / 2,
         "stays": (one + other) / 2,
     }
-    return {n: share(mean_intervals(x[:, None], text.sizes)[0]) for n, x in taken.items()}
+    return {n: told(mean_intervals(x[:, None], text.sizes)[0]) for n, x in taken.items()}
 
 
 def main() -> None:
     """Train both ways with each seed, measure, write and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
-    add("--method", choices=sorted(CHOSEN), required=True)
+    add("--method", choices=["dpo", "qadapter_all_layers"], required=True)
     add("--output", required=True, metavar="JSON")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
@@ -177,24 +162,27 @@ def main() -> None:
     if not DATA.is_dir():
         parser.exit(message=f"skipped: no data in {DATA}; set QADAPTER_DATA\n")
     os.environ["QADAPTER_DATA"] = str(DATA)
-    config = CompareConfig.read(SETTINGS, full=True)
+    config = CompareConfig.read(SETTINGS)
     base = load_policy(config.model, None)
     texts, pairs = read(base), split(config).train
     held_out, _ = tokenize_pairs(
         read_pairs(config.test), base.tokenizer, end_ids=base.end_ids, max_length=config.max_length
     )
-    settings = CHOSEN[args.method]
+    method, settings = METHODS[args.method], config.settings[args.method]
     report: dict[str, Any] = {"method": args.method, "params": settings}
     report |= {"seeds": args.seeds, "margin": MARGIN, "processor": hub.processor(), "ways": {}}
-    trainer, params = METHODS[args.method].trainer, {**METHODS[args.method].fixed, **settings}
+    params = {**method.fixed, **settings}
     rises = {}
     with tempfile.TemporaryDirectory() as directory:
-        anchors = Path(directory, "anchors.jsonl")
-        own = free_texts(base.model.base, base.tokenizer, COUNT)
-        write_jsonl(anchors, ({"text": text} for text in own))
+        anchors = Path(directory, "anchors.jsonl") if method.has("anchor_weight") else None
+        if anchors:
+            own = free_texts(base.model.base, base.tokenizer, COUNT)
+            write_jsonl(anchors, ({"text": text} for text in own))
         for way, preferred in zip(WAYS, (pairs, turned(pairs)), strict=True):
             made = [
-                trained(config, preferred, s, trainer=trainer, params=params, anchors=anchors)
+                trained(
+                    config, preferred, s, trainer=method.trainer, params=params, anchors=anchors
+                )
                 for s in args.seeds
             ]
             report["ways"][way], rises[way] = measured(made, held_out[::3], texts, way)
