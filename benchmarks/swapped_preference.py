@@ -12,7 +12,7 @@ whatever is preferred: what is lost either way, less what is gained either way. 
 to one margin on every third of its held-out pairs. Texts are the lines of the suite's perplexity,
 each alone after the token of beginning as lm-eval reads them, the next lines of its order, the
 first window of each of WikiText-2's articles, and novels (LAMBADA's passages, each alone after that
-token).
+token). `--beside` an output of another method tells how they differ, row by row.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ DATA = Path(os.environ.get("QADAPTER_DATA", "../shared/data"))
 SETTINGS = Path(__file__).parent / "compare" / "entertainment_suite.yaml"
 MARGIN = 4.2
 """About DPO's on the held-out pairs, nats."""
-STRENGTHS = [0.0, 0.6, 1.0, 1.4]
+STRENGTHS = [0.0, 0.6, 1.0, 1.4, 2.0, 2.8]
 WAYS = ("as they are", "swapped")
 LINES, NEXT_LINES, NOVELS = 100, 75, 60
 
@@ -149,22 +149,59 @@ def parts(text: Rows, as_is: Losses, swapped: Losses) -> dict[str, Any]:
     return {n: told(mean_intervals(x[:, None], text.sizes)[0]) for n, x in taken.items()}
 
 
+def why_apart(
+    seeds: Sequence[int], texts: Mapping[str, Rows], other: Mapping[str, Any]
+) -> str | None:
+    """Return why an output is not to be set beside what is made with these, or None."""
+    if not {*seeds} & {*other["seeds"]}:
+        return "has none of the seeds"
+    there = {text["text"]: text.get("sizes") for text in other["texts"]}
+    if there != {name: text.sizes.tolist() for name, text in texts.items()}:
+        return "was measured on other text"
+    return None
+
+
+def less(report: Mapping[str, Any], other: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return by text what one output says less what the other does, of the seeds of both."""
+    seeds = sorted({*report["seeds"]} & {*other["seeds"]})
+    out = []
+    for one, two in zip(report["texts"], other["texts"], strict=True):
+        text = Rows([], np.array(one["sizes"]), one["per"])
+        apart = [
+            of_seeds(report, one, way, seeds) - of_seeds(other, two, way, seeds) for way in WAYS
+        ]
+        out.append({"text": one["text"], "seeds": seeds, **parts(text, *map(list, apart))})
+    return out
+
+
+def of_seeds(
+    report: Mapping[str, Any], text: Mapping[str, Any], way: str, seeds: Iterable[int]
+) -> npt.NDArray[np.float64]:
+    """Return `[seeds, rows]`, how much the loss of a text's rows rose, nats."""
+    return np.array([text["rises"][way][report["seeds"].index(seed)] for seed in seeds])
+
+
 def main() -> None:
     """Train both ways with each seed, measure, write and print."""
+    os.environ["QADAPTER_DATA"] = str(DATA)
+    config = CompareConfig.read(SETTINGS)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
-    add("--method", choices=["dpo", "qadapter_all_layers"], required=True)
+    add("--method", choices=[*config.settings], required=True)
     add("--output", required=True, metavar="JSON")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--beside", nargs="*", default=[], metavar="JSON", help="outputs of other methods")
     args = parser.parse_args()
     if len({*args.seeds}) < len(args.seeds):
         parser.error("--seeds: one is there twice")
     if not DATA.is_dir():
         parser.exit(message=f"skipped: no data in {DATA}; set QADAPTER_DATA\n")
-    os.environ["QADAPTER_DATA"] = str(DATA)
-    config = CompareConfig.read(SETTINGS)
     base = load_policy(config.model, None)
     texts, pairs = read(base), split(config).train
+    others = [json.loads(Path(file).read_text()) for file in args.beside]
+    for file, other in zip(args.beside, others, strict=True):
+        if why := why_apart(args.seeds, texts, other):
+            parser.error(f"--beside {file}: {why}")
     held_out, _ = tokenize_pairs(
         read_pairs(config.test), base.tokenizer, end_ids=base.end_ids, max_length=config.max_length
     )
@@ -193,10 +230,14 @@ def main() -> None:
             "per": text.per,
             "rows": len(text.rows),
             **parts(text, *(rises[way][name] for way in WAYS)),
+            "sizes": text.sizes.tolist(),
+            "rises": {way: np.stack(rises[way][name]).round(6).tolist() for way in WAYS},
         }
         for name, text in texts.items()
     ]
-    print(json.dumps(report["texts"]))
+    if others:
+        report["less"] = {other["method"]: less(report, other) for other in others}
+    print(json.dumps([{k: v for k, v in text.items() if k != "rises"} for text in report["texts"]]))
     write_text(args.output, json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 

@@ -267,6 +267,35 @@ def test_both_ways_are_turned_to_the_margin_that_their_seeds_have_on_average(
         swapped.dial([[0.0] * len(swapped.STRENGTHS)])
 
 
+def test_two_methods_differ_by_row_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    swapped = loaded("swapped_preference", "swapped_preference.py", monkeypatch)
+    sizes = [10, 20, 30, 40]
+    row = np.array(sizes)
+    rng = np.random.default_rng(0)
+    noise = {seed: rng.normal(size=4) for seed in (0, 1, 2)}  # of a seed, in both methods
+
+    def output(method: str, seeds: list[int], turns: float, stays: float) -> dict[str, Any]:
+        signs = {"as they are": 1, "swapped": -1}
+        rises = {
+            way: [(noise[seed] + row * (stays + sign * turns)).tolist() for seed in seeds]
+            for way, sign in signs.items()
+        }
+        text = {"text": "lines", "per": "word", "sizes": sizes, "rises": rises}
+        return {"method": method, "seeds": seeds, "texts": [text]}
+
+    one, two = output("one", [0, 1, 2], 0.05, 0.02), output("two", [2, 0], 0.01, 0.05)
+    [told] = swapped.less(one, two)
+    assert (told["text"], told["seeds"]) == ("lines", [0, 2])
+    for end in ("value", "low", "high"):
+        assert told["turns round"][end] == pytest.approx(np.expm1(0.04))
+        assert told["stays"][end] == pytest.approx(np.expm1(-0.03))
+    texts = {"lines": swapped.Rows([], row, "word")}
+    assert swapped.why_apart([0, 1], texts, two) is None
+    assert swapped.why_apart([1], texts, two) == "has none of the seeds"
+    for other in ({"lines": swapped.Rows([], row[::-1], "word")}, {"novels": texts["lines"]}):
+        assert swapped.why_apart([0], other, two) == "was measured on other text"
+
+
 def test_methods_measured_on_other_windows_are_not_put_beside(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
