@@ -37,10 +37,13 @@ class Running:
         bound = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{bound.getsockname()[1]}"
         self.server = server(create_app(self.desk, api_key=api_key, shelf=shelf), self.engine)
-        self.thread = threading.Thread(target=self.server.run, args=([bound],))
+        # A daemon: a test that fails before it stops this does not keep pytest from its end.
+        self.thread = threading.Thread(target=self.server.run, args=([bound],), daemon=True)
         self.thread.start()
         until(lambda: self.server.started)
-        self.client = httpx2.Client(base_url=self.url, timeout=60)
+        # Idle connections are left well before the server closes them, which is after 5 seconds.
+        limits = httpx2.Limits(keepalive_expiry=1)
+        self.client = httpx2.Client(base_url=self.url, timeout=60, limits=limits)
 
     def chat(self, **body: Any) -> httpx2.Response:
         fields = {"messages": MESSAGES, "max_tokens": 12, "temperature": 0, **body}
@@ -53,9 +56,9 @@ class Running:
         assert not self.thread.is_alive()
 
 
-def until(true: Callable[[], bool]) -> None:
+def until(true: Callable[[], bool], *, seconds: float = 60) -> None:
     """Wait until it is."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
         time.sleep(0.005)

@@ -2008,14 +2008,16 @@ def test_a_cell_ends_with_whoever_started_it(tmp_path: Path) -> None:
     (cell / "spec.json").write_text(json.dumps({"kind": "train", "spec": spec}))
     words = [sys.executable, "-c", _LAUNCH, str(cell)]
     with subprocess.Popen(words) as parent:
-        for left in reversed(range(600)):
-            try:
-                pipe = os.open(data, os.O_WRONLY | os.O_NONBLOCK)
-                break
-            except OSError:  # nobody reads it yet
-                assert left
-                time.sleep(0.1)
-        parent.kill()
+        try:
+            for left in reversed(range(3000)):
+                try:
+                    pipe = os.open(data, os.O_WRONLY | os.O_NONBLOCK)
+                    break
+                except OSError:  # nobody reads it yet
+                    assert left
+                    time.sleep(0.1)
+        finally:
+            parent.kill()
 
     def write_on() -> None:
         for _ in range(600):

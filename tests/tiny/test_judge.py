@@ -403,12 +403,13 @@ def test_a_server_that_keeps_failing_ends_it(
     endpoint: Endpoint, status: int, body: bytes, told: str
 ) -> None:
     endpoint.reply = lambda _: (status, body)
+    prompts = [*map(str, range(30))]
     with pytest.raises(UserError, match="failed 3 times, the last with") as caught:
-        asked(endpoint, workers=1).votes(["1", "2", "3"], ["a"] * 3, ["b"] * 3)
+        asked(endpoint, workers=1).votes(prompts, ["a"] * 30, ["b"] * 30)
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
-    # The second prompt may have begun when the first failed; the third is not asked.
-    assert len(endpoint.requests) <= 6
+    # Others may have begun when the first failed; most are not asked.
+    assert 3 <= len(endpoint.requests) <= 45
 
 
 def test_a_refusal_is_not_repeated_and_the_key_not_shown(

@@ -212,12 +212,14 @@ def served(policy: Policy, strength: Strength) -> Iterator[str]:
     engine, bound = Engine(policy), listen("127.0.0.1", 0)
     app = play.create_app(play.page(engine, strength=strength, max_tokens=20))
     running = server(app, engine, patience=1)
-    thread = threading.Thread(target=running.run, args=([bound],))
+    thread = threading.Thread(target=running.run, args=([bound],), daemon=True)
     thread.start()
     until(lambda: running.started)
-    yield f"http://127.0.0.1:{bound.getsockname()[1]}"
-    engine.close()
-    thread.join(60)
+    try:
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+    finally:
+        engine.close()
+        thread.join(60)
     assert not thread.is_alive()
 
 

@@ -412,9 +412,10 @@ def test_the_seconds_of_a_token_are_those_after_the_first_piece() -> None:
         queue.put_nowait((0, Piece("abcd", generated=9)))
         queue.put_nowait((1, Piece("abcd", finish="stop", generated=9)))
         loop = asyncio.get_running_loop()
-        loop.call_later(0.2, queue.put_nowait, (0, Piece("e", finish="stop", generated=11)))
-        async for _ in asked.pieces(lambda: asyncio.sleep(60)):
-            pass
+        last = (0, Piece("e", finish="stop", generated=11))
+        async for index, piece in asked.pieces(lambda: asyncio.sleep(60)):
+            if index == 0 and piece.finish is None:
+                loop.call_later(0.2, queue.put_nowait, last)
         return asked.token_seconds
 
     (seconds,) = asyncio.run(ask())  # of two tokens; of the other answer there is one piece
@@ -503,7 +504,7 @@ def test_a_client_that_does_not_finish_does_not_keep_the_server_from_its_end(
         client = post(running, b"{", length=100)
     else:
         body = {"messages": MESSAGES, "max_tokens": 60, "n": 4, "stream": True, "temperature": 1}
-        body |= {"logprobs": True, "top_logprobs": 20}
+        body |= {"logprobs": True, "top_logprobs": 20, "seed": 0}
         client = post(running, json.dumps(body).encode())
         until(lambda: running.engine.running > 0)
     with client:
@@ -669,18 +670,21 @@ def test_the_command_serves_until_a_signal_and_tells_of_a_taken_port(
     log = tmp_path / "log"
     with open(log, "wb") as file:
         process = subprocess.Popen([*words, "0"], stderr=file)
-    until(lambda: b"listening" in log.read_bytes())
-    lines = [line for line in log.read_text().splitlines() if line.startswith("{")]
-    port = next(e["port"] for e in map(json.loads, lines) if e["event"] == "listening")
-    until(lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
-    (model,) = httpx2.get(f"http://127.0.0.1:{port}/v1/models").json()["data"]
-    assert model["id"] == Path(adapter).name
-    taken = subprocess.run([*words, str(port)], capture_output=True, text=True, timeout=60)
-    assert taken.returncode == 2
-    (line,) = taken.stderr.splitlines()
-    assert f"127.0.0.1:{port}: cannot be listened on (Address already in use)" in line
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    try:
+        until(lambda: b"listening" in log.read_bytes(), seconds=300)
+        lines = [line for line in log.read_text().splitlines() if line.startswith("{")]
+        port = next(e["port"] for e in map(json.loads, lines) if e["event"] == "listening")
+        until(lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
+        (model,) = httpx2.get(f"http://127.0.0.1:{port}/v1/models").json()["data"]
+        assert model["id"] == Path(adapter).name
+        taken = subprocess.run([*words, str(port)], capture_output=True, text=True, timeout=300)
+        assert taken.returncode == 2
+        (line,) = taken.stderr.splitlines()
+        assert f"127.0.0.1:{port}: cannot be listened on (Address already in use)" in line
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(300) == 0
+    finally:
+        process.kill()
     # A bar of transformers' was in the first line.
     events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
     assert events == ["listening", "request", "closed"]

@@ -342,6 +342,7 @@ def test_the_first_adapters_stay_and_what_is_not_there_cannot_leave(
     whole = guarded[1] / "root" / "deep"
     assert load(running, "new", str(whole)).status_code == 200
     assert unload(running, "new").status_code == 200
+    until(lambda: running.engine.policy.names == ["tiny"])
 
 
 def test_a_shelf_holds_so_many_and_counts_those_that_left_and_still_answer(

@@ -308,7 +308,9 @@ class Engine:
             longest = max(longest, len(self._waiting[0].request.prompt))
             if self._joining and longest * (len(self._joining) + 1) > _PREFILL:
                 break
-            self._joining.append(self._waiting.popleft())
+            ticket = self._waiting.popleft()
+            ticket.read = True
+            self._joining.append(ticket)
 
     def _turn(self) -> None:
         """Give each running request a token, then let the new ones join with their first."""
@@ -340,8 +342,6 @@ class Engine:
     def _start(self, tickets: list[Ticket], adapters: tuple[Adapter, ...]) -> _Group | None:
         """Read prompts, and give each its first token."""
         prompts = [ticket.request.prompt for ticket in tickets]
-        for ticket in tickets:
-            ticket.read = True
         return self._step(_Group(tickets, Batch(self.policy.model, prompts, adapters)))
 
     @staticmethod
