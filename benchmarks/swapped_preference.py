@@ -12,12 +12,13 @@ whatever is preferred: what is lost either way, less what is gained either way. 
 to one margin on every third of its held-out pairs. Texts are the lines of the suite's perplexity,
 each alone after the token of beginning as lm-eval reads them, the next lines of its order, the
 first window of each of WikiText-2's articles, and novels (LAMBADA's passages, each alone after that
-token). `--beside` an output of another method tells how they differ, row by row.
+token). `benchmarks/swapped_difference.py` tells how two outputs differ.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import tempfile
@@ -134,51 +135,29 @@ def measured(
     return {"strength": at, "margins": learned, "kl": kl}, rises
 
 
-def parts(text: Rows, as_is: Losses, swapped: Losses) -> dict[str, Any]:
-    """Return how perplexity rose both ways, what of it turns round, and what stays.
+def parts(as_is: Losses, swapped: Losses) -> dict[str, npt.NDArray[np.float64]]:
+    """Return how loss rose both ways, what of it turns round, and what stays: `[seeds, rows]`, nats.
 
-    Of each seed both have how much the loss of each row rose, nats.
+    Of each seed both have how much the loss of each row rose.
     """
     one, other = np.stack(as_is), np.stack(swapped)
-    taken = {
+    return {
         "as they are": one,
         "swapped": other,
         "turns round": (one - other) / 2,
         "stays": (one + other) / 2,
     }
-    return {n: told(mean_intervals(x[:, None], text.sizes)[0]) for n, x in taken.items()}
 
 
-def why_apart(
-    seeds: Sequence[int], texts: Mapping[str, Rows], other: Mapping[str, Any]
-) -> str | None:
-    """Return why an output is not to be set beside what is made with these, or None."""
-    if not {*seeds} & {*other["seeds"]}:
-        return "has none of the seeds"
-    there = {text["text"]: text.get("sizes") for text in other["texts"]}
-    if there != {name: text.sizes.tolist() for name, text in texts.items()}:
-        return "was measured on other text"
-    return None
+def shares(text: Rows, as_is: Losses, swapped: Losses) -> dict[str, dict[str, float]]:
+    """Return `parts` as shares of perplexity, with 95% intervals over seeds and rows."""
+    found = parts(as_is, swapped)
+    return {n: told(mean_intervals(x[:, None], text.sizes)[0]) for n, x in found.items()}
 
 
-def less(report: Mapping[str, Any], other: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return by text what one output says less what the other does, of the seeds of both."""
-    seeds = sorted({*report["seeds"]} & {*other["seeds"]})
-    out = []
-    for one, two in zip(report["texts"], other["texts"], strict=True):
-        text = Rows([], np.array(one["sizes"]), one["per"])
-        apart = [
-            of_seeds(report, one, way, seeds) - of_seeds(other, two, way, seeds) for way in WAYS
-        ]
-        out.append({"text": one["text"], "seeds": seeds, **parts(text, *map(list, apart))})
-    return out
-
-
-def of_seeds(
-    report: Mapping[str, Any], text: Mapping[str, Any], way: str, seeds: Iterable[int]
-) -> npt.NDArray[np.float64]:
-    """Return `[seeds, rows]`, how much the loss of a text's rows rose, nats."""
-    return np.array([text["rises"][way][report["seeds"].index(seed)] for seed in seeds])
+def digest(text: Rows) -> str:
+    """Return what tells a text's tokens from others'."""
+    return hashlib.sha256(json.dumps(text.rows).encode()).hexdigest()
 
 
 def main() -> None:
@@ -190,7 +169,6 @@ def main() -> None:
     add("--method", choices=[*config.settings], required=True)
     add("--output", required=True, metavar="JSON")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--beside", nargs="*", default=[], metavar="JSON", help="outputs of other methods")
     args = parser.parse_args()
     if len({*args.seeds}) < len(args.seeds):
         parser.error("--seeds: one is there twice")
@@ -198,10 +176,6 @@ def main() -> None:
         parser.exit(message=f"skipped: no data in {DATA}; set QADAPTER_DATA\n")
     base = load_policy(config.model, None)
     texts, pairs = read(base), split(config).train
-    others = [json.loads(Path(file).read_text()) for file in args.beside]
-    for file, other in zip(args.beside, others, strict=True):
-        if why := why_apart(args.seeds, texts, other):
-            parser.error(f"--beside {file}: {why}")
     held_out, _ = tokenize_pairs(
         read_pairs(config.test), base.tokenizer, end_ids=base.end_ids, max_length=config.max_length
     )
@@ -229,15 +203,15 @@ def main() -> None:
             "text": name,
             "per": text.per,
             "rows": len(text.rows),
-            **parts(text, *(rises[way][name] for way in WAYS)),
+            **shares(text, *(rises[way][name] for way in WAYS)),
+            "sha256": digest(text),
             "sizes": text.sizes.tolist(),
             "rises": {way: np.stack(rises[way][name]).round(6).tolist() for way in WAYS},
         }
         for name, text in texts.items()
     ]
-    if others:
-        report["less"] = {other["method"]: less(report, other) for other in others}
-    print(json.dumps([{k: v for k, v in text.items() if k != "rises"} for text in report["texts"]]))
+    kept = ("sha256", "sizes", "rises")
+    print(json.dumps([{k: text[k] for k in text if k not in kept} for text in report["texts"]]))
     write_text(args.output, json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 

@@ -210,7 +210,7 @@ def test_what_turns_round_with_the_preference_is_told_from_what_does_not(
     sizes = np.array([10, 20, 30, 40])
     text = swapped.Rows([], sizes, "word")
     turns, stays = 0.03 * sizes, np.array([0.1, 0.3, 0.2, 0.4])
-    told = swapped.parts(text, [stays + turns] * 2, [stays - turns] * 2)
+    told = swapped.shares(text, [stays + turns] * 2, [stays - turns] * 2)
     assert [*told] == ["as they are", "swapped", "turns round", "stays"]
     for end in ("value", "low", "high"):
         assert told["turns round"][end] == pytest.approx(np.expm1(0.03))
@@ -267,33 +267,82 @@ def test_both_ways_are_turned_to_the_margin_that_their_seeds_have_on_average(
         swapped.dial([[0.0] * len(swapped.STRENGTHS)])
 
 
-def test_two_methods_differ_by_row_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    swapped = loaded("swapped_preference", "swapped_preference.py", monkeypatch)
+def an_output(
+    method: str, seeds: list[int], turns: float, stays: float, *, margin: float = 4.2
+) -> dict[str, Any]:
+    """Return what swapped_preference.py writes, of rows whose noise both ways and methods share."""
     sizes = [10, 20, 30, 40]
-    row = np.array(sizes)
-    rng = np.random.default_rng(0)
-    noise = {seed: rng.normal(size=4) for seed in (0, 1, 2)}  # of a seed, in both methods
-
-    def output(method: str, seeds: list[int], turns: float, stays: float) -> dict[str, Any]:
-        signs = {"as they are": 1, "swapped": -1}
+    noise = np.random.default_rng(0).normal(size=4)
+    texts = []
+    for name, scale in (("lines", 1), ("novels", 2)):
         rises = {
-            way: [(noise[seed] + row * (stays + sign * turns)).tolist() for seed in seeds]
-            for way, sign in signs.items()
+            way: [(noise + scale * np.array(sizes) * (stays + sign * turns)).tolist()] * len(seeds)
+            for way, sign in {"as they are": 1, "swapped": -1}.items()
         }
-        text = {"text": "lines", "per": "word", "sizes": sizes, "rises": rises}
-        return {"method": method, "seeds": seeds, "texts": [text]}
+        texts.append({"text": name, "sha256": f"of {name}", "sizes": sizes, "rises": rises})
+    return {"method": method, "seeds": seeds, "margin": margin, "texts": texts}
 
-    one, two = output("one", [0, 1, 2], 0.05, 0.02), output("two", [2, 0], 0.01, 0.05)
-    [told] = swapped.less(one, two)
-    assert (told["text"], told["seeds"]) == ("lines", [0, 2])
-    for end in ("value", "low", "high"):
-        assert told["turns round"][end] == pytest.approx(np.expm1(0.04))
-        assert told["stays"][end] == pytest.approx(np.expm1(-0.03))
-    texts = {"lines": swapped.Rows([], row, "word")}
-    assert swapped.why_apart([0, 1], texts, two) is None
-    assert swapped.why_apart([1], texts, two) == "has none of the seeds"
-    for other in ({"lines": swapped.Rows([], row[::-1], "word")}, {"novels": texts["lines"]}):
-        assert swapped.why_apart([0], other, two) == "was measured on other text"
+
+def test_two_methods_differ_in_what_turns_round_and_in_what_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    apart = loaded("swapped_difference", "swapped_difference.py", monkeypatch)
+    one, other = an_output("one", [0, 1, 2], 0.05, 0.02), an_output("other", [3, 4], 0.01, 0.05)
+    other["texts"].reverse()
+    found = apart.differences(one, other)
+    assert [*found] == ["lines", "novels"]
+    wanted = {"as they are": 0.01, "swapped": -0.07, "turns round": 0.04, "stays": -0.03}
+    for name, scale in (("lines", 1), ("novels", 2)):
+        assert [*found[name]] == [*wanted]
+        for part, nats in wanted.items():
+            for end in ("value", "low", "high"):
+                assert found[name][part][end] == pytest.approx(np.expm1(scale * nats))
+    files = []
+    for report in (one, other):
+        files.append(str(tmp_path / f"{report['method']}.json"))
+        Path(files[-1]).write_text(json.dumps(report))
+    monkeypatch.setattr(sys, "argv", ["it", *files])
+    apart.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "one (3 seeds) over other (2)"
+    assert lines[4].split() == ["lines", "stays", "-2.955%", "(-2.955%", "to", "-2.955%)"]
+
+
+def _without(field: str) -> Any:
+    return lambda report: [text.pop(field) for text in report["texts"]]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (_without("rises"), "rises"),
+        (_without("sha256"), "lacks rows"),
+        (lambda report: report["seeds"].append(9), "lacks rows"),
+        (lambda report: report.pop("texts"), "texts"),
+        (lambda report: report["texts"].clear(), "lacks rows"),
+        (lambda report: report["texts"].pop(), "different text"),
+        (lambda report: report["texts"][0].update(sha256="x"), "different text"),
+        (lambda report: report.update(margin=5.8), "margins are 4.2 and 5.8"),
+    ],
+)
+def test_outputs_that_do_not_belong_together_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Any,
+    told: str,
+) -> None:
+    apart = loaded("swapped_difference", "swapped_difference.py", monkeypatch)
+    one, other = an_output("one", [0], 0.05, 0.02), an_output("other", [0], 0.01, 0.05)
+    spoil(other)
+    files = [str(tmp_path / name) for name in ("one.json", "other.json")]
+    for file, report in zip(files, (one, other), strict=True):
+        Path(file).write_text(json.dumps(report))
+    monkeypatch.setattr(sys, "argv", ["it", *files])
+    with pytest.raises(SystemExit) as ended:
+        apart.main()
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
 
 
 def test_methods_measured_on_other_windows_are_not_put_beside(

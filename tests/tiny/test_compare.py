@@ -2015,6 +2015,7 @@ def test_a_cell_ends_with_whoever_started_it(tmp_path: Path) -> None:
                     break
                 except OSError:  # nobody reads it yet
                     assert left
+                    assert parent.poll() is None
                     time.sleep(0.1)
         finally:
             parent.kill()

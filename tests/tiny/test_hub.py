@@ -136,7 +136,7 @@ def test_a_damaged_cache_is_detected(damage: str, tmp_path: Path) -> None:
         whole, before = weights.read_bytes(), weights.stat()
         weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         # Some file systems' clocks do not tell two writes as near as these apart.
-        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns + 2_000_000_000))
     elif damage == "missing":
         weights.unlink()
     elif damage == "no manifest":

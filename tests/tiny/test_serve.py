@@ -404,6 +404,25 @@ def test_prompts_that_left_the_queue_unread_are_not_counted(
     running.stop()
 
 
+def test_a_prompt_counts_as_read_once_it_is_taken(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks leaves between the two: between two tokens the engine does other things, too."""
+    running = Running(policy, max_batch=1)
+    go, inner = threading.Event(), running.engine._let_go
+    monkeypatch.setattr(running.engine, "_let_go", lambda: (go.wait(60), inner()))
+    try:
+        with post(running, json.dumps({"messages": MESSAGES, "max_tokens": 2}).encode()):
+            until(lambda: running.engine.running == 1)
+        until(lambda: counted(running, 'requests_total{outcome="cancelled"') == 1)
+        go.set()
+        size = running.chat(max_tokens=1).json()["usage"]["prompt_tokens"]
+        assert counted(running, 'tokens_total{kind="prompt"}') == 2 * size
+    finally:
+        go.set()
+        running.stop()
+
+
 def test_the_seconds_of_a_token_are_those_after_the_first_piece() -> None:
     async def ask() -> list[float]:
         queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
@@ -510,7 +529,7 @@ def test_a_client_that_does_not_finish_does_not_keep_the_server_from_its_end(
     with client:
         until(lambda: bool(running.server.server_state.tasks))
         running.server.handle_exit(15, None)
-        running.thread.join(20)
+        running.thread.join(60)
         assert not running.thread.is_alive()
     assert running.engine.idle
 
@@ -675,7 +694,8 @@ def test_the_command_serves_until_a_signal_and_tells_of_a_taken_port(
         lines = [line for line in log.read_text().splitlines() if line.startswith("{")]
         port = next(e["port"] for e in map(json.loads, lines) if e["event"] == "listening")
         until(lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
-        (model,) = httpx2.get(f"http://127.0.0.1:{port}/v1/models").json()["data"]
+        models = httpx2.get(f"http://127.0.0.1:{port}/v1/models", timeout=60)
+        (model,) = models.json()["data"]
         assert model["id"] == Path(adapter).name
         taken = subprocess.run([*words, str(port)], capture_output=True, text=True, timeout=300)
         assert taken.returncode == 2
