@@ -136,7 +136,7 @@ def measured(
 
 
 def parts(as_is: Losses, swapped: Losses) -> dict[str, npt.NDArray[np.float64]]:
-    """Return how loss rose both ways, what of it turns round, and what stays: `[seeds, rows]`, nats.
+    """Return how loss rose both ways, what turns round, and what stays: `[seeds, rows]`, nats.
 
     Of each seed both have how much the loss of each row rose.
     """
