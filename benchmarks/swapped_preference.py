@@ -99,10 +99,12 @@ def turned(pairs: Iterable[Pair]) -> list[Pair]:
     return [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in pairs]
 
 
-def margins(policy: Policy, pairs: Sequence[TokenizedPair], way: str) -> list[float]:
-    """Return the mean margin at each of STRENGTHS, of what the training preferred."""
+def margins(
+    policy: Policy, pairs: Sequence[TokenizedPair], way: str, strengths: Sequence[float]
+) -> list[float]:
+    """Return the mean margin at each strength, of what the training preferred, nats."""
     sign = -1 if way == "swapped" else 1
-    return [sign * point["margin"] for point in preference(policy, pairs, STRENGTHS)]
+    return [sign * point["margin"] for point in preference(policy, pairs, strengths)]
 
 
 def dial(found: Iterable[Sequence[float]]) -> float:
@@ -110,7 +112,7 @@ def dial(found: Iterable[Sequence[float]]) -> float:
     curve = [fmean(at) for at in zip(*found, strict=True)]
     place = dial_at(STRENGTHS, curve, STRENGTHS, MARGIN)
     if place is None:
-        raise SystemExit(f"no margin of {MARGIN} nats along the dial: {curve}")
+        raise SystemExit(f"no margin of {MARGIN} nats along the dial: {curve}; give --strength")
     return float(f"{place:.3g}")
 
 
@@ -119,20 +121,23 @@ def measured(
     held_out: Sequence[TokenizedPair],
     texts: Mapping[str, Rows],
     way: str,
+    strength: float | None = None,
 ) -> tuple[dict[str, Any], Rises]:
     """Return what is told of one way: dial, margins, KL by text; and how loss rose, by text.
 
-    KL is a word's where perplexity is.
+    KL is a word's where perplexity is. The dial is at `strength`, else where the margin is MARGIN.
     """
-    learned = [margins(policy, held_out, way) for policy in policies]
-    at = dial(learned)
+    strengths = STRENGTHS if strength is None else [strength]
+    learned = [margins(policy, held_out, way, strengths) for policy in policies]
+    at = dial(learned) if strength is None else strength
+    margin = MARGIN if strength is None else fmean(found for [found] in learned)
     kl, rises = {}, {}
     for name, text in texts.items():
         found = [row_figures(p, text.rows, [1] * len(text.rows), [at]) for p in policies]
         rises[name] = [(f.base - f.policy[0]).numpy() for f in found]
         far = [f.kl[0].numpy() for f in found if f.kl is not None]
         kl[name] = asdict(mean_intervals(np.stack(far)[:, None], text.sizes)[0])
-    return {"strength": at, "margins": learned, "kl": kl}, rises
+    return {"strength": at, "margin": margin, "margins": learned, "kl": kl}, rises
 
 
 def parts(as_is: Losses, swapped: Losses) -> dict[str, npt.NDArray[np.float64]]:
@@ -169,6 +174,7 @@ def main() -> None:
     add("--method", choices=[*config.settings], required=True)
     add("--output", required=True, metavar="JSON")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--strength", type=float, help="of both ways, for a method that cannot learn both as far")
     args = parser.parse_args()
     if len({*args.seeds}) < len(args.seeds):
         parser.error("--seeds: one is there twice")
@@ -181,7 +187,7 @@ def main() -> None:
     )
     method, settings = METHODS[args.method], config.settings[args.method]
     report: dict[str, Any] = {"method": args.method, "params": settings}
-    report |= {"seeds": args.seeds, "margin": MARGIN, "processor": hub.processor(), "ways": {}}
+    report |= {"seeds": args.seeds, "processor": hub.processor(), "ways": {}}
     params = {**method.fixed, **settings}
     rises = {}
     with tempfile.TemporaryDirectory() as directory:
@@ -196,7 +202,9 @@ def main() -> None:
                 )
                 for s in args.seeds
             ]
-            report["ways"][way], rises[way] = measured(made, held_out[::3], texts, way)
+            report["ways"][way], rises[way] = measured(
+                made, held_out[::3], texts, way, args.strength
+            )
             print(way, json.dumps(report["ways"][way]), flush=True)
     report["texts"] = [
         {

@@ -238,10 +238,11 @@ def test_a_swapped_training_is_measured_by_what_it_preferred(
     other, _ = tokenize_pairs(
         swapped.turned(pairs), policy.tokenizer, end_ids=policy.end_ids, max_length=200
     )
-    one = swapped.margins(policy, held_out, "as they are")
+    one = swapped.margins(policy, held_out, "as they are", swapped.STRENGTHS)
     assert one[0] == 0
     assert one[2] != 0
-    assert swapped.margins(policy, other, "swapped") == pytest.approx(one)
+    turned = swapped.margins(policy, other, "swapped", swapped.STRENGTHS)
+    assert turned == pytest.approx(one)
     way, scale = ("as they are", one[2]) if one[2] > 0 else ("swapped", -one[2])
     # Of two policies, one the base: half of the margin, half of the KL.
     monkeypatch.setattr(swapped, "MARGIN", scale / 2)
@@ -255,6 +256,11 @@ def test_a_swapped_training_is_measured_by_what_it_preferred(
     assert rises["lines"][1].tolist() == [0, 0]
     assert told["kl"]["lines"]["value"] == pytest.approx(float(found.kl.sum()) / 5 / 2)
     assert told["kl"]["lines"]["value"] > 0
+    assert told["margin"] == scale / 2
+    at, _ = swapped.measured([policy], held_out, texts, way, 1.0)
+    assert at["strength"] == 1.0
+    assert at["margin"] == pytest.approx(scale)
+    assert at["margins"] == [[at["margin"]]]
 
 
 def test_both_ways_are_turned_to_the_margin_that_their_seeds_have_on_average(
@@ -267,9 +273,7 @@ def test_both_ways_are_turned_to_the_margin_that_their_seeds_have_on_average(
         swapped.dial([[0.0] * len(swapped.STRENGTHS)])
 
 
-def an_output(
-    method: str, seeds: list[int], turns: float, stays: float, *, margin: float = 4.2
-) -> dict[str, Any]:
+def an_output(method: str, seeds: list[int], turns: float, stays: float) -> dict[str, Any]:
     """Return what swapped_preference.py writes, of rows whose noise both ways and methods share."""
     sizes = [10, 20, 30, 40]
     noise = np.random.default_rng(0).normal(size=4)
@@ -280,7 +284,8 @@ def an_output(
             for way, sign in {"as they are": 1, "swapped": -1}.items()
         }
         texts.append({"text": name, "sha256": f"of {name}", "sizes": sizes, "rises": rises})
-    return {"method": method, "seeds": seeds, "margin": margin, "texts": texts}
+    ways = {"as they are": {"margin": 4.2}, "swapped": {"margin": 0.5}}
+    return {"method": method, "seeds": seeds, "ways": ways, "texts": texts}
 
 
 def test_two_methods_differ_in_what_turns_round_and_in_what_stays(
@@ -304,8 +309,11 @@ def test_two_methods_differ_in_what_turns_round_and_in_what_stays(
     monkeypatch.setattr(sys, "argv", ["it", *files])
     apart.main()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "one (3 seeds) over other (2)"
-    assert lines[4].split() == ["lines", "stays", "-2.955%", "(-2.955%", "to", "-2.955%)"]
+    assert lines[:2] == [
+        "one, 3 seeds: as they are 4.20 nats, swapped 0.50 nats",
+        "other, 2 seeds: as they are 4.20 nats, swapped 0.50 nats",
+    ]
+    assert lines[5].split() == ["lines", "stays", "-2.955%", "(-2.955%", "to", "-2.955%)"]
 
 
 def _without(field: str) -> Any:
@@ -322,7 +330,7 @@ def _without(field: str) -> Any:
         (lambda report: report["texts"].clear(), "lacks rows"),
         (lambda report: report["texts"].pop(), "different text"),
         (lambda report: report["texts"][0].update(sha256="x"), "different text"),
-        (lambda report: report.update(margin=5.8), "margins are 4.2 and 5.8"),
+        (lambda report: report["ways"].pop("swapped"), "swapped"),
     ],
 )
 def test_outputs_that_do_not_belong_together_are_refused(
