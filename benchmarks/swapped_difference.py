@@ -1,11 +1,12 @@
 """How two outputs of `swapped_preference.py` differ: in what turns round, and in what stays.
 
-    cd benchmarks/results
-    python ../swapped_difference.py swapped_sft_kl.json swapped_qadapter.json
+    python benchmarks/swapped_difference.py runs/swapped_sft_kl.json runs/swapped_qadapter.json
 
 Told of each text is the first method's perplexity over the other's, less 1: as they are, swapped,
 half the difference of these, and half the sum. Intervals draw a row of text for both at once, and
-seeds for each by itself, as the runs of two methods have nothing in common but a number.
+seeds for each by itself, as the runs of two methods have nothing in common but a number. Margins
+may differ, where one was asked with `--strength`: they are printed, and how much of them turns
+round.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def main() -> None:
         parser.error(str(error))
     for report in (one, other):
         learned = ", ".join(f"{way} {report['ways'][way]['margin']:.2f} nats" for way in WAYS)
-        print(f"{report['method']}, {len(report['seeds'])} seeds: {learned}")
+        turns = sum(report["ways"][way]["margin"] for way in WAYS) / 2
+        print(f"{report['method']}, {len(report['seeds'])} seeds: {learned}, turns {turns:.2f}")
     for text, by_part in found.items():
         for part, x in by_part.items():
             between = f"{x['low']:+.3%} to {x['high']:+.3%}"

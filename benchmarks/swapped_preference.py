@@ -13,6 +13,9 @@ to one margin on every third of its held-out pairs. Texts are the lines of the s
 each alone after the token of beginning as lm-eval reads them, the next lines of its order, the
 first window of each of WikiText-2's articles, and novels (LAMBADA's passages, each alone after that
 token). `benchmarks/swapped_difference.py` tells how two outputs differ.
+
+SFT on rejected answers hardly learns to prefer them. What cannot be turned to that margin both ways
+is asked at one dial, `--strength`; half the sum of its two margins is then what turns round.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -178,6 +182,8 @@ def main() -> None:
     args = parser.parse_args()
     if len({*args.seeds}) < len(args.seeds):
         parser.error("--seeds: one is there twice")
+    if args.strength is not None and not 0 < args.strength < math.inf:
+        parser.error("--strength: must be finite and above 0")
     if not DATA.is_dir():
         parser.exit(message=f"skipped: no data in {DATA}; set QADAPTER_DATA\n")
     base = load_policy(config.model, None)

@@ -257,10 +257,15 @@ def test_a_swapped_training_is_measured_by_what_it_preferred(
     assert told["kl"]["lines"]["value"] == pytest.approx(float(found.kl.sum()) / 5 / 2)
     assert told["kl"]["lines"]["value"] > 0
     assert told["margin"] == scale / 2
-    at, _ = swapped.measured([policy], held_out, texts, way, 1.0)
-    assert at["strength"] == 1.0
-    assert at["margin"] == pytest.approx(scale)
-    assert at["margins"] == [[at["margin"]]]
+    both = [policy, swapped.load_policy(base, None)]
+    at, rises = swapped.measured(both, held_out, texts, way, 0.5)
+    half = swapped.margins(policy, held_out, way, [0.5])
+    found = row_figures(policy, texts["lines"].rows, [1, 1], [0.5])
+    assert at["strength"] == 0.5
+    assert at["margins"] == [half, [0.0]]
+    assert at["margin"] == pytest.approx(half[0] / 2)
+    assert rises["lines"][0] == pytest.approx((found.base - found.policy[0]).numpy())
+    assert at["kl"]["lines"]["value"] == pytest.approx(float(found.kl.sum()) / 5 / 2)
 
 
 def test_both_ways_are_turned_to_the_margin_that_their_seeds_have_on_average(
@@ -269,7 +274,7 @@ def test_both_ways_are_turned_to_the_margin_that_their_seeds_have_on_average(
     swapped = loaded("swapped_preference", "swapped_preference.py", monkeypatch)
     curves = [[scale * at * swapped.MARGIN for at in swapped.STRENGTHS] for scale in (1.0, 1.5)]
     assert swapped.dial(curves) == pytest.approx(0.8)
-    with pytest.raises(SystemExit, match="no margin of"):
+    with pytest.raises(SystemExit, match=r"no margin of .*; give --strength"):
         swapped.dial([[0.0] * len(swapped.STRENGTHS)])
 
 
@@ -310,8 +315,8 @@ def test_two_methods_differ_in_what_turns_round_and_in_what_stays(
     apart.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == [
-        "one, 3 seeds: as they are 4.20 nats, swapped 0.50 nats",
-        "other, 2 seeds: as they are 4.20 nats, swapped 0.50 nats",
+        "one, 3 seeds: as they are 4.20 nats, swapped 0.50 nats, turns 2.35",
+        "other, 2 seeds: as they are 4.20 nats, swapped 0.50 nats, turns 2.35",
     ]
     assert lines[5].split() == ["lines", "stays", "-2.955%", "(-2.955%", "to", "-2.955%)"]
 
@@ -331,6 +336,8 @@ def _without(field: str) -> Any:
         (lambda report: report["texts"].pop(), "different text"),
         (lambda report: report["texts"][0].update(sha256="x"), "different text"),
         (lambda report: report["ways"].pop("swapped"), "swapped"),
+        (lambda report: report["ways"]["swapped"].pop("margin"), "margin"),
+        (lambda report: report.pop("method"), "method"),
     ],
 )
 def test_outputs_that_do_not_belong_together_are_refused(
